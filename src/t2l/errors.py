@@ -1,0 +1,49 @@
+"""Every error this library raises on purpose. Knows nothing else.
+
+One root, and each error also inherits the builtin it refines, so callers may catch either.
+A message names the thing, the values on both sides and the way out.
+"""
+
+
+class T2LError(Exception):
+    """Root of all errors that t2l raises on purpose."""
+
+
+class ConfigError(T2LError, ValueError):
+    """A configuration has an unknown key, a wrong type or values that do not go together."""
+
+
+class SpecMismatchError(T2LError, ValueError):
+    """An adapter, a checkpoint and a model do not fit: other targets, layers, sizes or base."""
+
+
+class DescriptionError(T2LError, ValueError):
+    """A task description cannot be used: empty, too long, not text."""
+
+
+class ModelNotFoundError(T2LError, FileNotFoundError):
+    """A model reference leads nowhere: no such folder, package or Hub id."""
+
+
+class DownloadError(T2LError, OSError):
+    """A download failed or what came is not what was expected (checksum)."""
+
+
+class CheckpointError(T2LError, ValueError):
+    """A checkpoint or adapter file is damaged, tampered with, pickled or of another format."""
+
+
+class OutputError(T2LError, OSError):
+    """An output folder or file cannot be written, or exists already."""
+
+
+class DataError(T2LError, ValueError):
+    """Training or evaluation data are missing, malformed or not allowed for this use."""
+
+
+class AdapterNotAppliedError(T2LError, RuntimeError):
+    """An adapter had no effect where it must have one, or was used on a batch it does not fit."""
+
+
+class TrainingError(T2LError, RuntimeError):
+    """Training cannot go on: a non-finite loss, a resume under another config."""
