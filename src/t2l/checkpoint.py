@@ -1,0 +1,134 @@
+"""A checkpoint is a folder: `hypernet.safetensors`, `spec.json`, `config.json` and a card.
+
+Loaded strictly, checked against its own checksum; never a pickle. Knows the hypernetwork, its settings and
+files. Knows no tasks and no training: what training wants to remember goes into `training` as plain data.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, build, to_plain
+from t2l.errors import CheckpointError
+from t2l.files import new_folder, read_json, read_tensors, sha256
+from t2l.hypernet import Hypernet
+from t2l.spec import AdapterSpec
+
+FORMAT_VERSION = 1
+WEIGHTS, SPEC, CONFIG, CARD = "hypernet.safetensors", "spec.json", "config.json", "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What `config.json` holds."""
+
+    format_version: int
+    embedding_size: int
+    encoder: EncoderConfig
+    encoder_revision: str
+    """Fingerprint of the encoder's files in training; another one is refused when generating."""
+    hypernet: HypernetConfig
+    prompt: PromptConfig
+    weights_sha256: str = ""
+    training: dict = field(default_factory=dict)
+    """How the weights came about: seed, steps, data, versions. For readers; nothing depends on it."""
+
+    @property
+    def kind(self) -> Literal["sentence", "tokens"]:
+        """Kind of encoding the hypernetwork reads."""
+        return self.encoder.kind
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    hypernet: Hypernet
+    spec: AdapterSpec
+    config: CheckpointConfig
+
+
+def save_checkpoint(
+    folder: Path,
+    hypernet: Hypernet,
+    spec: AdapterSpec,
+    config: CheckpointConfig,
+    *,
+    card: str = "",
+    dtype: torch.dtype = torch.float16,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint folder, whole or not at all.
+
+    Raises:
+        OutputError: if the folder exists or cannot be written.
+        CheckpointError: if a weight does not survive `dtype` (overflow) or is not finite.
+    """
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in hypernet.state_dict().items()}
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"Weight {name} is not finite in {dtype}; nothing was written")
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        plain = to_plain(config) | {"weights_sha256": sha256(temporary / WEIGHTS)}
+        (temporary / SPEC).write_text(spec.to_json(), encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
+
+
+def read_config(folder: Path) -> tuple[AdapterSpec, CheckpointConfig]:
+    """Reads a checkpoint's settings without its weights.
+
+    Raises:
+        CheckpointError: if files are missing, malformed or of another format version.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a checkpoint folder")
+    plain = read_json(folder / CONFIG)
+    version = plain.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG}: format_version is {version!r}, this version of t2l reads {FORMAT_VERSION}; "
+            "update t2l or re-export the checkpoint"
+        )
+    config = build(CheckpointConfig, plain, where=str(folder / CONFIG))
+    try:
+        text = (folder / SPEC).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / SPEC} cannot be read: {error}") from error
+    return AdapterSpec.from_json(text, where=str(folder / SPEC)), config
+
+
+def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> Checkpoint:
+    """Loads a checkpoint for generating: float32, evaluation mode, no gradients.
+
+    Raises:
+        CheckpointError: if anything in the folder is missing, damaged, pickled, or not what its checksum says.
+    """
+    spec, config = read_config(folder)
+    with torch.device("meta"):
+        expected = _new_hypernet(spec, config).state_dict()
+    state = read_tensors(folder / WEIGHTS, {name: tuple(value.shape) for name, value in expected.items()})
+    found = sha256(folder / WEIGHTS)
+    if found != config.weights_sha256:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} has sha256 {found}, its config.json says {config.weights_sha256}: "
+            "the file was changed after it was written; fetch it again"
+        )
+    hypernet = _new_hypernet(spec, config)
+    hypernet.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
+    return Checkpoint(hypernet.to(device).eval().requires_grad_(False), spec, config)
+
+
+def _new_hypernet(spec: AdapterSpec, config: CheckpointConfig) -> Hypernet:
+    return Hypernet(spec, embedding_size=config.embedding_size, kind=config.kind, config=config.hypernet)
+
+
+def settings(training: dict[str, Any], **values: Any) -> CheckpointConfig:
+    """A CheckpointConfig of the current format."""
+    return CheckpointConfig(format_version=FORMAT_VERSION, training=training, **values)

@@ -1,0 +1,215 @@
+"""Encoders: descriptions in, numbers for the hypernetwork out. Both kinds answer to one protocol.
+
+Knows texts, tokenizers and frozen models. Knows no adapters and nothing of the hypernetwork.
+Shape letters as in `spec.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2l.errors import CheckpointError, ConfigError, DescriptionError
+
+MAX_BYTES = 32_768
+"""A description beyond this is refused before it is tokenised."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Descriptions as the hypernetwork reads them."""
+
+    states: Tensor
+    """(N, E), or (N, S, E) padded on the right."""
+    mask: Tensor | None = None
+    """For (N, S, E): True where there is a token, (N, S)."""
+
+
+class Encoder(Protocol):
+    """Turns descriptions into tensors; the same text always gives the same numbers."""
+
+    kind: Literal["sentence", "tokens"]
+    embedding_size: int
+    max_tokens: int
+
+    def encode(self, descriptions: Sequence[str]) -> Encoded:
+        """Encodes N descriptions.
+
+        Raises:
+            DescriptionError: if one is empty or longer than `max_tokens`.
+        """
+
+
+def check_description(text: object) -> str:
+    """The description, stripped, if it can be one at all.
+
+    Raises:
+        DescriptionError: if it is no text, blank, not valid Unicode or too large.
+    """
+    if not isinstance(text, str):
+        raise DescriptionError(f"A description must be text, got {type(text).__name__}")
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise DescriptionError(f"The description is not valid UTF-8 (position {error.start}); re-save it as UTF-8") from error
+    if not text.strip():
+        what = "empty" if not text else "only white space"
+        raise DescriptionError(f"The description is {what}; say in a sentence or two what the task is")
+    if size > MAX_BYTES:
+        raise DescriptionError(f"The description has {size:,} bytes; at most {MAX_BYTES:,} are read. Shorten it")
+    return text.strip()
+
+
+def tokenize(tokenizer: Any, descriptions: Sequence[str], max_tokens: int, *, prefix: Sequence[int] = ()) -> list[list[int]]:
+    """Token ids of each description, checked against the window.
+
+    Raises:
+        DescriptionError: naming the description's length and the window.
+    """
+    cleaned = [check_description(text) for text in descriptions]
+    if not cleaned:
+        raise DescriptionError("No description given")
+    add_special_tokens = not prefix
+    encoded = tokenizer(cleaned, add_special_tokens=add_special_tokens, truncation=False, verbose=False).input_ids
+    ids = [[*prefix, *row] for row in encoded]
+    for text, row in zip(cleaned, ids, strict=True):
+        if len(row) > max_tokens:
+            start = text[:60] + ("…" if len(text) > 60 else "")
+            raise DescriptionError(
+                f"The description has {len(row)} tokens; this checkpoint's encoder reads at most {max_tokens}. "
+                f"Shorten it: “{start}”"
+            )
+    return ids
+
+
+def _pad(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    length = max(map(len, ids))
+    tokens = torch.zeros(len(ids), length, dtype=torch.long)
+    mask = torch.zeros(len(ids), length, dtype=torch.bool)
+    for n, row in enumerate(ids):
+        tokens[n, : len(row)] = torch.tensor(row)
+        mask[n, : len(row)] = True
+    return tokens.to(device), mask.to(device)
+
+
+class SentenceEncoder:
+    """A sentence-transformers model folder: transformer, pooling and, where the folder says so, normalisation.
+
+    Args:
+        model: The folder's transformer.
+        tokenizer: Its tokenizer.
+        max_tokens: Window.
+        pooling: `mean`, `cls` or `lasttoken`.
+        normalize: Whether vectors are scaled to length 1.
+    """
+
+    kind: Literal["sentence", "tokens"] = "sentence"
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, max_tokens: int, pooling: str, normalize: bool) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_tokens, self.pooling, self.normalize = max_tokens, pooling, normalize
+        self.embedding_size = int(model.config.hidden_size)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, max_tokens: int, device: str | torch.device = "cpu") -> "SentenceEncoder":
+        """Reads a sentence-transformers folder, or a plain encoder folder as mean pooling.
+
+        Raises:
+            ConfigError: if the folder asks for a pooling or module this encoder does not have, or if its own
+                window is smaller than `max_tokens`.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        pooling, normalize = _sentence_modules(folder)
+        own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+        if own is not None and max_tokens > own:
+            raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = model.to(device).eval().requires_grad_(False)
+        return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
+
+    @torch.no_grad()
+    def encode(self, descriptions: Sequence[str]) -> Encoded:
+        """Pooled vectors, (N, E)."""
+        ids = tokenize(self.tokenizer, descriptions, self.max_tokens)
+        tokens, mask = _pad(ids, next(self.model.parameters()).device)
+        states = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
+        if self.pooling == "mean":
+            weight = mask[..., None].to(states.dtype)
+            pooled = (states * weight).sum(1) / weight.sum(1)
+        elif self.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            pooled = states[torch.arange(len(ids)), mask.sum(1) - 1]
+        return Encoded(F.normalize(pooled, dim=-1) if self.normalize else pooled)
+
+
+class TokenEncoder:
+    """Hidden states of a frozen model's layers, normalised and concatenated for every token.
+
+    Args:
+        model: A causal or bidirectional Transformers model; only its trunk is run.
+        tokenizer: Its tokenizer. Its beginning-of-sequence token, if any, comes first: causal models park much
+            attention there, and every description should offer the same place for it.
+        layers: Blocks whose output is read, counted from 1.
+        max_tokens: Window, that first token included.
+    """
+
+    kind: Literal["sentence", "tokens"] = "tokens"
+
+    def __init__(self, model: Any, tokenizer: Any, *, layers: Sequence[int], max_tokens: int) -> None:
+        depth = int(model.config.get_text_config().num_hidden_layers)
+        if not layers or min(layers) < 1 or max(layers) > depth:
+            raise ConfigError(f"encoder.layers must lie in 1..{depth} for this encoder, got {list(layers)}")
+        self.model = model.base_model
+        self.tokenizer, self.layers, self.max_tokens = tokenizer, tuple(layers), max_tokens
+        self.embedding_size = int(model.config.get_text_config().hidden_size) * len(self.layers)
+        bos = tokenizer.bos_token_id
+        self.prefix = [] if bos is None else [bos]
+
+    @torch.no_grad()
+    def encode(self, descriptions: Sequence[str]) -> Encoded:
+        """States (N, S, E) and mask (N, S); S is the longest description's length."""
+        ids = tokenize(self.tokenizer, descriptions, self.max_tokens, prefix=self.prefix)
+        tokens, mask = _pad(ids, next(self.model.parameters()).device)
+        states = self.model(
+            input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
+        ).hidden_states
+        # Without affine parameters: it only brings layers whose scales differ by orders of magnitude to one.
+        tapped = [F.layer_norm(states[layer].float(), states[layer].shape[-1:]) for layer in self.layers]
+        return Encoded(torch.cat(tapped, dim=-1) * mask[..., None], mask)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    return data if isinstance(data, dict) else {"modules": data}
+
+
+def _sentence_modules(folder: Path) -> tuple[str, bool]:
+    """(pooling, normalise) from `modules.json`; a folder without one is pooled by the mean."""
+    pooling, normalize = "mean", False
+    for module in _json(folder / "modules.json").get("modules", []):
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            settings = _json(folder / module["path"] / "config.json")
+            modes = [k.removeprefix("pooling_mode_") for k, v in settings.items() if k.startswith("pooling_mode_") and v]
+            names = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken"}
+            if len(modes) != 1 or modes[0] not in names:
+                raise ConfigError(f"{folder.name} pools by {modes}; known are {', '.join(names)}")
+            pooling = names[modes[0]]
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            raise ConfigError(f"{folder.name} has a module '{kind}'; known are Transformer, Pooling and Normalize")
+    return pooling, normalize

@@ -1,0 +1,140 @@
+"""Writing without leftovers, and reading tensors without trust. Knows files only."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t2l.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT_TYPES = {"F32", "F16", "BF16", "F64"}
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: if `path` exists (and `overwrite` is off) or cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another folder or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; an output folder cannot take its place")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"Cannot write to {path.parent}: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, doomed / "old")
+            os.replace(temporary, path)
+            shutil.rmtree(doomed)
+        else:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, "Tensor"]:
+    """Reads a safetensors file whose content is checked before anything is allocated.
+
+    Args:
+        path: The file.
+        expected: Names and shapes the file must hold, no more and no fewer.
+
+    Raises:
+        CheckpointError: if the file is absent, pickled, truncated, holds other names, shapes or types than
+            expected, or NaN or infinite values.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    _refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {}
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                piece = file.get_slice(name)
+                found[name] = tuple(piece.get_shape())
+                if expected is not None and piece.get_dtype() not in FLOAT_TYPES:
+                    raise CheckpointError(f"{path}: tensor {name} has type {piece.get_dtype()}; only floats are read")
+            if expected is not None:
+                _compare(path, found, expected)
+            tensors = {name: file.get_tensor(name) for name in found}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinite values")
+    return tensors
+
+
+def _refuse_pickle(path: Path) -> None:
+    """By content, not by suffix: zip archives (torch.save) and bare pickles."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        raise CheckpointError(f"{path} is a pickle, which could run code when read; only safetensors are read")
+
+
+def _compare(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"lacks {', '.join(missing[:3])}" * bool(missing), f"has unknown {', '.join(extra[:3])}" * bool(extra)]
+        count = f"{len(missing)} missing, {len(extra)} unknown tensors"
+        raise CheckpointError(f"{path} {' and '.join(filter(None, parts))} ({count})")
+    for name, shape in expected.items():
+        if found[name] != tuple(shape):
+            raise CheckpointError(f"{path}: tensor {name} has shape {found[name]}, expected {tuple(shape)}")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: if the file is absent or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data

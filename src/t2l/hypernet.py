@@ -1,0 +1,381 @@
+"""The hypernetwork: an encoded description in, the LoRA adapter of every target and layer out, in one pass.
+
+    encoding ─ trunk ─▶ features (N, L, M, H) ─ head L | M | S ─▶ change of A and B ─ + offset ─▶ LoraTensors
+
+After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix; two departures, both for SFT:
+- Every adapter is the *offset* plus what the head says. The offset is one LoRA shared by all descriptions, with
+  A drawn as PEFT draws it and B zero, and the head's weights start at zero, so a fresh hypernetwork changes
+  nothing. (The reference puts both into one bias of the head; shared by A and B, as M and S need it, that bias
+  makes B ≠ 0.) Because A ≠ 0 the head gets a gradient from the first step. Load a trained multi-task LoRA into the
+  offset and the hypernetwork starts from it.
+- `TokenTrunk` reads the states of all tokens of the description in place of one pooled embedding.
+
+Knows tensors only. Knows no text, no module names and no files. Shape letters as in `spec.py`; D is the head size.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2l.config import HypernetConfig
+from t2l.errors import ConfigError, SpecMismatchError
+from t2l.lora import LoraTensors
+from t2l.spec import AdapterSpec
+
+
+class Hypernet(nn.Module):
+    """Writes adapters from encoded descriptions.
+
+    Args:
+        spec: The adapters' targets, layers, sizes, rank and scaling.
+        embedding_size: E of the encoder.
+        kind: `sentence` for encodings (N, E), `tokens` for (N, S, E) with a mask.
+        config: Variant and sizes.
+    """
+
+    def __init__(
+        self, spec: AdapterSpec, *, embedding_size: int, kind: Literal["sentence", "tokens"], config: HypernetConfig
+    ) -> None:
+        super().__init__()
+        sizes = [(t.in_features, t.out_features) for t in spec.targets]
+        grid = (len(spec.layers), len(spec.targets))
+        self.scaling = spec.scaling
+        self.offset = Offset(sizes, num_layers=grid[0], rank=spec.rank, trainable=config.train_offset)
+        self.trunk: SentenceTrunk | TokenTrunk | None = None
+        self.head: HeadL | HeadM | HeadS | None = None
+        if config.variant != "none":
+            self.trunk = (
+                TokenTrunk(
+                    embedding_size,
+                    grid,
+                    width=config.width,
+                    blocks=config.token_blocks,
+                    attention_heads=config.attention_heads,
+                    dropout=config.dropout,
+                    token_dropout=config.token_dropout,
+                )
+                if kind == "tokens"
+                else SentenceTrunk(embedding_size, grid, width=config.width, dropout=config.dropout)
+            )
+            head = {"L": HeadL, "M": HeadM, "S": HeadS}[config.variant]
+            self.head = head(
+                sizes, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
+            )
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> LoraTensors:
+        """Writes one adapter per description.
+
+        Args:
+            states: Encoded descriptions, (N, E) or (N, S, E).
+            mask: For (N, S, E), True where there is a token, (N, S).
+
+        Returns:
+            A batch of N adapters: A (N, L, R, I) and B (N, L, O, R) for each target.
+        """
+        offset_a, offset_b = self.offset()
+        if self.trunk is None or self.head is None:
+            n = states.shape[0]
+            expand = tuple(x.expand(n, *x.shape) for x in (*offset_a, *offset_b))
+            return LoraTensors(expand[: len(offset_a)], expand[len(offset_a) :], self.scaling)
+        features_NLMH = self.trunk(states, mask)
+        change_a, change_b = self.head(features_NLMH)
+        return LoraTensors(
+            tuple(o + c for o, c in zip(offset_a, change_a, strict=True)),
+            tuple(o + c for o, c in zip(offset_b, change_b, strict=True)),
+            self.scaling,
+        )
+
+    def load_offset(self, lora: LoraTensors) -> None:
+        """Starts from a trained LoRA: with untrained heads every description then gives exactly this adapter.
+
+        Args:
+            lora: A single adapter of this hypernetwork's spec.
+
+        Raises:
+            SpecMismatchError: if shapes or scaling differ.
+        """
+        mine = [tuple(x.shape) for x in (*self.offset.a, *self.offset.b)]
+        theirs = [tuple(x.shape) for x in (*lora.a, *lora.b)]
+        if mine != theirs or lora.scaling != self.scaling:
+            raise SpecMismatchError(
+                f"The offset needs tensors {mine} scaled by {self.scaling}, the adapter has {theirs} scaled by "
+                f"{lora.scaling}. Train it with the same targets, layers, rank and alpha."
+            )
+        with torch.no_grad():
+            for parameter, value in zip((*self.offset.a, *self.offset.b), (*lora.a, *lora.b), strict=True):
+                parameter.copy_(value)
+
+
+class Offset(nn.Module):
+    """The LoRA that all descriptions share: A as PEFT initialises it, B zero."""
+
+    def __init__(self, sizes: list[tuple[int, int]], *, num_layers: int, rank: int, trainable: bool) -> None:
+        super().__init__()
+        self.a = nn.ParameterList(torch.empty(num_layers, rank, i) for i, _ in sizes)
+        self.b = nn.ParameterList(torch.zeros(num_layers, o, rank) for _, o in sizes)
+        for a in self.a:
+            # kaiming_uniform(a=sqrt(5)) over fan-in I, which is what PEFT does for each layer's (R, I).
+            bound = a.shape[-1] ** -0.5
+            nn.init.uniform_(a, -bound, bound)
+        self.requires_grad_(trainable)
+
+    def forward(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A (L, R, I) and B (L, O, R) for each target."""
+        return tuple(self.a), tuple(self.b)
+
+
+class Residual(nn.Module):
+    """x + MLP(LayerNorm(x)) with the paper's SiLU after both layers."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, H) to (…, H)."""
+        return x + self.mlp(self.norm(x))
+
+
+class SentenceTrunk(nn.Module):
+    """The paper's trunk: embedding, depth and module type are concatenated and mixed."""
+
+    def __init__(self, embedding_size: int, grid: tuple[int, int], *, width: int, dropout: float) -> None:
+        super().__init__()
+        num_layers, num_targets = grid
+        self.embedding = nn.Sequential(nn.Linear(embedding_size, width // 2), nn.LayerNorm(width // 2))
+        self.depth = nn.Sequential(nn.Embedding(num_layers, width // 4), nn.LayerNorm(width // 4))
+        self.target = nn.Sequential(nn.Embedding(num_targets, width // 4), nn.LayerNorm(width // 4))
+        self.mixer = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(width, 4 * width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+        )
+        self.block = Residual(width, dropout)
+        self.register_buffer("layer_index", torch.arange(num_layers), persistent=False)
+        self.register_buffer("target_index", torch.arange(num_targets), persistent=False)
+        self.grid = grid
+
+    def forward(self, states_NE: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, E) to features (N, L, M, H)."""
+        n, (num_layers, num_targets) = states_NE.shape[0], self.grid
+        task = self.embedding(states_NE)[:, None, None].expand(n, num_layers, num_targets, -1)
+        depth = self.depth(self.layer_index)[None, :, None].expand(n, num_layers, num_targets, -1)
+        target = self.target(self.target_index)[None, None].expand(n, num_layers, num_targets, -1)
+        return self.block(self.mixer(torch.cat([task, depth, target], dim=-1)))
+
+
+class TokenTrunk(nn.Module):
+    """One learned query per (layer, target) reads the description's token states (a Perceiver, arXiv 2103.03206)."""
+
+    def __init__(
+        self,
+        embedding_size: int,
+        grid: tuple[int, int],
+        *,
+        width: int,
+        blocks: int,
+        attention_heads: int,
+        dropout: float,
+        token_dropout: float,
+    ) -> None:
+        super().__init__()
+        if width % attention_heads:
+            raise ConfigError(
+                f"hypernet.width ({width}) must be divisible by hypernet.attention_heads ({attention_heads})"
+            )
+        num_layers, num_targets = grid
+        self.grid = grid
+        self.token_dropout = token_dropout
+        self.read = nn.Sequential(nn.Linear(embedding_size, width), nn.LayerNorm(width))
+        self.depth = nn.Parameter(torch.randn(num_layers, 1, width))
+        self.target = nn.Parameter(torch.randn(1, num_targets, width))
+        self.blocks = nn.ModuleList(TokenBlock(width, attention_heads, dropout) for _ in range(blocks))
+
+    def forward(self, states_NSE: Tensor, mask_NS: Tensor | None) -> Tensor:
+        """(N, S, E) with mask (N, S) to features (N, L, M, H)."""
+        assert mask_NS is not None, "token states come with a mask"
+        if self.training and self.token_dropout:
+            kept = torch.rand(mask_NS.shape, device=mask_NS.device) >= self.token_dropout
+            kept[:, 0] = True  # the first token always stays, so no description is ever empty
+            mask_NS = mask_NS & kept
+        tokens_NSH = self.read(states_NSE)
+        queries = (self.depth + self.target).flatten(0, 1)
+        x_NQH = queries.expand(states_NSE.shape[0], *queries.shape)
+        for block in self.blocks:
+            x_NQH = block(x_NQH, tokens_NSH, mask_NS)
+        return x_NQH.unflatten(1, self.grid)
+
+
+class TokenBlock(nn.Module):
+    """Cross-attention to the tokens, self-attention among the queries, MLP; pre-norm, residual."""
+
+    def __init__(self, width: int, attention_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.cross = Attention(width, attention_heads)
+        self.self_ = Attention(width, attention_heads)
+        self.cross_norm = nn.LayerNorm(width)
+        self.self_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_NQH: Tensor, tokens_NSH: Tensor, mask_NS: Tensor) -> Tensor:
+        """Queries (N, Q, H) after one reading of the tokens."""
+        x_NQH = x_NQH + self.dropout(self.cross(self.cross_norm(x_NQH), tokens_NSH, mask_NS))
+        normed = self.self_norm(x_NQH)
+        x_NQH = x_NQH + self.dropout(self.self_(normed, normed, None))
+        return x_NQH + self.dropout(self.mlp(x_NQH))
+
+
+class Attention(nn.Module):
+    """Multi-head attention from queries to a context."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_NQH: Tensor, context_NSH: Tensor, mask_NS: Tensor | None) -> Tensor:
+        """(N, Q, H) attending to (N, S, H) where the mask (N, S) is True."""
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        key, value = self.key_value(context_NSH).chunk(2, dim=-1)
+        mask = None if mask_NS is None else mask_NS[:, None, None, :]
+        out = F.scaled_dot_product_attention(split(self.query(x_NQH)), split(key), split(value), attn_mask=mask)
+        return self.out(out.transpose(1, 2).flatten(-2))
+
+
+Changes = tuple[list[Tensor], list[Tensor]]
+"""Changes of A (N, L, R, I) and of B (N, L, O, R), one of each for each target."""
+
+
+class _Head(nn.Module):
+    """What L, M and S share: the second residual block, the widening MLP, one zero-initialised matrix a target."""
+
+    def __init__(
+        self, outputs: list[int], *, width: int, head_size: int, dropout: float, write_parts: bool = False
+    ) -> None:
+        super().__init__()
+        self.block = Residual(width, dropout)
+        self.widen = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, head_size),
+            nn.SiLU(),
+        )
+        self.write = nn.ModuleList(nn.Linear(head_size, size, bias=False) for size in outputs)
+        for linear in self.write:
+            nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+        if write_parts:
+            # Tells A from B; one vector a target and part, normalised like the depth and type embeddings.
+            self.part_a = nn.Parameter(torch.randn(len(outputs), width))
+            self.part_b = nn.Parameter(torch.randn(len(outputs), width))
+            self.part_norm = nn.LayerNorm(width)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(…, H) to (…, D)."""
+        return self.widen(self.block(x))
+
+    def parts(self, features_NLMH: Tensor) -> Tensor:
+        """(N, L, M, H) to (N, L, M, 2, H): the features marked as A's and as B's."""
+        part_M2H = self.part_norm(torch.stack([self.part_a, self.part_b], dim=1))
+        return features_NLMH[:, :, :, None] + part_M2H
+
+
+class HeadL(_Head):
+    """A and B of a target and layer from one matrix: (D → R·(I + O))."""
+
+    def __init__(
+        self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float
+    ) -> None:
+        super().__init__([rank * (i + o) for i, o in sizes], width=width, head_size=head_size, dropout=dropout)
+        self.sizes, self.rank = sizes, rank
+
+    def forward(self, features_NLMH: Tensor) -> Changes:
+        """Features to changes of A and B."""
+        x_NLMD = self.features(features_NLMH)
+        change_a, change_b = [], []
+        for m, (i, o) in enumerate(self.sizes):
+            flat = self.write[m](x_NLMD[:, :, m])
+            a, b = flat.split([self.rank * i, self.rank * o], dim=-1)
+            change_a.append(a.unflatten(-1, (self.rank, i)))
+            change_b.append(b.unflatten(-1, (o, self.rank)))
+        return change_a, change_b
+
+
+class HeadM(_Head):
+    """A and B in turn from one shared matrix, cut to size: (D → R·max(I, O))."""
+
+    def __init__(
+        self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float
+    ) -> None:
+        super().__init__(
+            [rank * max(size) for size in sizes], width=width, head_size=head_size, dropout=dropout, write_parts=True
+        )
+        self.sizes, self.rank = sizes, rank
+
+    def forward(self, features_NLMH: Tensor) -> Changes:
+        """Features to changes of A and B."""
+        x_NLM2D = self.features(self.parts(features_NLMH))
+        change_a, change_b = [], []
+        for m, (i, o) in enumerate(self.sizes):
+            both = self.write[m](x_NLM2D[:, :, m])
+            change_a.append(both[:, :, 0, : self.rank * i].unflatten(-1, (self.rank, i)))
+            change_b.append(both[:, :, 1, : self.rank * o].unflatten(-1, (o, self.rank)))
+        return change_a, change_b
+
+
+class HeadS(_Head):
+    """One rank of A or of B at a time from one shared matrix, cut to size: (D → max(I, O))."""
+
+    def __init__(
+        self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float
+    ) -> None:
+        super().__init__(
+            [max(size) for size in sizes], width=width, head_size=head_size, dropout=dropout, write_parts=True
+        )
+        self.sizes, self.rank = sizes, rank
+        cos, sin = _rotary(rank, width)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, features_NLMH: Tensor) -> Changes:
+        """Features to changes of A and B."""
+        x = self.parts(features_NLMH)[..., None, :]  # (N, L, M, 2, 1, H), turned by the rank's angle below
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = torch.cat([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
+        x_NLM2RD = self.features(turned)
+        change_a, change_b = [], []
+        for m, (i, o) in enumerate(self.sizes):
+            both = self.write[m](x_NLM2RD[:, :, m])
+            change_a.append(both[:, :, 0, :, :i])
+            change_b.append(both[:, :, 1, :, :o].mT)
+        return change_a, change_b
+
+
+def _rotary(positions: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (positions, width / 2) of rotary position embedding (arXiv 2104.09864)."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(positions)[:, None] * frequency
+    return angle.cos(), angle.sin()

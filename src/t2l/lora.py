@@ -1,0 +1,63 @@
+"""LoraTensors: the A and B of one adapter, or of a batch of them, stacked over layers.
+
+Knows shapes and arithmetic. Knows no module names (position m is target m of an AdapterSpec) and no files.
+Shape letters as in `spec.py`; `…` is N for a batch and nothing for a single adapter.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoraTensors:
+    """Low-rank updates ΔW = scaling · B · A for M targets in L layers."""
+
+    a: tuple[Tensor, ...]
+    """For each target, (…, L, R, I)."""
+    b: tuple[Tensor, ...]
+    """For each target, (…, L, O, R)."""
+    scaling: float
+
+    @property
+    def batch_size(self) -> int | None:
+        """N, or None for a single adapter."""
+        return self.a[0].shape[0] if self.a[0].dim() == 4 else None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LoraTensors":
+        """The same adapter with every tensor passed through `function`."""
+        return LoraTensors(tuple(map(function, self.a)), tuple(map(function, self.b)), self.scaling)
+
+    def unbind(self) -> list["LoraTensors"]:
+        """A batch as N single adapters (views)."""
+        assert self.batch_size is not None, "only a batch of adapters can be unbound"
+        return [self.map(lambda x, n=n: x[n]) for n in range(self.batch_size)]  # type: ignore[misc]
+
+    @staticmethod
+    def stack(adapters: Sequence["LoraTensors"]) -> "LoraTensors":
+        """N single adapters of one shape as a batch."""
+        first = adapters[0]
+        assert all(x.scaling == first.scaling for x in adapters), "adapters of one batch share their scaling"
+        return LoraTensors(
+            tuple(torch.stack([x.a[m] for x in adapters]) for m in range(len(first.a))),
+            tuple(torch.stack([x.b[m] for x in adapters]) for m in range(len(first.b))),
+            first.scaling,
+        )
+
+    def select(self, rows: Tensor) -> "LoraTensors":
+        """The batch's adapters at `rows` (B,), with repeats: one adapter per sequence."""
+        return self.map(lambda x: x.index_select(0, rows))
+
+    def delta(self, m: int) -> Tensor:
+        """Dense weight update of target m: (…, L, O, I). For tests and statistics; never on a hot path."""
+        return self.scaling * (self.b[m] @ self.a[m])
+
+    def norms(self) -> list[Tensor]:
+        """Frobenius norm of ΔW for each target, (…, L), from R×R products only.
+
+        ‖BA‖² = trace(AᵀBᵀBA) = sum((BᵀB) ∘ (AAᵀ)), so nothing of size O×I is built.
+        """
+        grams = [(b.mT @ b) * (a @ a.mT) for a, b in zip(self.a, self.b, strict=True)]
+        return [self.scaling * g.sum((-2, -1)).clamp_min(0).sqrt() for g in grams]

@@ -1,0 +1,204 @@
+"""AdapterSpec: which modules of which base model an adapter changes, and in which order.
+
+Everything else takes target order, sizes and module paths from here; the order is data, saved in `spec.json`.
+Knows model configs and module paths. Knows no weights, no adapter files and no devices other than `meta`.
+
+Shape letters of this package: N descriptions (adapters) in a batch, E description-embedding size, S tokens of a
+description, H hypernetwork width, M target modules, L adapted layers, R rank, I / O in / out features of a
+target, B sequences, T tokens, V vocabulary.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from t2l.config import LoraConfig, build
+from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One kind of linear module that is adapted in every adapted layer."""
+
+    name: str
+    """Path suffix that names the module inside its layer, such as `q_proj`."""
+    path: str
+    """Full path with `{layer}` in place of the layer number, such as `model.layers.{layer}.self_attn.q_proj`."""
+    in_features: int
+    """I"""
+    out_features: int
+    """O"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """The shape of every adapter that one checkpoint writes."""
+
+    base_model: str
+    """Reference of the base model, written into adapters as `base_model_name_or_path`."""
+    model_type: str
+    """The base's `config.model_type`."""
+    num_layers: int
+    """Layers of the base, adapted or not."""
+    layers: tuple[int, ...]
+    """Adapted layers, ascending; L is their number."""
+    targets: tuple[Target, ...]
+    """Adapted modules, in the order of the hypernetwork's heads; M is their number."""
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("An adapter needs at least one target module")
+        if len({t.path for t in self.targets}) != len(self.targets):
+            raise ConfigError(f"Target modules repeat: {', '.join(t.name for t in self.targets)}")
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(f"layers must be ascending and distinct, got {list(self.layers)}")
+        if self.layers[0] < 0 or self.layers[-1] >= self.num_layers:
+            raise ConfigError(f"layers must lie in 0..{self.num_layers - 1}, got {list(self.layers)}")
+
+    @property
+    def scaling(self) -> float:
+        """Factor of B·A: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of one adapter."""
+        return len(self.layers) * sum(self.rank * (t.in_features + t.out_features) for t in self.targets)
+
+    @classmethod
+    def from_config(cls, config: "PretrainedConfig", base_model: str, lora: LoraConfig | None = None) -> "AdapterSpec":
+        """Reads module paths and sizes off the model class, built without weights on the meta device.
+
+        Args:
+            config: The base model's Transformers config.
+            base_model: Reference of the base model.
+            lora: Targets, layers, rank and scaling.
+
+        Raises:
+            SpecMismatchError: if a target matches no linear module, several in one layer, or modules of
+                different sizes in different layers.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        lora = lora or LoraConfig()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        linears = {
+            name: (module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        num_layers = int(config.get_text_config().num_hidden_layers)
+        templates = _layer_templates(linears)
+        names = tuple(sorted(templates)) if lora.targets == (ALL_LINEAR,) else lora.targets
+        layers = tuple(range(num_layers)) if lora.layers is None else lora.layers
+        return cls(
+            base_model=base_model,
+            model_type=config.model_type,
+            num_layers=num_layers,
+            layers=layers,
+            targets=tuple(_target(name, templates, linears, layers, base_model) for name in names),
+            rank=lora.rank,
+            alpha=lora.alpha,
+            use_rslora=lora.use_rslora,
+        )
+
+    def to_json(self) -> str:
+        """The spec as the text of `spec.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "spec.json") -> "AdapterSpec":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            CheckpointError: if the text is not JSON.
+            ConfigError: if keys are unknown, missing or of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{where} is not valid JSON: {error}") from error
+        return build(cls, data, where=where)
+
+    def require_same_shape(self, other: "AdapterSpec", *, this: str, that: str) -> None:
+        """Raises if two specs describe adapters that cannot stand in for each other.
+
+        Raises:
+            SpecMismatchError: naming the first difference, with both values.
+        """
+
+        def shape(spec: AdapterSpec) -> dict[str, Any]:
+            return {
+                "number of layers": spec.num_layers,
+                "adapted layers": list(spec.layers),
+                "targets (in x out)": {t.name: f"{t.in_features} x {t.out_features}" for t in spec.targets},
+                "rank": spec.rank,
+            }
+
+        mine, theirs = shape(self), shape(other)
+        for key, value in mine.items():
+            if value != theirs[key]:
+                raise SpecMismatchError(
+                    f"{this} is for {self.base_model} with {key} {value}; {that} is {other.base_model} with "
+                    f"{theirs[key]}. Generate the adapter with a checkpoint trained for {other.base_model}."
+                )
+
+
+def _layer_templates(linears: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """Maps the shortest unambiguous suffix of each linear module inside a layer to its path template."""
+    paths = sorted({re.sub(r"\.(\d+)\.", ".{layer}.", name, count=1) for name in linears if re.search(r"\.\d+\.", name)})
+    inner = {path: path.split("{layer}.", 1)[1] for path in paths}
+    by_suffix = defaultdict(list)
+    for path, rest in inner.items():
+        parts = rest.split(".")
+        for start in range(len(parts)):
+            by_suffix[".".join(parts[start:])].append(path)
+    templates = {}
+    for path, rest in inner.items():
+        parts = rest.split(".")
+        suffixes = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+        templates[next(s for s in suffixes if len(by_suffix[s]) == 1 or s == rest)] = path
+    return templates
+
+
+def _target(
+    name: str,
+    templates: dict[str, str],
+    linears: dict[str, tuple[int, int]],
+    layers: Sequence[int],
+    base_model: str,
+) -> Target:
+    matches = [path for path in templates.values() if path.endswith("." + name)]
+    if not matches:
+        known = ", ".join(sorted(templates))
+        raise SpecMismatchError(f"{base_model} has no linear module '{name}' in its layers; it has: {known}")
+    if len(matches) > 1:
+        raise SpecMismatchError(
+            f"'{name}' names {len(matches)} modules in each layer of {base_model} ({', '.join(matches)}); "
+            "give a longer suffix such as 'attn.c_proj'"
+        )
+    (path,) = matches
+    sizes = {layer: linears.get(path.format(layer=layer)) for layer in layers}
+    distinct = set(sizes.values())
+    if len(distinct) != 1 or None in distinct:
+        raise SpecMismatchError(
+            f"'{name}' of {base_model} differs from layer to layer: {sizes}. "
+            "Choose `layers` in which the module exists with one size."
+        )
+    in_features, out_features = sizes[layers[0]]  # type: ignore[misc]
+    return Target(name=name, path=path, in_features=in_features, out_features=out_features)
