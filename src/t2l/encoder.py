@@ -1,6 +1,6 @@
 """Encoders: descriptions in, numbers for the hypernetwork out. Both kinds answer to one protocol.
 
-Knows texts, tokenizers and frozen models. Knows no adapters and nothing of the hypernetwork.
+Knows texts, tokenizers and frozen models (from `models`). Knows no adapters and nothing of the hypernetwork.
 Shape letters as in `spec.py`.
 """
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2l import models
+from t2l.config import EncoderConfig
 from t2l.errors import CheckpointError, ConfigError, DescriptionError
 
 MAX_BYTES = 32_768
@@ -56,7 +58,9 @@ def check_description(text: object) -> str:
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise DescriptionError(f"The description is not valid UTF-8 (position {error.start}); re-save it as UTF-8") from error
+        raise DescriptionError(
+            f"The description is not valid UTF-8 (position {error.start}); re-save it as UTF-8"
+        ) from error
     if not text.strip():
         what = "empty" if not text else "only white space"
         raise DescriptionError(f"The description is {what}; say in a sentence or two what the task is")
@@ -65,7 +69,9 @@ def check_description(text: object) -> str:
     return text.strip()
 
 
-def tokenize(tokenizer: Any, descriptions: Sequence[str], max_tokens: int, *, prefix: Sequence[int] = ()) -> list[list[int]]:
+def tokenize(
+    tokenizer: Any, descriptions: Sequence[str], max_tokens: int, *, prefix: Sequence[int] = ()
+) -> list[list[int]]:
     """Token ids of each description, checked against the window.
 
     Raises:
@@ -186,6 +192,29 @@ class TokenEncoder:
         return Encoded(torch.cat(tapped, dim=-1) * mask[..., None], mask)
 
 
+def load_encoder(
+    config: EncoderConfig, base_model: str, *, base: tuple[Any, Any] | None = None, device: str = "cpu"
+) -> Encoder:
+    """The encoder that a config names.
+
+    Args:
+        config: Kind, model, layers and window.
+        base_model: Reference of the base model, for `model: base`.
+        base: The base model and its tokenizer, if in memory already.
+        device: Where a newly loaded encoder runs.
+
+    Raises:
+        ModelNotFoundError, DownloadError: if the model cannot be had.
+        ConfigError: if layers or window do not fit it.
+    """
+    if config.kind == "sentence":
+        return SentenceEncoder.from_folder(models.resolve(config.model), max_tokens=config.max_tokens, device=device)
+    if config.model != "base":
+        base, base_model = None, config.model
+    model, tokenizer = base or (models.load_causal_lm(base_model, device=device), models.load_tokenizer(base_model))
+    return TokenEncoder(model, tokenizer, layers=config.layers, max_tokens=config.max_tokens)
+
+
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -203,7 +232,9 @@ def _sentence_modules(folder: Path) -> tuple[str, bool]:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
             settings = _json(folder / module["path"] / "config.json")
-            modes = [k.removeprefix("pooling_mode_") for k, v in settings.items() if k.startswith("pooling_mode_") and v]
+            modes = [
+                k.removeprefix("pooling_mode_") for k, v in settings.items() if k.startswith("pooling_mode_") and v
+            ]
             names = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken"}
             if len(modes) != 1 or modes[0] not in names:
                 raise ConfigError(f"{folder.name} pools by {modes}; known are {', '.join(names)}")

@@ -36,7 +36,12 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(f"Cannot write to {path.parent}: {error.strerror}") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        # As any new file would be; temporary folders and safetensors files start out private to their owner.
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)
+        temporary.chmod(0o777 & ~mask)
         if path.exists():
             doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, doomed / "old")
@@ -97,7 +102,9 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
                 _compare(path, found, expected)
             tensors = {name: file.get_tensor(name) for name in found}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); fetch or write it again"
+        ) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinite values")

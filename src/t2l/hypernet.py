@@ -306,9 +306,7 @@ class _Head(nn.Module):
 class HeadL(_Head):
     """A and B of a target and layer from one matrix: (D → R·(I + O))."""
 
-    def __init__(
-        self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float
-    ) -> None:
+    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__([rank * (i + o) for i, o in sizes], width=width, head_size=head_size, dropout=dropout)
         self.sizes, self.rank = sizes, rank
 
@@ -327,9 +325,7 @@ class HeadL(_Head):
 class HeadM(_Head):
     """A and B in turn from one shared matrix, cut to size: (D → R·max(I, O))."""
 
-    def __init__(
-        self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float
-    ) -> None:
+    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__(
             [rank * max(size) for size in sizes], width=width, head_size=head_size, dropout=dropout, write_parts=True
         )
@@ -349,9 +345,7 @@ class HeadM(_Head):
 class HeadS(_Head):
     """One rank of A or of B at a time from one shared matrix, cut to size: (D → max(I, O))."""
 
-    def __init__(
-        self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float
-    ) -> None:
+    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__(
             [max(size) for size in sizes], width=width, head_size=head_size, dropout=dropout, write_parts=True
         )

@@ -275,6 +275,26 @@ def resolve_config(ref: str, *, progress: bool = True) -> Path:
     return folder
 
 
+def resolve_checkpoint(ref: str, *, progress: bool = True) -> Path:
+    """Turn the reference of a t2l checkpoint into a local folder; what is in it, `t2l.checkpoint` judges.
+
+    Args:
+        ref: A local folder or a Hub id, see `parse`.
+        progress: As in `resolve`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelNotFoundError: The reference leads nowhere.
+        DownloadError: The network failed.
+    """
+    parsed = parse(ref)
+    if parsed.kind == "hub":
+        return _snapshot(parsed, ("*.safetensors", "*.json"), progress=progress)
+    return _local_folder(parsed, progress=progress)
+
+
 def is_cached(ref: str) -> bool:
     """Say whether `resolve` would succeed without network and without converting anything.
 

@@ -161,7 +161,9 @@ class AdapterSpec:
 
 def _layer_templates(linears: dict[str, tuple[int, int]]) -> dict[str, str]:
     """Maps the shortest unambiguous suffix of each linear module inside a layer to its path template."""
-    paths = sorted({re.sub(r"\.(\d+)\.", ".{layer}.", name, count=1) for name in linears if re.search(r"\.\d+\.", name)})
+    paths = sorted(
+        {re.sub(r"\.(\d+)\.", ".{layer}.", name, count=1) for name in linears if re.search(r"\.\d+\.", name)}
+    )
     inner = {path: path.split("{layer}.", 1)[1] for path in paths}
     by_suffix = defaultdict(list)
     for path, rest in inner.items():

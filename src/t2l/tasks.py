@@ -89,9 +89,7 @@ def data_dir() -> Path:
     return folder
 
 
-def load_sni(
-    names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: Path | None = None
-) -> list[Task]:
+def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: Path | None = None) -> list[Task]:
     """Reads packed Super-NaturalInstructions tasks.
 
     Args:

@@ -186,10 +186,6 @@ def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int
         fitting = tuple(text for text in task.descriptions if lengths[text] <= max_tokens)
         dropped += len(task.descriptions) - len(fitting)
         if not fitting:
-            shortest = min((lengths[text] for text in task.descriptions), default=0)
-            raise DataError(
-                f"Task {task.name} has no description within the encoder's window of {max_tokens} tokens "
-                f"(its shortest has {shortest}); shorten one or raise encoder.max_tokens"
-            )
+            continue
         kept.append(replace(task, descriptions=fitting))
     return kept, dropped

@@ -22,7 +22,7 @@ from t2l import models
 from t2l.apply import LiveAdapters, live
 from t2l.checkpoint import load_checkpoint, save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, to_plain
-from t2l.encoder import Encoded, Encoder, SentenceEncoder, TokenEncoder, tokenize
+from t2l.encoder import Encoded, Encoder, load_encoder, tokenize
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.files import new_folder, read_json, read_tensors
 from t2l.hypernet import Hypernet
@@ -132,16 +132,6 @@ class DescriptionBank:
         return Encoded(self.states[where].float() * mask[..., None], mask)
 
 
-def load_encoder(config: EncoderConfig, base: Any, tokenizer: Any, device: torch.device) -> Encoder:
-    """The encoder that a config names; `base` and its tokenizer serve where it reads the base's own states."""
-    if config.kind == "sentence":
-        folder = models.resolve(config.model)
-        return SentenceEncoder.from_folder(folder, max_tokens=config.max_tokens, device=device)
-    if config.model != "base":
-        base, tokenizer = models.load_causal_lm(config.model, device=str(device)), models.load_tokenizer(config.model)
-    return TokenEncoder(base, tokenizer, layers=config.layers, max_tokens=config.max_tokens)
-
-
 # --------------------------------------------------------------------------------------------------- one step
 
 
@@ -193,7 +183,9 @@ class Trainer:
         """(loss, losses (B, A), hits (B, A)) of a batch; `descriptions` replaces the adapters' own."""
         encoded = self.bank[batch.descriptions if descriptions is None else descriptions]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            lora = self.write(encoded.states, encoded.mask)
+            # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
+            write = self.write if self.hypernet.training else self.hypernet
+            lora = write(encoded.states, encoded.mask).map(Tensor.contiguous)
             losses, hits = self.losses(*batch[:5], lora.a, lora.b, lora.scaling)
         return (losses * batch.weights).sum(), losses, hits
 
@@ -356,7 +348,7 @@ def train(
 
     tokenizer = models.load_tokenizer(config.base)
     base = models.load_causal_lm(config.base, device=str(chosen))
-    encoder = load_encoder(config.encoder, base, tokenizer, chosen)
+    encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(chosen))
     data = prepare_data(config, tokenizer, lambda texts: _token_counts(encoder, texts))
     log(f"data: {json.dumps(data.summary)}")
     bank = DescriptionBank(encoder, data.texts)
@@ -506,7 +498,9 @@ def _open_run(config: SftConfig, run: Path, *, resume: bool) -> int:
     before = read_json(run / "config.json")
     changed = _differences(before, plain)
     if changed:
-        raise TrainingError(f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder")
+        raise TrainingError(
+            f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
+        )
     step = read_json(run / "state" / "state.json")["step"]
     assert isinstance(step, int)
     if step >= config.train.steps:
@@ -576,9 +570,15 @@ def _token_counts(encoder: Encoder, texts: list[str]) -> list[int]:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("t2l", "torch", "transformers")}
+    found = {}
+    for name in ("t2l", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # t2l itself, run from a source tree that is not installed
+            found[name] = "not installed"
+    return found
 
 
 def _card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:

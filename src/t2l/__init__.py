@@ -1,0 +1,22 @@
+"""Text-to-LoRA: describe a task in plain language, get a LoRA adapter for a language model in one forward pass."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t2l.apply import applied as applied
+    from t2l.generate import Adapter as Adapter
+    from t2l.generate import TextToLora as TextToLora
+
+__version__ = "0.1.0"
+__all__ = ["Adapter", "TextToLora", "applied"]
+
+_HOMES = {"Adapter": "t2l.generate", "TextToLora": "t2l.generate", "applied": "t2l.apply"}
+
+
+def __getattr__(name: str) -> Any:
+    # Public names load on first use, so that `t2l --help` and `import t2l` do not import torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 't2l' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
