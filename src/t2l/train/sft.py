@@ -175,13 +175,15 @@ class Trainer:
     write: Callable[[Tensor, Tensor | None], LoraTensors]
     """The hypernetwork, compiled or not."""
     losses: Callable[..., tuple[Tensor, Tensor]]
-    bank: DescriptionBank
+    bank: DescriptionBank | None
+    """None where the hypernetwork reads no description."""
     optimizer: torch.optim.Optimizer
     device: torch.device
 
     def forward(self, batch: Batch, descriptions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, losses (B, A), hits (B, A)) of a batch; `descriptions` replaces the adapters' own."""
-        encoded = self.bank[batch.descriptions if descriptions is None else descriptions]
+        chosen = batch.descriptions if descriptions is None else descriptions
+        encoded = Encoded(chosen[:, None]) if self.bank is None else self.bank[chosen]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
             write = self.write if self.hypernet.training else self.hypernet
@@ -269,8 +271,10 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Callable[[list[str]
     train, validation = load_tasks(config.data)
     texts = sorted({text for task in (*train, *validation) for text in task.descriptions})
     counts = dict(zip(texts, lengths(texts), strict=True))
-    train, dropped = without_long(train, counts, config.encoder.max_tokens)
-    validation, _ = without_long(validation, counts, config.encoder.max_tokens)
+    train, lost, dropped = without_long(train, counts, config.encoder.max_tokens)
+    validation, _, _ = without_long(validation, counts, config.encoder.max_tokens)
+    if not train:
+        raise DataError(f"No task has a description within encoder.max_tokens ({config.encoder.max_tokens})")
     texts = sorted({text for task in (*train, *validation) for text in task.descriptions})
     index = {text: i for i, text in enumerate(texts)}
 
@@ -306,6 +310,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Callable[[list[str]
         "examples": sum(len(task.examples["train"]) for task in train),
         "descriptions": sum(len(kept) for kept, _ in held_out.values()),
         "descriptions_over_window": dropped,
+        "tasks_without_description_in_window": lost,
     }
     return RunData(texts, batches, judged, summary)
 
@@ -342,7 +347,7 @@ def train(
     """
     started = time.monotonic()
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    first_step = _open_run(config, run, resume=resume)
+    first_step = _first_step(config, run, resume=resume)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
 
@@ -351,18 +356,21 @@ def train(
     encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(chosen))
     data = prepare_data(config, tokenizer, lambda texts: _token_counts(encoder, texts))
     log(f"data: {json.dumps(data.summary)}")
-    bank = DescriptionBank(encoder, data.texts)
-    log(f"{len(data.texts)} descriptions encoded after {time.monotonic() - started:.0f} s")
+    bank = None if config.hypernet.variant == "none" else DescriptionBank(encoder, data.texts)
+    log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} descriptions")
     if chosen.type == "cuda":
         base = base.to(torch.bfloat16)
 
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
-    hypernet = Hypernet(spec, embedding_size=bank.width, kind=bank.kind, config=config.hypernet)
+    hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
     if config.train.offset_from:
         _load_offset(hypernet, Path(config.train.offset_from))
     hypernet.to(chosen).train()
     optimizer = _optimizer(hypernet, config.train, chosen)
-    if resume:
+    if not resume:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n", encoding="utf-8")
+    else:
         load_state(run / "state", hypernet, optimizer)
         log(f"resumed at step {first_step} of {config.train.steps}")
 
@@ -385,7 +393,7 @@ def train(
     }
     saved = settings(
         provenance,
-        embedding_size=bank.width,
+        embedding_size=encoder.embedding_size,
         encoder=config.encoder,
         encoder_revision=models.fingerprint(config.base if config.encoder.model == "base" else config.encoder.model),
         hypernet=config.hypernet,
@@ -484,14 +492,12 @@ def exact_match(batch: Batch, hits: Tensor) -> float:
 # ------------------------------------------------------------------------------------- saving and resuming
 
 
-def _open_run(config: SftConfig, run: Path, *, resume: bool) -> int:
-    """Makes or checks the run's folder; returns the first step."""
+def _first_step(config: SftConfig, run: Path, *, resume: bool) -> int:
+    """Checks the run's folder before anything is loaded; returns the step to begin with."""
     plain = to_plain(config)
     if not resume:
         if run.exists() and any(run.iterdir()):
             raise TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         return 0
     if not (run / "state" / "state.json").exists():
         raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
