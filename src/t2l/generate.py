@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from t2l import models, peft_io
+from t2l import __version__, models, peft_io
 from t2l.checkpoint import Checkpoint, load_checkpoint
 from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, load_encoder
@@ -65,7 +65,8 @@ class Adapter:
             f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\ntags:\n- lora\n- text-to-lora\n---\n\n"
             f"# LoRA adapter written from a description\n\n{quoted}\n\n"
             f"For {self.spec.base_model}: rank {self.spec.rank}, alpha {self.spec.alpha:g}, targets {targets}, "
-            f"{self.spec.num_parameters:,} parameters. No example of the task was seen; judge it before relying on it.\n\n"
+            f"{self.spec.num_parameters:,} parameters. Written without seeing an example of the task; judge it before "
+            f"relying on it.\n\n"
             f"| | |\n| --- | --- |\n{facts}\n"
         )
 
@@ -153,10 +154,13 @@ class TextToLora:
             "checkpoint": self.reference,
             "hypernetwork sha256": self.config.weights_sha256,
             "training seed": str(self.config.training.get("seed", "unknown")),
-            "t2l": metadata.version("t2l"),
-            "torch": torch.__version__,
-            "transformers": metadata.version("transformers"),
+            **self.versions(),
         }
+
+    @staticmethod
+    def versions() -> dict[str, str]:
+        """Versions that can change a result."""
+        return {"t2l": __version__, "torch": torch.__version__, "transformers": metadata.version("transformers")}
 
 
 def checkpoint_folder(reference: str) -> Path:

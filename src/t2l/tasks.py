@@ -141,6 +141,14 @@ def _descriptions(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.strip() for text in found if text and text.strip()))
 
 
+def held_out_descriptions(task: Task, number: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(for training, held out): the last `number` paraphrases are never trained on, if enough others remain."""
+    keep = len(task.descriptions) - number
+    if number == 0 or keep < 2 * number:
+        return task.descriptions, ()
+    return task.descriptions[:keep], task.descriptions[keep:]
+
+
 def load_jsonl(path: Path) -> list[Task]:
     """Reads a user's own tasks, one example a line.
 

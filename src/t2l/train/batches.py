@@ -167,14 +167,6 @@ def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def split_descriptions(task: Task, hold_out: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(for training, held out): the last `hold_out` paraphrases are never trained on, if enough others remain."""
-    keep = len(task.descriptions) - hold_out
-    if hold_out == 0 or keep < 2 * hold_out:
-        return task.descriptions, ()
-    return task.descriptions[:keep], task.descriptions[keep:]
-
-
 def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int) -> tuple[list[Task], list[str], int]:
     """Leaves out the descriptions that exceed the encoder's window, and the tasks that then have none.
 

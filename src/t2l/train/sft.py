@@ -28,8 +28,8 @@ from t2l.files import new_folder, read_json, read_tensors
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.tasks import Task, load_jsonl, load_sni, load_splits, require_trainable
-from t2l.train.batches import Batch, Batches, Pool, split_descriptions, without_long
+from t2l.tasks import Task, held_out_descriptions, load_jsonl, load_sni, load_splits, require_trainable
+from t2l.train.batches import Batch, Batches, Pool, without_long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +281,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Callable[[list[str]
     def pool(task: Task, split: str, descriptions: Sequence[str]) -> Pool:
         return Pool(task.name, task.examples[split], tuple(index[text] for text in descriptions))
 
-    held_out = {task.name: split_descriptions(task, config.data.held_out_descriptions) for task in train}
+    held_out = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
     common = {
         "rows": config.train.tasks_per_step,
         "tokens": config.train.sequence_tokens,
@@ -591,7 +591,8 @@ def _card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
     targets = ", ".join(t.name for t in spec.targets)
     return (
         f"# Text-to-LoRA hypernetwork for {spec.base_model}\n\n"
-        f"Reads a task description and writes a LoRA adapter (rank {spec.rank}, alpha {spec.alpha:g}, targets {targets}).\n\n"
-        f"Trained for {provenance['steps']} of {provenance['planned_steps']} steps on {provenance['data']['tasks']} tasks, "
-        f"seed {provenance['seed']}. All settings stand in `config.json`.\n"
+        f"Reads a task description and writes a LoRA adapter: rank {spec.rank}, alpha {spec.alpha:g}, "
+        f"targets {targets}.\n\n"
+        f"Trained for {provenance['steps']} of {provenance['planned_steps']} steps on "
+        f"{provenance['data']['tasks']} tasks, seed {provenance['seed']}. All settings stand in `config.json`.\n"
     )
