@@ -103,7 +103,7 @@ def judge(
         t2l: The hypernetwork that is judged.
         multitask: A checkpoint of variant `none` for the same base.
         questions: What is asked.
-        out: JSONL file; it holds no inputs and no right answers of the data, only what the models said.
+        out: JSONL file; it holds no texts of the data (hashes in their place), only what the models said.
         base: The base model and its tokenizer.
         seed: What the questions were drawn with, for the record.
         batch_size: Sequences at a time, one adapter each.
@@ -134,9 +134,11 @@ def judge(
                     "description_in_prompt": in_prompt,
                     "task": question.task,
                     "id": question.example.id,
-                    "adapter_description": adapter.description if adapter and kind != "multi-task" else None,
+                    "adapter_description_sha256": _short_hash(adapter.description)
+                    if adapter and kind != "multi-task"
+                    else None,
                     "adapter_id": adapter_id(adapter) if adapter else None,
-                    "prompt_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+                    "prompt_sha256": _short_hash(text),
                     "answer": answer,
                     "exact_match": exact_match(answer, question.example.outputs),
                     "seed": seed,
@@ -164,6 +166,10 @@ def _adapter(kind: str, question: Question, written: dict[str, Adapter], shared:
         return shared
     texts = {"right": question.description, "wrong": question.wrong_description, "random": question.random_text}
     return written[texts[kind]]
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def adapter_id(adapter: Adapter) -> str:
