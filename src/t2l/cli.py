@@ -120,13 +120,7 @@ def generate(
     description: Annotated[list[str] | None, typer.Argument(metavar="DESCRIPTION", show_default=False)] = None,
     from_file: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            allow_dash=True,
-            help="One description per line; blank lines are skipped; - reads standard input.",
-        ),
+        typer.Option(metavar="FILE", help="One description per line, blank lines skipped; - is standard input."),
     ] = None,
     checkpoint: CheckpointOption = DEFAULT,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
@@ -204,6 +198,8 @@ def _slug(text: str) -> str:
 
 def _lines(path: Path, what: str) -> list[str]:
     """The lines of a file (`-` is standard input) that are not blank."""
+    if str(path) != "-" and (path.is_dir() or not path.exists()):
+        raise typer.BadParameter(f"there is no file {path}")
     name = "standard input" if str(path) == "-" else str(path)
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
@@ -270,7 +266,7 @@ def run(
     inputs: Annotated[list[str] | None, typer.Option("--input", metavar="TEXT", help="May be repeated.")] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, allow_dash=True, help="One input per line."),
+        typer.Option(metavar="FILE", help="One input per line, blank lines skipped; - is standard input."),
     ] = None,
     checkpoint: CheckpointOption = DEFAULT,
     adapter: Annotated[

