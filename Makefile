@@ -53,4 +53,4 @@ lint: setup
 
 clean:
 	rm -rf .venv demo-out build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
-	find src scripts tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

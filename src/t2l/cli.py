@@ -660,7 +660,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "hardware": _hardware(),
         "cache": _cache(problems),
         "checkpoints": _checkpoints(problems),
-        "T2L_DATA": os.environ.get("T2L_DATA") or "not set (only training on Super-NaturalInstructions needs it)",
+        "training_data": _training_data(),
     }
     if as_json:
         _print_json(report | {"problems": problems})
@@ -746,6 +746,14 @@ def _checkpoints(problems: list[str]) -> dict[str, Any]:
         report[DEFAULT] = "missing"
         problems.append(f"{DEFAULT} is not part of this installation; give --checkpoint, or install t2l again")
     return report
+
+
+def _training_data() -> str:
+    value = os.environ.get("T2L_DATA")
+    if not value:
+        return "T2L_DATA is not set; only training on Super-NaturalInstructions needs it"
+    present = (Path(value) / "sni_tasks.parquet").is_file()
+    return f"T2L_DATA={value}" + ("" if present else ", which holds no sni_tasks.parquet")
 
 
 def _state_of(folder: Path) -> str:
