@@ -75,7 +75,8 @@ def applied(
 
     Raises:
         SpecMismatchError: if the adapters are for another base, or differ in shape among themselves.
-        AdapterNotAppliedError: in the forward pass, if the batch has another number of sequences.
+        AdapterNotAppliedError: if there is no adapter or `rows` names none; in the forward pass, if the batch has
+            another number of sequences.
     """
     listed = list(adapters) if isinstance(adapters, Sequence) else [adapters]
     if not listed:
@@ -88,6 +89,9 @@ def applied(
     else:
         lora = LoraTensors.stack([x.lora for x in listed])
         if rows is not None:
+            unknown = [row for row in rows if not 0 <= row < len(listed)]
+            if unknown:
+                raise AdapterNotAppliedError(f"`rows` names row {unknown[0]} of {len(listed)} adapters, counted from 0")
             lora = lora.select(torch.tensor(rows, device=lora.a[0].device))
     parameter = next(model.parameters())
     lora = lora.map(lambda x: x.to(parameter.device, parameter.dtype))

@@ -33,6 +33,10 @@ class CheckpointError(T2LError, ValueError):
     """A checkpoint or adapter file is damaged, tampered with, pickled or of another format."""
 
 
+class TensorMismatchError(CheckpointError):
+    """A sound tensor file holds other names or shapes than expected."""
+
+
 class OutputError(T2LError, OSError):
     """An output folder or file cannot be written, or exists already."""
 

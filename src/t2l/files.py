@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2l.errors import CheckpointError, OutputError
+from t2l.errors import CheckpointError, OutputError, TensorMismatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,8 +114,10 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
 def _refuse_pickle(path: Path) -> None:
     """By content, not by suffix: zip archives (torch.save) and bare pickles."""
     with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        start = file.read(9)
+    # A safetensors file starts with its header's length, whose bytes may read like either; then comes the header's {.
+    looks_pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if looks_pickled and start[8:] != b"{":
         raise CheckpointError(f"{path} is a pickle, which could run code when read; only safetensors are read")
 
 
@@ -124,10 +126,10 @@ def _compare(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping
     if missing or extra:
         parts = [f"lacks {', '.join(missing[:3])}" * bool(missing), f"has unknown {', '.join(extra[:3])}" * bool(extra)]
         count = f"{len(missing)} missing, {len(extra)} unknown tensors"
-        raise CheckpointError(f"{path} {' and '.join(filter(None, parts))} ({count})")
+        raise TensorMismatchError(f"{path} {' and '.join(filter(None, parts))} ({count})")
     for name, shape in expected.items():
         if found[name] != tuple(shape):
-            raise CheckpointError(f"{path}: tensor {name} has shape {found[name]}, expected {tuple(shape)}")
+            raise TensorMismatchError(f"{path}: tensor {name} has shape {found[name]}, expected {tuple(shape)}")
 
 
 def read_json(path: Path) -> dict[str, object]:

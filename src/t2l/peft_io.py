@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from t2l.errors import CheckpointError, SpecMismatchError
+from t2l.errors import CheckpointError, SpecMismatchError, TensorMismatchError
 from t2l.files import new_folder, read_json, read_tensors
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
@@ -126,8 +126,6 @@ def load_adapter(folder: Path, spec: AdapterSpec) -> LoraTensors:
             expected[_key(target, layer, "B")] = (target.out_features, spec.rank)
     try:
         state = read_tensors(folder / WEIGHTS, expected)
-    except CheckpointError as error:
-        if "shape" in str(error) or "lacks" in str(error):
-            raise SpecMismatchError(f"The adapter does not fit {spec.base_model}: {error}") from error
-        raise
+    except TensorMismatchError as error:
+        raise SpecMismatchError(f"The adapter does not fit {spec.base_model}: {error}") from error
     return from_state_dict({k: v.float() for k, v in state.items()}, spec)

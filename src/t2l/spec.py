@@ -63,10 +63,7 @@ class AdapterSpec:
             raise ConfigError(f"Target modules repeat: {', '.join(t.name for t in self.targets)}")
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, got {self.rank}")
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ConfigError(f"layers must be ascending and distinct, got {list(self.layers)}")
-        if self.layers[0] < 0 or self.layers[-1] >= self.num_layers:
-            raise ConfigError(f"layers must lie in 0..{self.num_layers - 1}, got {list(self.layers)}")
+        _check_layers(self.layers, self.num_layers)
 
     @property
     def scaling(self) -> float:
@@ -90,6 +87,7 @@ class AdapterSpec:
         Raises:
             SpecMismatchError: if a target matches no linear module, several in one layer, or modules of
                 different sizes in different layers.
+            ConfigError: if layers are not ascending or the model does not have them.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -106,6 +104,7 @@ class AdapterSpec:
         templates = _layer_templates(linears)
         names = tuple(sorted(templates)) if lora.targets == (ALL_LINEAR,) else lora.targets
         layers = tuple(range(num_layers)) if lora.layers is None else lora.layers
+        _check_layers(layers, num_layers)
         return cls(
             base_model=base_model,
             model_type=config.model_type,
@@ -113,7 +112,7 @@ class AdapterSpec:
             layers=layers,
             targets=tuple(_target(name, templates, linears, layers, base_model) for name in names),
             rank=lora.rank,
-            alpha=lora.alpha,
+            alpha=float(lora.alpha),  # as JSON gives it back, so that a spec read again is the same text
             use_rslora=lora.use_rslora,
         )
 
@@ -148,6 +147,7 @@ class AdapterSpec:
                 "adapted layers": list(spec.layers),
                 "targets (in x out)": {t.name: f"{t.in_features} x {t.out_features}" for t in spec.targets},
                 "rank": spec.rank,
+                "scaling": spec.scaling,
             }
 
         mine, theirs = shape(self), shape(other)
@@ -157,6 +157,13 @@ class AdapterSpec:
                     f"{this} is for {self.base_model} with {key} {value}; {that} is {other.base_model} with "
                     f"{theirs[key]}. Generate the adapter with a checkpoint trained for {other.base_model}."
                 )
+
+
+def _check_layers(layers: Sequence[int], num_layers: int) -> None:
+    if not layers or list(layers) != sorted(set(layers)):
+        raise ConfigError(f"layers must be ascending and distinct, got {list(layers)}")
+    if layers[0] < 0 or layers[-1] >= num_layers:
+        raise ConfigError(f"layers must lie in 0..{num_layers - 1}, got {list(layers)}")
 
 
 def _layer_templates(linears: dict[str, tuple[int, int]]) -> dict[str, str]:

@@ -161,7 +161,8 @@ def load_jsonl(path: Path) -> list[Task]:
     descriptions: dict[str, dict[str, None]] = {}
     examples: dict[str, dict[str, list[Example]]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read tasks from {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -183,8 +184,10 @@ def load_jsonl(path: Path) -> list[Task]:
             raise DataError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
         outputs = [row["output"]] if isinstance(row["output"], str) else row["output"]
         texts = [row["description"]] if isinstance(row["description"], str) else row["description"]
-        if not outputs or not all(isinstance(o, str) and o.strip() for o in outputs):
+        if not isinstance(outputs, list) or not outputs or not all(isinstance(o, str) and o.strip() for o in outputs):
             raise DataError(f"{where}: output must be text or a list of texts, none of them blank")
+        if not isinstance(texts, list) or not texts:
+            raise DataError(f"{where}: description must be text or a list of texts")
         if not isinstance(row["input"], str) or not isinstance(row["task"], str):
             raise DataError(f"{where}: task and input must be text")
         try:

@@ -1,0 +1,238 @@
+"""Tiny real models, built in memory: a Llama base with grouped-query attention, a BERT sentence encoder, tokenizers.
+
+Weights are drawn wide (0.3), so that a change anywhere shows in the outputs.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from t2l.checkpoint import save_checkpoint, settings
+from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
+from t2l.hypernet import Hypernet
+from t2l.lora import LoraTensors
+from t2l.models import fingerprint
+from t2l.spec import AdapterSpec
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # on matrices this small, threads that wait for one another only cost time
+
+
+def make_config(**changes: Any) -> LlamaConfig:
+    """Three layers of width 32; k and v are half as wide as q. Ids as in `make_tokenizer`."""
+    values: dict[str, Any] = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return LlamaConfig(**(values | changes))
+
+
+def make_base(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def make_tokenizer(specials: tuple[str, ...] = ("<s>", "</s>", "<pad>")) -> PreTrainedTokenizerFast:
+    """One token a byte, so any text can be encoded and lengths are easy to count."""
+    vocab = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if "[CLS]" in specials:
+        pairs = [(name, vocab[name]) for name in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pairs)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", model_max_length=128
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> LlamaConfig:
+    return make_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_config: LlamaConfig) -> LlamaForCausalLM:
+    return make_base(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_folder(
+    tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny base as a local model reference."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-base"
+    tiny_base.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_sentence_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes tiny BERT folders as sentence-transformers lays them out."""
+
+    def make(
+        pooling: str = "mean_tokens", *, normalize: bool = True, extra: tuple[str, ...] = (), window: int = 120
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("encoders") / "tiny-bert"
+        config = BertConfig(
+            vocab_size=264,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            BertModel(config).save_pretrained(folder)
+        make_tokenizer(("[CLS]", "[SEP]", "[PAD]")).save_pretrained(folder)
+        kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else []), *extra]
+        paths = [f"{i}_{kind}" if i else "" for i, kind in enumerate(kinds)]
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": window}))
+        (folder / "1_Pooling").mkdir()
+        modes = dict.fromkeys(("cls_token", "mean_tokens", "max_tokens", "lasttoken"), False) | {pooling: True}
+        plain = {"word_embedding_dimension": 32} | {f"pooling_mode_{k}": v for k, v in modes.items()}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(plain))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sentence_folder(make_sentence_folder: Callable[..., Path]) -> Path:
+    """The tiny BERT with mean pooling and normalisation."""
+    return make_sentence_folder()
+
+
+def random_lora(spec: AdapterSpec, seed: int = 0, size: float = 0.3) -> LoraTensors:
+    """A single adapter whose effect is plain to see."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return size * torch.randn(len(spec.layers), *shape, generator=generator)
+
+    return LoraTensors(
+        tuple(draw(spec.rank, t.in_features) for t in spec.targets),
+        tuple(draw(t.out_features, spec.rank) for t in spec.targets),
+        spec.scaling,
+    )
+
+
+def make_hypernet(
+    spec: AdapterSpec,
+    *,
+    kind: str = "sentence",
+    embedding_size: int = 32,
+    seed: int = 0,
+    randomise: bool = True,
+    **config: Any,
+) -> Hypernet:
+    """A small hypernetwork in evaluation mode, its zero-initialised weights filled so that adapters differ by text."""
+    values: dict[str, Any] = {"variant": "L", "width": 24, "head_size": 16, "token_blocks": 2, "attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        hypernet = Hypernet(spec, embedding_size=embedding_size, kind=kind, config=HypernetConfig(**(values | config)))
+        if randomise:
+            randomise_head(hypernet)
+    return hypernet.eval()
+
+
+def randomise_head(hypernet: Hypernet, size: float = 0.2) -> None:
+    """Stands in for training: every matrix that starts at zero gets small random numbers."""
+    assert hypernet.head is not None
+    with torch.no_grad():
+        for linear in hypernet.head.write:
+            linear.weight.normal_(std=size)
+        for b in hypernet.offset.b:
+            b.normal_(std=size)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(base_folder: Path, tiny_config: LlamaConfig) -> Callable[..., Path]:
+    """Saves a checkpoint for the tiny base with a randomised head; `encoder` is a folder or 'base'."""
+
+    def make(
+        folder: Path,
+        *,
+        encoder: str = "base",
+        dtype: torch.dtype = torch.float32,
+        spec: AdapterSpec | None = None,
+        revision: str | None = None,
+        **hypernet_config: Any,
+    ) -> Path:
+        spec = spec or AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
+        if encoder == "base":
+            encoder_config = EncoderConfig(kind="tokens", model="base", layers=(1, 3), max_tokens=96)
+        else:
+            encoder_config = EncoderConfig(kind="sentence", model=encoder, max_tokens=96)
+        embedding_size = 64 if encoder == "base" else 32
+        hypernet = make_hypernet(spec, kind=encoder_config.kind, embedding_size=embedding_size, **hypernet_config)
+        values: dict[str, Any] = {"variant": "L", "width": 24, "head_size": 16, "token_blocks": 2, "attention_heads": 4}
+        config = settings(
+            {"seed": 7},
+            embedding_size=embedding_size,
+            encoder=encoder_config,
+            encoder_revision=revision or fingerprint(str(base_folder) if encoder == "base" else encoder),
+            hypernet=HypernetConfig(**(values | hypernet_config)),
+            prompt=PromptConfig(),
+        )
+        save_checkpoint(folder, hypernet, spec, config, card="A tiny checkpoint.\n", dtype=dtype)
+        return folder
+
+    return make
+
+
+DESCRIPTIONS = (
+    "Translate the sentence into French.",
+    "Say whether the review is positive or negative; answer with one word.",
+    "Add the two numbers.",
+    "Résumé: write a one-line summary — in German.",
+)
