@@ -155,6 +155,8 @@ class Batches(Dataset):
             num_workers=workers,
             pin_memory=pin,
             prefetch_factor=4 if workers else None,
+            # Its own, or making a loader would advance the global one: a resumed run would draw other dropout.
+            generator=torch.Generator(),
             worker_init_fn=_quiet_worker if workers else None,
         )
 

@@ -60,8 +60,13 @@ class TrainConfig:
     """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
-    offset_from: str | None = None
-    """Checkpoint whose offset (a multi-task LoRA) this run starts from."""
+    contrast: float = 0.0
+    """Weight of a hinge on the steering margin: with another task's description, and the same prompt, the answers
+    should cost `contrast_margin` more than with the right one. Doubles the rows of a step."""
+    contrast_margin: float = 2.0
+    """In nats per answer token."""
+    start_from: str | None = None
+    """Checkpoint to start from: of a multi-task LoRA (variant `none`) the offset, of a hypernetwork everything."""
     compile: bool = False
     """Compile the base model's step: a minute at the start, then much faster on a GPU."""
     workers: int = 0
@@ -180,16 +185,39 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     device: torch.device
 
-    def forward(self, batch: Batch, descriptions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, losses (B, A), hits (B, A)) of a batch; `descriptions` replaces the adapters' own."""
-        chosen = batch.descriptions if descriptions is None else descriptions
-        encoded = Encoded(chosen[:, None]) if self.bank is None else self.bank[chosen]
+    def forward(self, batch: Batch, descriptions: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and hits, (B, A) each, of a batch under the adapters of `descriptions` (B,)."""
+        encoded = Encoded(descriptions[:, None]) if self.bank is None else self.bank[descriptions]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
             write = self.write if self.hypernet.training else self.hypernet
             lora = write(encoded.states, encoded.mask).map(Tensor.contiguous)
-            losses, hits = self.losses(*batch[:5], lora.a, lora.b, lora.scaling)
-        return (losses * batch.weights).sum(), losses, hits
+            return self.losses(*batch[:5], lora.a, lora.b, lora.scaling)
+
+    def compare(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`forward` with the right and with another task's descriptions; the prompts are the same in both.
+
+        Rows are tasks in shuffled order, so the next row's description is another task's. One pass of twice the rows
+        where training does the same, so that there is one compiled shape.
+        """
+        others = batch.descriptions.roll(1)
+        if not self.config.train.contrast:
+            return self.forward(batch, batch.descriptions), self.forward(batch, others)
+        twice = Batch(*(torch.cat([x, x]) if x.dim() else x for x in batch))
+        losses, hits = self.forward(twice, torch.cat([batch.descriptions, others]))
+        (right, wrong), (right_hits, wrong_hits) = losses.chunk(2), hits.chunk(2)
+        return (right, right_hits), (wrong, wrong_hits)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The training loss: mean over rows, over a row's documents, over a document's answer tokens."""
+        train = self.config.train
+        if not train.contrast:
+            return (self.forward(batch, batch.descriptions)[0] * batch.weights).sum()
+        (right, _), (wrong, _) = self.compare(batch)
+        share = batch.weights.sum(1).clamp_min(1e-12)
+        right, wrong = (right * batch.weights).sum(1), (wrong * batch.weights).sum(1)
+        hinge = F.relu(train.contrast_margin - (wrong - right) / share)
+        return right.sum() + train.contrast * (hinge * batch.weights.sum(1)).sum()
 
     def step(self, batch: Batch, step: int) -> tuple[float, float]:
         """One optimiser step; returns loss and gradient norm.
@@ -199,7 +227,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, self.config.train)
-        loss, _, _ = self.forward(batch)
+        loss = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.hypernet.parameters(), self.config.train.max_gradient_norm)
@@ -363,8 +391,8 @@ def train(
 
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
     hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
-    if config.train.offset_from:
-        _load_offset(hypernet, Path(config.train.offset_from))
+    if config.train.start_from:
+        _start_from(hypernet, Path(config.train.start_from))
     hypernet.to(chosen).train()
     optimizer = _optimizer(hypernet, config.train, chosen)
     if not resume:
@@ -466,10 +494,8 @@ def evaluate(trainer: Trainer, data: RunData, *, batches: int = 2) -> dict[str, 
         sums = {"right": [0.0, 0.0], "wrong": [0.0, 0.0]}
         for number in range(batches):
             batch = Batch(*(x.to(trainer.device) for x in judged[number]))
-            # Rows are tasks in shuffled order, so the next row's description is another task's.
-            for which, descriptions in (("right", None), ("wrong", batch.descriptions.roll(1))):
-                loss, _, hits = trainer.forward(batch, descriptions)
-                sums[which][0] += loss.item() / batches
+            for which, (losses, hits) in zip(("right", "wrong"), trainer.compare(batch), strict=True):
+                sums[which][0] += (losses * batch.weights).sum().item() / batches
                 sums[which][1] += exact_match(batch, hits) / batches
         report[f"{name}/loss"], report[f"{name}/exact_match"] = sums["right"]
         report[f"{name}/wrong_exact_match"] = sums["wrong"][1]
@@ -558,10 +584,16 @@ def load_state(folder: Path, hypernet: Hypernet, optimizer: torch.optim.Optimize
         torch.cuda.set_rng_state(groups["random"]["cuda"])
 
 
-def _load_offset(hypernet: Hypernet, folder: Path) -> None:
-    offset = load_checkpoint(folder).hypernet.offset
-    a, b = offset()
-    hypernet.load_offset(LoraTensors(a, b, hypernet.scaling))
+def _start_from(hypernet: Hypernet, folder: Path) -> None:
+    loaded = load_checkpoint(folder).hypernet
+    if loaded.head is None:
+        a, b = loaded.offset()
+        hypernet.load_offset(LoraTensors(a, b, loaded.scaling))
+        return
+    try:
+        hypernet.load_state_dict(loaded.state_dict(), strict=True)
+    except RuntimeError as error:
+        raise ConfigError(f"train.start_from: {folder} is a hypernetwork of another shape. {error}") from error
 
 
 def _record(run: Path, row: dict[str, Any], log: Callable[[str], None]) -> None:

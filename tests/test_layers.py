@@ -1,0 +1,173 @@
+"""The structure: imports go one way, nothing unsafe is called, and importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "t2l"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# As in docs/architecture.md. A module imports only from rows above its own, that is, of a lower number.
+ROWS: dict[str, int] = {
+    "errors": 0,
+    "config": 1,
+    "files": 1,
+    "spec": 1,
+    "lora": 2,
+    "models": 2,
+    "prompt": 2,
+    "encoder": 3,
+    "hypernet": 3,
+    "peft_io": 3,
+    "apply": 4,
+    "checkpoint": 4,
+    "generate": 5,
+    "tasks": 5,
+    "compat": 6,
+    "eval": 6,
+    "train": 6,
+    "serve": 7,
+    "cli": 8,
+    "__main__": 9,
+}
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("spec", "config"): "a spec is read from JSON by the strict reader of settings and made from LoraConfig",
+}
+# Modules of one package may use each other, without a circle.
+PACKAGES = ("train", "eval", "serve")
+
+
+def module_name(path: Path) -> str:
+    """`train.sft` for t2l/train/sft.py; the package's own __init__ is the empty name."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of t2l that a file imports, anywhere in it, and also for types only."""
+    known = {module_name(file) for file in FILES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("t2l.") in known else str(node.module) for name in names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.partition(".")[2] for name in names if name.partition(".")[0] == "t2l"}
+    return found - {""}
+
+
+def may_import(importer: str, target: str) -> bool:
+    one, other = importer.partition(".")[0], target.partition(".")[0]
+    if one == other and one in PACKAGES:
+        return True
+    return ROWS[other] < ROWS[one] or (importer, target) in EXCEPTIONS
+
+
+def test_every_module_has_a_row() -> None:
+    found = {module_name(path).partition(".")[0] for path in FILES} - {"", "data"}
+    assert found <= ROWS.keys(), "give the new module a row here and in docs/architecture.md"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if module_name(p)], ids=module_name)
+def test_imports_go_one_way(path: Path) -> None:
+    name = module_name(path)
+    assert [target for target in sorted(imported(path)) if not may_import(name, target)] == []
+
+
+def test_no_circles_and_no_idle_exceptions() -> None:
+    graph = {module_name(path): imported(path) for path in FILES if module_name(path)}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"{' imports '.join((*trail, name))}"
+        if name not in done:
+            for target in graph.get(name, set()):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    assert all(target in graph[importer] for importer, target in EXCEPTIONS)
+
+
+def test_the_check_itself_finds_what_it_looks_for() -> None:
+    assert "checkpoint" in imported(SOURCE / "generate.py")
+    assert "models" in imported(SOURCE / "generate.py")  # from t2l import models
+    assert {"generate", "apply"} <= imported(SOURCE / "__init__.py")  # under TYPE_CHECKING
+    assert not may_import("train.sft", "eval.metrics")
+    assert not may_import("hypernet", "encoder")
+    assert not may_import("apply", "generate")
+
+
+def test_documented_rows_are_these() -> None:
+    table: dict[str, int] = {}
+    text = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and cells[0].isdigit():
+            names = [part.split("`")[1].removesuffix("/*") for part in cells[1].split(", ") if "`" in part]
+            table |= dict.fromkeys(names, int(cells[0]))
+    assert table == {name: row for name, row in ROWS.items() if name != "__main__"}
+
+
+# ---------------------------------------------------------------------------------------------- what is not done
+
+
+def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            for name in names:
+                if name.partition(".")[0] in ("pickle", "cloudpickle", "dill", "joblib", "shelve"):
+                    yield node.lineno, f"imports {name}"
+        elif isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield node.lineno, "bare except"
+        elif isinstance(node, ast.Attribute) and node.attr == "load":
+            if isinstance(node.value, ast.Name) and node.value.id == "torch":
+                yield node.lineno, "torch.load"
+        elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+            if (node.arg, node.value.value) in (
+                ("strict", False),
+                ("trust_remote_code", True),
+                ("weights_only", False),
+            ):
+                yield node.value.lineno, f"{node.arg}={node.value.value}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            yield node.lineno, f"{node.func.id}()"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "t2l")
+def test_nothing_unsafe_is_called(path: Path) -> None:
+    """No pickle, no remote code, no weights half-loaded in silence, no error swallowed whole."""
+    assert list(unsafe(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_the_search_for_unsafe_calls_finds_them() -> None:
+    code = (
+        "import pickle\nfrom pickle import loads\ntorch.load(x)\nm.load_state_dict(s, strict=False)\n"
+        "f(trust_remote_code=True)\ntry:\n    eval(x)\nexcept:\n    pass\nzip(a, b, strict=True)\n"
+    )
+    assert [what for _, what in sorted(unsafe(ast.parse(code)))] == [
+        "imports pickle",
+        "imports pickle",
+        "torch.load",
+        "strict=False",
+        "trust_remote_code=True",
+        "eval()",
+        "bare except",
+    ]
+
+
+@pytest.mark.parametrize("module", ["t2l", "t2l.cli", "t2l.config"])
+def test_import_is_light(module: str) -> None:
+    """`t2l --help` must not wait seconds for torch."""
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,363 @@
+"""Training: it learns from descriptions, resumes bit for bit, and its packed batches are what they claim to be."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tokenizer, random_lora
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from t2l import TextToLora
+from t2l.apply import applied, live
+from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, build, to_plain
+from t2l.encoder import TokenEncoder
+from t2l.errors import ConfigError, DataError, TrainingError
+from t2l.generate import Adapter
+from t2l.lora import LoraTensors
+from t2l.prompt import render, token_ids
+from t2l.spec import AdapterSpec
+from t2l.tasks import Example
+from t2l.train.batches import Batch, Batches, Pool
+from t2l.train.sft import DataConfig, DescriptionBank, SftConfig, TrainConfig, answer_losses, prepare_data, train
+
+VERBS = ("Say", "Answer", "Reply", "Write", "Always", "Just")
+ANSWERS = {answer: tuple(f"{verb} {answer}." for verb in VERBS) for answer in ("yes", "no")}
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks with the same inputs: only the description says which answer is right."""
+    rows = [
+        {"task": name, "description": list(texts), "input": f"Is it {n}?", "output": name, "split": split}
+        for name, texts in ANSWERS.items()
+        for split, numbers in (("train", range(30, 90)), ("val", range(20, 26)))
+        for n in numbers
+    ]
+    path = tmp_path_factory.mktemp("tasks") / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(base_folder: Path, jsonl: Path) -> SftConfig:
+    return SftConfig(
+        base=str(base_folder),
+        lora=LoraConfig(rank=4, alpha=8),
+        encoder=EncoderConfig(kind="tokens", model="base", layers=(1, 2), max_tokens=32),
+        hypernet=HypernetConfig(width=24, head_size=16, token_blocks=1, attention_heads=4),
+        data=DataConfig(tasks=str(jsonl), held_out_descriptions=1),
+        train=TrainConfig(
+            steps=6,
+            tasks_per_step=4,
+            sequence_tokens=96,
+            answer_tokens=12,
+            description_in_prompt=0.25,
+            learning_rate=5e-3,
+            offset_learning_rate=5e-3,
+            log_every=1,
+            evaluate_every=1000,
+            save_every=3,
+        ),
+    )
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def shorter(config: SftConfig, **changes: Any) -> SftConfig:
+    return replace(config, train=replace(config.train, **changes))
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------- learning
+
+
+def test_learns_what_only_the_description_says(config: SftConfig, tmp_path: Path) -> None:
+    """Without reading the description the loss cannot fall below one coin toss a document; the answers must differ."""
+    steps = 120
+    learning = shorter(config, steps=steps, description_in_prompt=0.0, log_every=10, save_every=1000)
+    learning = replace(learning, hypernet=replace(config.hypernet, dropout=0.0, token_dropout=0.0))
+    folder = train(learning, tmp_path / "run", device="cpu", log=quiet)
+    rows = metrics(tmp_path / "run")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    judged = rows[-1]
+    assert len(losses) == steps // 10
+    assert losses[-1] < losses[0] - 3
+    # ln 2 on the first of three or four answer tokens, nothing on the others: what a blind model can reach.
+    assert losses[-1] < 0.17
+    # New inputs, and descriptions that were held out.
+    assert judged["seen/adapter/margin"] > 0.5
+    assert judged["seen/adapter/exact_match"] > judged["seen/adapter/wrong_exact_match"]
+
+    t2l = TextToLora.from_pretrained(str(folder))
+    base = LlamaForCausalLM.from_pretrained(config.base)
+    prompt = torch.tensor(token_ids(make_tokenizer(), [render(make_tokenizer(), "", "Is it 3?", PromptConfig())] * 2))
+    with applied(base, t2l.generate(["Say yes.", "Say no."])), torch.no_grad():
+        first = base(prompt).logits[:, -1].argmax(-1)
+    assert make_tokenizer().convert_ids_to_tokens(first) == ["y", "n"]
+
+
+def test_multi_task_lora_trains_without_descriptions(config: SftConfig, tmp_path: Path) -> None:
+    blind = replace(config, hypernet=replace(config.hypernet, variant="none"))
+    folder = train(blind, tmp_path / "run", device="cpu", log=quiet)
+    t2l = TextToLora.from_pretrained(str(folder))
+    one, other = t2l.generate(["Say yes.", "Say no."])
+    assert all(torch.equal(x, y) for x, y in zip(one.lora.b, other.lora.b, strict=True))
+    assert all(b.abs().max() > 0 for b in one.lora.b)
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture(scope="module")
+def whole_run(config: SftConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in one go."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(config, run, device="cpu", log=quiet)
+    return run
+
+
+class Interrupted(Exception):
+    """Stands in for a crash."""
+
+
+def interrupt_at(step: int) -> Callable[[str], None]:
+    def log(line: str) -> None:
+        if line.startswith(f"step {step} "):
+            raise Interrupted
+
+    return log
+
+
+@pytest.mark.parametrize("noise", [b"", b"x"], ids=["same random state", "other random state"])
+def test_resumed_run_is_the_same_run(noise: bytes, config: SftConfig, whole_run: Path, tmp_path: Path) -> None:
+    """Six steps, or three, a crash in the fourth and three more: weights, optimiser and random state bit for bit."""
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(config, run, device="cpu", log=interrupt_at(4))
+    assert json.loads((run / "state" / "state.json").read_text()) == {"step": 3}
+    assert not (run / "checkpoint").exists()
+    torch.rand(len(noise))
+    train(config, run, resume=True, device="cpu", log=quiet)
+    one, other = (load_file(folder / "state" / "state.safetensors") for folder in (whole_run, run))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    name = "checkpoint/hypernet.safetensors"
+    assert (whole_run / name).read_bytes() == (run / name).read_bytes()
+    last = [[row["loss"] for row in metrics(r) if row.get("step") == 6 and "loss" in row] for r in (whole_run, run)]
+    assert last[0] == last[1]
+
+
+def test_runs_of_one_seed_are_equal_and_of_another_differ(config: SftConfig, whole_run: Path, tmp_path: Path) -> None:
+    for seed, same in ((config.seed, True), (config.seed + 1, False)):
+        run = tmp_path / str(seed)
+        train(replace(config, seed=seed), run, device="cpu", log=quiet)
+        name = "checkpoint/hypernet.safetensors"
+        assert ((whole_run / name).read_bytes() == (run / name).read_bytes()) is same
+
+
+def test_time_budget_stops_saves_and_can_go_on(config: SftConfig, whole_run: Path, tmp_path: Path) -> None:
+    """With no time at all one step is done, and what follows after resuming is the uninterrupted run."""
+    run = tmp_path / "run"
+    folder = train(config, run, max_minutes=0, device="cpu", log=quiet)
+    assert json.loads((run / "state" / "state.json").read_text()) == {"step": 1}
+    training = TextToLora.from_pretrained(str(folder)).config.training
+    assert (training["steps"], training["planned_steps"], training["seed"]) == (1, 6, 0)
+    train(config, run, resume=True, device="cpu", log=quiet)
+    name = "checkpoint/hypernet.safetensors"
+    assert (whole_run / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_resume_is_refused_where_it_would_be_another_run(config: SftConfig, whole_run: Path, tmp_path: Path) -> None:
+    before = (whole_run / "config.json").read_bytes()
+    for other, match in (
+        (shorter(config, learning_rate=1e-4), r"other settings: train\.learning_rate was 0\.005, is 0\.0001\."),
+        (replace(config, seed=3), "seed was 0, is 3"),
+        (replace(config, lora=replace(config.lora, rank=2)), r"lora\.rank was 4, is 2"),
+    ):
+        with pytest.raises(TrainingError, match=match):
+            train(other, whole_run, resume=True, device="cpu", log=quiet)
+    with pytest.raises(TrainingError, match="is finished: 6 of 6"):
+        train(config, whole_run, resume=True, device="cpu", log=quiet)
+    with pytest.raises(TrainingError, match="no saved state"):
+        train(config, tmp_path / "absent", resume=True, device="cpu", log=quiet)
+    with pytest.raises(TrainingError, match="is not empty"):
+        train(config, whole_run, device="cpu", log=quiet)
+    assert (whole_run / "config.json").read_bytes() == before
+
+
+def test_settings_are_read_strictly(config: SftConfig) -> None:
+    plain = to_plain(config)
+    assert build(SftConfig, plain) == config
+    plain["train"]["lerning_rate"] = 1.0
+    with pytest.raises(ConfigError, match=r"train\.lerning_rate: unknown key; did you mean 'learning_rate'"):
+        build(SftConfig, plain)
+
+
+def test_nothing_fits_is_an_error_not_an_empty_step(config: SftConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of the drawn examples fits into 8 tokens.*train\.sequence_tokens"):
+        train(shorter(config, sequence_tokens=8), tmp_path / "run", device="cpu", log=quiet)
+    with pytest.raises(DataError, match=r"No task has a description within encoder\.max_tokens"):
+        few = replace(config, encoder=replace(config.encoder, max_tokens=3))
+        train(few, tmp_path / "other", device="cpu", log=quiet)
+
+
+# --------------------------------------------------------------------------------------------------- batches
+
+
+def make_batches(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Batches:
+    """Three tasks, nine descriptions; examples of different lengths, one too long for any row."""
+    texts = [f"Description {n}." for n in range(9)]
+    pools = [
+        Pool(
+            f"task{t}",
+            (
+                *(Example(f"{t}-{n}", f"in {'x' * n}", (f"out {t}", f"or {n}")) for n in range(7)),
+                Example(f"{t}-long", "y" * 300, ("never",)),
+            ),
+            tuple(range(3 * t, 3 * t + 3)),
+        )
+        for t in range(3)
+    ]
+    values = {"rows": 4, "tokens": 120, "answer_tokens": 24, "in_prompt": 0.5, "seed": 5}
+    return Batches(pools, texts, tokenizer, **(values | changes))
+
+
+def test_packed_rows_lose_what_their_documents_lose_alone(
+    tiny_config: Any, tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """No token sees another document, positions begin anew, labels are the next tokens, each row has its adapter."""
+    batch = make_batches(tiny_tokenizer)[0]
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
+    adapters = [Adapter(random_lora(spec, seed), spec, "", {}) for seed in range(4)]
+    stacked = LoraTensors.stack([x.lora for x in adapters])
+    with live(tiny_base, spec) as slots, torch.no_grad():
+        losses, hits = answer_losses(tiny_base, slots)(*batch[:5], stacked.a, stacked.b, stacked.scaling)
+    seen = 0
+    for row in range(4):
+        with applied(tiny_base, adapters[row]), torch.no_grad():
+            for document in range(int(batch.documents[row].max()) + 1):
+                tokens = batch.tokens[row][batch.documents[row] == document]
+                own = batch.label_documents[row] == document
+                labels = batch.labels[row][own]
+                assert torch.equal(labels[:-1], tokens[1 - len(labels) :])
+                assert labels[-1] == tiny_tokenizer.eos_token_id
+                logits = tiny_base(tokens[None]).logits[0, -len(labels) :]
+                alone = F.cross_entropy(logits, labels, reduction="none")
+                assert (losses[row][own] - alone).abs().max() <= 1e-4
+                assert torch.equal(hits[row][own], logits.argmax(-1) == labels)
+                seen += 1
+    assert seen >= 8
+
+
+def documents_of(batch: Batch, tokenizer: PreTrainedTokenizerBase, row: int) -> list[str]:
+    return [
+        tokenizer.decode(batch.tokens[row][batch.documents[row] == n])
+        for n in range(int(batch.documents[row].max()) + 1)
+    ]
+
+
+def test_weights_of_a_batch(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows weigh the same, a row's documents the same, a document's tokens the same; padding nothing."""
+    batch = make_batches(tiny_tokenizer)[1]
+    assert batch.weights.sum().item() == pytest.approx(1)
+    for row in range(4):
+        documents = int(batch.label_documents[row].max()) + 1
+        assert documents == int(batch.documents[row].max()) + 1 > 1
+        for document in range(documents):
+            own = batch.weights[row][batch.label_documents[row] == document]
+            assert own.sum().item() == pytest.approx(1 / 4 / documents)
+            assert own.max() == own.min()
+    assert not batch.weights[batch.label_documents < 0].any()
+
+
+def test_batches_are_a_function_of_seed_and_step(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Not of what was asked before, nor of who builds them."""
+    batches = make_batches(tiny_tokenizer)
+    expected = [batches[step] for step in range(4)]
+    fresh = make_batches(tiny_tokenizer)
+    for step in (3, 0, 2, 1):
+        assert all(torch.equal(x, y) for x, y in zip(fresh[step], expected[step], strict=True))
+    random_state = torch.get_rng_state()
+    for workers in (0, 2):
+        found = list(make_batches(tiny_tokenizer).loader(range(1, 4), workers=workers, pin=False))
+        assert len(found) == 3
+        for step, batch in enumerate(found, start=1):
+            assert all(torch.equal(x, y) for x, y in zip(batch, expected[step], strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state), "a resumed run would draw other dropout"
+    other = make_batches(tiny_tokenizer, seed=6)[0]
+    assert not torch.equal(other.tokens, expected[0].tokens)
+    assert not torch.equal(expected[0].tokens, expected[1].tokens)
+
+
+def test_each_task_comes_once_before_any_again(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    batches = make_batches(tiny_tokenizer)
+    order = [batches.task_of_row(step, row) for step in range(6) for row in range(4)]
+    assert all(sorted(order[start : start + 3]) == [0, 1, 2] for start in range(0, 24, 3))
+    assert len({tuple(order[start : start + 3]) for start in range(0, 24, 3)}) > 1
+
+
+@pytest.mark.parametrize("in_prompt", [0.0, 1.0])
+def test_rows_hold_their_task_and_description(in_prompt: float, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """The adapter's description belongs to the row's task, and stands in the prompt exactly where it is to."""
+    batches = make_batches(tiny_tokenizer, in_prompt=in_prompt)
+    skipped = 0
+    for step in range(4):
+        batch = batches[step]
+        skipped += int(batch.skipped)
+        for row in range(4):
+            task, text = batches.task_of_row(step, row), batches.texts[batch.descriptions[row]]
+            assert int(batch.descriptions[row]) // 3 == task
+            for document in documents_of(batch, tiny_tokenizer, row):
+                assert document.startswith("<s><user>")
+                assert document.count("Description") == int(in_prompt)
+                assert (text in document) == bool(in_prompt)
+                answer = document.split("<assistant>")[1]
+                assert answer == f"out {task}" or answer.startswith("or ")
+    assert skipped > 0  # the example that fits into no row is counted, not cut
+
+
+def test_held_out_descriptions_never_train(config: SftConfig, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    data = prepare_data(config, tiny_tokenizer, lambda texts: [len(text) for text in texts])
+    held_out = {texts[-1] for texts in ANSWERS.values()}
+    everything = shorter(config, description_in_prompt=1.0)
+    shown = prepare_data(everything, tiny_tokenizer, lambda texts: [len(text) for text in texts])
+    seen: set[str] = set()
+    for step in range(25):
+        seen |= {data.texts[n] for n in data.train[step].descriptions.tolist()}
+        tokens = shown.train[step].tokens
+        assert not any(text in tiny_tokenizer.decode(row) for row in tokens for text in held_out)
+    assert seen == {text for texts in ANSWERS.values() for text in texts} - held_out
+    judged = data.judged["seen/adapter"][0]
+    assert {data.texts[n] for n in judged.descriptions.tolist()} == held_out
+    # Judged on inputs that were not trained on.
+    inputs = " ".join(document for row in range(4) for document in documents_of(judged, tiny_tokenizer, row))
+    assert "Is it 2" in inputs and "Is it 3" not in inputs
+
+
+def test_bank_gives_back_what_the_encoder_said(
+    tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """In any order and from any chunk, up to bfloat16; the window pads to one static shape."""
+    encoder = TokenEncoder(tiny_base, tiny_tokenizer, layers=(2,), max_tokens=40)
+    texts = ["Add the numbers.", "No.", "Translate into French, please.", "Sort."]
+    bank = DescriptionBank(encoder, texts, chunk=2)
+    index = torch.tensor([2, 0, 3, 2, 1])
+    found = bank[index]
+    assert found.mask is not None and found.states.shape == (5, 40, 32)
+    for n, i in enumerate(index.tolist()):
+        alone = encoder.encode([texts[i]]).states[0]
+        assert int(found.mask[n].sum()) == len(alone)
+        assert found.mask[n, : len(alone)].all()
+        assert (found.states[n, : len(alone)] - alone).abs().max() <= 0.02 * alone.abs().max()
+        assert not found.states[n, len(alone) :].any()
