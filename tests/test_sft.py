@@ -1,6 +1,7 @@
 """Training: it learns from descriptions, resumes bit for bit, and its packed batches are what they claim to be."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,24 +85,29 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 def test_learns_what_only_the_description_says(config: SftConfig, tmp_path: Path) -> None:
     """Without reading the description the loss cannot fall below one coin toss a document; the answers must differ."""
-    steps = 120
-    learning = shorter(config, steps=steps, description_in_prompt=0.0, log_every=10, save_every=1000)
-    learning = replace(learning, hypernet=replace(config.hypernet, dropout=0.0, token_dropout=0.0))
+    steps = 200
+    # Two rows are always the two tasks, so the other row's description is the other task's.
+    learning = shorter(config, steps=steps, tasks_per_step=2, description_in_prompt=0.0, log_every=20, save_every=1000)
+    learning = replace(
+        learning,
+        encoder=replace(config.encoder, layers=(3,)),
+        hypernet=replace(config.hypernet, dropout=0.0, token_dropout=0.0),
+    )
     folder = train(learning, tmp_path / "run", device="cpu", log=quiet)
     rows = metrics(tmp_path / "run")
     losses = [row["loss"] for row in rows if "loss" in row]
     judged = rows[-1]
-    assert len(losses) == steps // 10
+    assert len(losses) == 10
     assert losses[-1] < losses[0] - 3
-    # ln 2 on the first of three or four answer tokens, nothing on the others: what a blind model can reach.
-    assert losses[-1] < 0.17
+    # ln 2 on the first of four or three answer tokens, nothing on the others: the best a blind model can do.
+    assert losses[-1] < 0.8 * math.log(2) * (1 / 4 + 1 / 3) / 2
     # New inputs, and descriptions that were held out.
     assert judged["seen/adapter/margin"] > 0.5
-    assert judged["seen/adapter/exact_match"] > judged["seen/adapter/wrong_exact_match"]
+    assert judged["seen/adapter/exact_match"] > 0.9 > 0.1 > judged["seen/adapter/wrong_exact_match"]
 
     t2l = TextToLora.from_pretrained(str(folder))
     base = LlamaForCausalLM.from_pretrained(config.base)
-    prompt = torch.tensor(token_ids(make_tokenizer(), [render(make_tokenizer(), "", "Is it 3?", PromptConfig())] * 2))
+    prompt = torch.tensor(token_ids(make_tokenizer(), [render(make_tokenizer(), "", "Is it 21?", PromptConfig())] * 2))
     with applied(base, t2l.generate(["Say yes.", "Say no."])), torch.no_grad():
         first = base(prompt).logits[:, -1].argmax(-1)
     assert make_tokenizer().convert_ids_to_tokens(first) == ["y", "n"]
