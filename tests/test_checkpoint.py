@@ -31,7 +31,7 @@ def spec(tiny_config: Any) -> AdapterSpec:
 
 def make(spec: AdapterSpec, kind: str = "sentence", variant: str = "L") -> tuple[Hypernet, Any]:
     # Without gradients, as a loaded one: torch picks another matrix kernel for weights that require them.
-    hypernet = make_hypernet(spec, kind=kind, variant=variant, randomise=variant != "none").requires_grad_(False)
+    hypernet = make_hypernet(spec, kind=kind, variant=variant).requires_grad_(False)
     config = settings(
         {"seed": 7, "nested": {"steps": [1, 2]}},
         embedding_size=32,

@@ -299,10 +299,12 @@ def test_token_dropout_only_in_training_and_never_the_first_token(spec: AdapterS
     states, mask = encode("tokens")
     with torch.no_grad():
         assert close(hypernet(states, mask), hypernet(states, mask), 0)
+        plain = hypernet(states, mask)
         hypernet.train()
-        assert not close(hypernet(states, mask), hypernet(states, mask), 1e-3)
-        for _ in range(20):  # an empty description would give NaN
-            assert all(x.isfinite().all() for x in tensors(hypernet(states, mask)))
+        drawn = [hypernet(states, mask) for _ in range(20)]
+    assert sum(not close(lora, plain, 1e-3) for lora in drawn) > 10
+    # An empty description would give NaN.
+    assert all(x.isfinite().all() for lora in drawn for x in tensors(lora))
 
 
 def test_impossible_sizes_are_refused(spec: AdapterSpec) -> None:

@@ -254,6 +254,8 @@ def test_packed_rows_lose_what_their_documents_lose_alone(
         with applied(tiny_base, adapters[row]), torch.no_grad():
             for document in range(int(batch.documents[row].max()) + 1):
                 tokens = batch.tokens[row][batch.documents[row] == document]
+                # Rotary positions are relative, so the losses alone would not tell.
+                assert batch.positions[row][batch.documents[row] == document].tolist() == list(range(len(tokens)))
                 own = batch.label_documents[row] == document
                 labels = batch.labels[row][own]
                 assert torch.equal(labels[:-1], tokens[1 - len(labels) :])
