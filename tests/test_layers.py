@@ -28,6 +28,7 @@ ROWS: dict[str, int] = {
     "generate": 5,
     "tasks": 5,
     "compat": 6,
+    "datasets": 6,
     "eval": 6,
     "train": 6,
     "serve": 7,
@@ -38,7 +39,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("spec", "config"): "a spec is read from JSON by the strict reader of settings and made from LoraConfig",
 }
 # Modules of one package may use each other, without a circle.
-PACKAGES = ("train", "eval", "serve")
+PACKAGES = ("train", "eval", "serve", "datasets")
 
 
 def module_name(path: Path) -> str:

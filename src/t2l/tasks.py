@@ -6,7 +6,7 @@ Knows files of tasks and the frozen split. Knows nothing of training, evaluation
 import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -158,21 +158,101 @@ def load_jsonl(path: Path) -> list[Task]:
     Raises:
         DataError: naming file and line.
     """
-    descriptions: dict[str, dict[str, None]] = {}
-    examples: dict[str, dict[str, list[Example]]] = {}
+    return _collect(((where, str(number), row) for where, number, row in _json_lines(path)), str(path))
+
+
+def load_own(source: str | Path) -> list[Task]:
+    """Reads a user's own tasks from wherever they are.
+
+    Args:
+        source: A JSONL file as `load_jsonl` reads it, a folder of `*.jsonl` files, or `hf:NAME[:config]`, a data set
+            for the `datasets` library with columns task, description, input and output.
+
+    Raises:
+        DataError: naming file and line, or data set, column and row.
+    """
+    if str(source).startswith("hf:"):
+        return _collect(_hub_rows(str(source)), str(source))
+    path = Path(source)
+    if not path.is_dir():
+        return load_jsonl(path)
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise DataError(f"{path} is a folder without *.jsonl files")
+    rows = ((where, f"{file.stem}-{number}", row) for file in files for where, number, row in _json_lines(file))
+    return _collect(rows, str(path))
+
+
+def load_descriptions(path: Path) -> dict[str, tuple[str, ...]]:
+    """Reads further descriptions of tasks, one task a line: an object with `task` and `description` (a list).
+
+    Raises:
+        DataError: naming file and line.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for where, _, row in _json_lines(path):
+        if not isinstance(row, dict) or row.keys() != {"task", "description"}:
+            raise DataError(f"{where} must be an object with task and description")
+        texts = [row["description"]] if isinstance(row["description"], str) else row["description"]
+        if not isinstance(row["task"], str) or not isinstance(texts, list) or not texts:
+            raise DataError(f"{where}: task must be text, description a text or a list of texts")
+        try:
+            found.setdefault(row["task"], {}).update(dict.fromkeys(check_description(text) for text in texts))
+        except DescriptionError as error:
+            raise DataError(f"{where}: {error}") from error
+    if not found:
+        raise DataError(f"{path} holds no descriptions")
+    return {name: tuple(texts) for name, texts in found.items()}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """(file:line, line, what stands there), blank lines left out."""
     try:
         # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read tasks from {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not valid JSON: {error}") from error
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number} is not valid JSON: {error}") from error
+            yield f"{path}:{number}", number, row
+
+
+def _hub_rows(reference: str) -> Iterator[tuple[str, str, Any]]:
+    """The rows of a data set; its splits are ours unless it has a column that says so."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{reference} needs the library datasets: pip install 't2l[data]'") from error
+    name, _, config = reference.removeprefix("hf:").partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:  # no data set, no network, no such configuration: half a dozen unrelated types
+        raise DataError(f"Cannot load {reference}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    ours = {"valid": "val", "validation": "val", "dev": "val"}
+    for split, data in loaded.items():
+        for column in ("task", "description", "input", "output"):
+            if column not in data.column_names:
+                raise DataError(
+                    f"{reference}, split {split}: there is no column '{column}'; found {', '.join(data.column_names)}"
+                )
+        wanted = [c for c in ("task", "description", "input", "output", "split") if c in data.column_names]
+        for number, row in enumerate(data.select_columns(wanted)):
+            yield (
+                f"{reference}, split {split}, row {number}",
+                f"{split}-{number}",
+                {"split": ours.get(split, split), **row},
+            )
+
+
+def _collect(rows: Iterable[tuple[str, str, Any]], source: str) -> list[Task]:
+    """Tasks from (where, a part of the example's id, the row), each row checked."""
+    descriptions: dict[str, dict[str, None]] = {}
+    examples: dict[str, dict[str, list[Example]]] = {}
+    for where, number, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"{where} must be an object with task, description, input and output")
         unknown = row.keys() - {"task", "description", "input", "output", "split"}
@@ -198,7 +278,7 @@ def load_jsonl(path: Path) -> list[Task]:
         found = examples.setdefault(row["task"], {}).setdefault(split, [])
         found.append(Example(f"{row['task']}-{number}", row["input"], tuple(outputs)))
     if not examples:
-        raise DataError(f"{path} holds no examples")
+        raise DataError(f"{source} holds no examples")
     return [
         Task(name, tuple(descriptions[name]), {split: tuple(e) for split, e in examples[name].items()})
         for name in sorted(examples)

@@ -1,0 +1,385 @@
+"""Looks for what would spoil a training: leaks into held-out tasks, blank answers, empty tasks, repeats.
+
+Knows tasks, the packed files and the overlap measures. Knows nothing of training and prints nothing.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from t2l.datasets import packed
+from t2l.errors import DataError
+from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits
+
+Count = Callable[[list[str]], list[int]]
+
+HELD_OUT, BENCHMARK = "held-out ", "benchmark "
+MANY_LABELS = 20
+"""A task with more different answers than this is not taken for a classification."""
+LISTED = 5
+
+
+@dataclass
+class Report:
+    """What was found. Problems would make training wrong; warnings may be meant."""
+
+    path: str
+    kind: str
+    totals: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def check(path: str, *, count_tokens: Count | None = None, manifest: bool = False) -> Report:
+    """Examines a folder of packed files, or own tasks (anything that `t2l.tasks.load_own` reads).
+
+    Args:
+        path: A folder, a JSONL file or `hf:NAME`.
+        count_tokens: Token counts of texts; lengths are in characters only if it is not given.
+        manifest: Also compare a packed folder's files with its manifest's checksums.
+
+    Raises:
+        DataError: if the data cannot be read at all.
+    """
+    is_packed = (Path(path) / packed.TASKS).is_file() or (Path(path) / packed.BENCHMARKS).is_file()
+    report = Report(path, "packed folder" if is_packed else "own tasks")
+    if manifest:
+        if not is_packed and not (Path(path) / packed.MANIFEST).exists():
+            raise DataError(f"{path} is no folder of packed files; --manifest has nothing to compare")
+        report.problems += [f"{name} {problem}" for name, problem in packed.verify_manifest(Path(path)).items()]
+        if report.problems:
+            return report  # nothing that is read from such files would mean anything
+    if is_packed:
+        tasks = _read_packed(Path(path), report)
+    else:
+        tasks = load_own(path)
+        _check_names(tasks, report)
+    _check_tasks(tasks, report, count_tokens)
+    held_out, benchmarks = _protected(Path(path) if is_packed else None, report)
+    _check_leaks(tasks, held_out, benchmarks, report, own=not is_packed)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def _read_packed(folder: Path, report: Report) -> list[Task]:
+    packed.need_pyarrow()
+    import pyarrow.parquet as pq
+
+    rows = {name: packed.check_schema(folder / name, name) for name in packed.FILES if (folder / name).is_file()}
+    report.totals["rows"] = rows
+    absent = [name for name in packed.SNI_FILES if name not in rows]
+    if len(absent) == len(packed.SNI_FILES):
+        return []
+    if absent:
+        report.problems.append(f"{', '.join(absent)} missing, without which tasks cannot be read")
+        return []
+    table = pq.read_table(folder / packed.TASKS, columns=["task", "n_train", "n_validation", "n_test"]).to_pylist()
+    repeated = [name for name, count in Counter(row["task"] for row in table).items() if count > 1]
+    if repeated:
+        report.problems.append(f"{packed.TASKS} lists {_some(repeated)} more than once")
+    tasks = load_sni([row["task"] for row in table], folder=folder)
+    found = {task.name: task for task in tasks}
+    wrong = []
+    for row in table:
+        examples = found[row["task"]].examples
+        for column, split in (("n_train", "train"), ("n_validation", "val"), ("n_test", "test")):
+            if row[column] != len(examples.get(split, ())):
+                wrong.append(f"{row['task']} ({column} is {row[column]}, {len(examples.get(split, ()))} are there)")
+    if wrong:
+        report.problems.append(f"examples are missing or too many: {_some(wrong)}")
+    listed = set(found)
+    for name in packed.EXAMPLES.values():
+        strangers = set(pq.read_table(folder / name, columns=["task"])["task"].unique().to_pylist()) - listed
+        if strangers:
+            report.problems.append(
+                f"{name} has examples of tasks that {packed.TASKS} does not list: {_some(strangers)}"
+            )
+    without = [task.name for task in tasks if not task.examples]
+    report.totals["tasks_without_examples"] = len(without)
+    splits = load_splits()
+    needed = [name for name in without if name in splits.train | splits.validation | splits.test]
+    if needed:
+        report.problems.append(f"empty tasks that the frozen split uses: {_some(needed)}")
+    elif without:
+        report.warnings.append(f"{len(without)} listed tasks have no examples; the frozen split uses none of them")
+    return [task for task in tasks if task.examples]
+
+
+def _check_names(tasks: Sequence[Task], report: Report) -> None:
+    splits = load_splits()
+    for part, names in (("test", splits.test), ("validation", splits.validation), ("excluded", splits.excluded)):
+        taken = [task.name for task in tasks if task.name in names]
+        if taken:
+            report.problems.append(f"tasks of the frozen split ({part}), which no trainer takes: {_some(taken)}")
+
+
+# --------------------------------------------------------------------------------------------- task by task
+
+
+def _lengths(texts: Sequence[str], count: Count | None) -> dict[str, Any]:
+    def figures(values: Sequence[int]) -> dict[str, Any]:
+        ordered = sorted(values)
+        return {
+            "mean": round(mean(ordered), 1),
+            "median": ordered[len(ordered) // 2],
+            "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+            "max": ordered[-1],
+        }
+
+    if not texts:
+        return {}
+    found = {"characters": figures([len(text) for text in texts])}
+    return found if count is None else {**found, "tokens": figures(count(list(texts)))}
+
+
+def _check_tasks(tasks: Sequence[Task], report: Report, count: Count | None) -> None:
+    texts: dict[str, list[str]] = {"input": [], "output": [], "description": []}
+    blank, undescribed, unlabelled, no_train = [], [], [], []
+    inside, conflicts, into_test, into_val = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    for task in tasks:
+        examples = [example for of_split in task.examples.values() for example in of_split]
+        report.tasks[task.name] = entry = {
+            "descriptions": len(task.descriptions),
+            "examples": {split: len(found) for split, found in task.examples.items()},
+            "mean_input_characters": round(mean(len(e.input) for e in examples), 1) if examples else None,
+            "mean_output_characters": round(mean(len(e.outputs[0]) if e.outputs else 0 for e in examples), 1)
+            if examples
+            else None,
+        }
+        texts["input"] += [e.input for e in examples]
+        texts["output"] += [text for e in examples for text in e.outputs]
+        texts["description"] += task.descriptions
+        if not task.descriptions:
+            undescribed.append(task.name)
+        if not task.examples.get("train"):
+            no_train.append(task.name)
+        blank += [f"{task.name} {e.id}" for e in examples if not e.outputs or not all(o.strip() for o in e.outputs)]
+        unlabelled += [f"{task.name} {e.id}" for e in examples if not e.input.strip()]
+        _count_repeats(task, inside, conflicts, into_test, into_val)
+        if labels := _labels(examples):
+            entry["labels"] = labels
+            if len(labels) == 1:
+                report.warnings.append(f"{task.name}: every answer is “{next(iter(labels))}”")
+    splits = ("train", "val", "test")
+    report.totals |= {
+        "tasks": len(tasks),
+        "tasks_with": {split: sum(bool(t.examples.get(split)) for t in tasks) for split in splits},
+        "examples": {split: sum(len(t.examples.get(split, ())) for t in tasks) for split in splits},
+        "descriptions": len(texts["description"]),
+        "lengths": {kind: _lengths(found, count) for kind, found in texts.items()},
+        "repeats": {
+            "inside_a_split": inside.total(),
+            "same_input_other_answer": conflicts.total(),
+            "train_inputs_in_own_test": into_test.total(),
+            "train_inputs_in_own_validation": into_val.total(),
+        },
+    }
+    if blank:
+        report.problems.append(f"{len(blank)} examples have no or a blank answer: {_some(blank)}")
+    if into_test:
+        report.problems.append(
+            f"{into_test.total()} training inputs stand in the test examples of their own task: {_some(into_test)}"
+        )
+    for what, found in (
+        ("tasks have no description, without which no adapter can be written", undescribed),
+        ("tasks have no training examples and are only watched", no_train if report.kind == "own tasks" else []),
+        ("examples have a blank input", unlabelled),
+    ):
+        if found:
+            report.warnings.append(f"{len(found)} {what}: {_some(found)}")
+    for what, counted in (
+        ("examples repeat another of their split word for word", inside),
+        ("examples give an input again with another answer", conflicts),
+        ("training inputs stand in the validation examples of their own task", into_val),
+    ):
+        if counted:
+            report.warnings.append(f"{counted.total()} {what}: {_some(counted)}")
+
+
+def _count_repeats(
+    task: Task, inside: Counter[str], conflicts: Counter[str], into_test: Counter[str], into_val: Counter[str]
+) -> None:
+    for found in task.examples.values():
+        answers: dict[str, set[tuple[str, ...]]] = {}
+        for example in found:
+            known = answers.setdefault(example.input, set())
+            if example.outputs in known:
+                inside[task.name] += 1
+            elif known:
+                conflicts[task.name] += 1
+            known.add(example.outputs)
+    trained = {example.input for example in task.examples.get("train", ())}
+    for split, counter in (("test", into_test), ("val", into_val)):
+        shared = trained & {example.input for example in task.examples.get(split, ())}
+        if shared:
+            counter[task.name] += len(shared)
+
+
+def _labels(examples: Sequence[Example]) -> dict[str, int]:
+    """Answers and how often each occurs, if the task looks like a classification."""
+    counts = Counter(e.outputs[0].strip() for e in examples if e.outputs)
+    short = all(len(label) <= 60 for label in counts)
+    few = len(counts) <= MANY_LABELS and counts.total() >= 5 * len(counts)
+    return dict(counts.most_common()) if short and few and counts.total() >= 10 else {}
+
+
+# ---------------------------------------------------------------------------------------------------- leaks
+
+
+def _protected(folder: Path | None, report: Report) -> tuple[list[Task], dict[str, list[str]]]:
+    """The held-out tasks and the benchmarks' inputs, from a packed folder itself or else from T2L_DATA."""
+    if folder is None:
+        try:
+            folder = data_dir()
+        except DataError as error:
+            report.warnings.append(f"leaks into held-out tasks and benchmarks were not looked for: {error}")
+            return [], {}
+    packed.need_pyarrow()
+    import pyarrow.parquet as pq
+
+    held_out: list[Task] = []
+    if all((folder / name).is_file() for name in packed.SNI_FILES):
+        present = set(pq.read_table(folder / packed.TASKS, columns=["task"])["task"].to_pylist())
+        splits = load_splits()
+        held_out = load_sni(present & (splits.test | splits.validation), folder=folder)
+    benchmarks: dict[str, list[str]] = {}
+    if (folder / packed.BENCHMARKS).is_file():
+        table = pq.read_table(folder / packed.BENCHMARKS, columns=["benchmark", "split", "input"])
+        for row in table.to_pylist():
+            if row["split"] == "test":
+                benchmarks.setdefault(row["benchmark"], []).append(row["input"])
+    if not held_out:
+        report.warnings.append(f"{folder} holds none of the held-out tasks: leaks into them were not looked for")
+    if not benchmarks:
+        report.warnings.append(f"{folder} holds no benchmarks: leaks into them were not looked for")
+    return held_out, benchmarks
+
+
+def _check_leaks(
+    tasks: Sequence[Task],
+    held_out: Sequence[Task],
+    benchmarks: Mapping[str, Sequence[str]],
+    report: Report,
+    *,
+    own: bool,
+) -> None:
+    splits = load_splits()
+    # A packed folder holds the held-out tasks as well; only what is trained on can leak.
+    trained = [t for t in tasks if t.examples.get("train") and (own or t.name in splits.train)]
+    if not trained or not (held_out or benchmarks):
+        return
+    from t2l.datasets.overlap import MAX_SHARED, Overlap, build_corpus, normalise
+
+    used = ("train",) if own else ("train", "val")
+
+    def triples() -> Iterable[tuple[str, str, bool]]:
+        for task in trained:
+            for split in used:
+                yield from ((task.name, example.input, False) for example in task.examples.get(split, ()))
+        for task in held_out:
+            for found in task.examples.values():
+                yield from ((HELD_OUT + task.name, example.input, False) for example in found)
+        for name, inputs in benchmarks.items():
+            yield from ((BENCHMARK + name, text, False) for text in inputs)
+
+    others = [HELD_OUT + task.name for task in held_out] + [BENCHMARK + name for name in benchmarks]
+    # Whole inputs that are the same, whatever task they are in; short ones ("yes", "3 + 4") may be so by chance.
+    whole = {normalise(example.input) for task in trained for s in used for example in task.examples.get(s, ())}
+    inputs_of = {HELD_OUT + t.name: [e.input for found in t.examples.values() for e in found] for t in held_out}
+    inputs_of |= {BENCHMARK + name: list(inputs) for name, inputs in benchmarks.items()}
+    same = {name: sum(normalise(text) in whole for text in inputs) for name, inputs in inputs_of.items()}
+    leaks = {}
+    queries = [*others, *(t.name for t in trained)] if own else others
+    overlap = Overlap(build_corpus(triples()), queries)
+    for task in trained:
+        for other in others:
+            there = overlap.share(task.name, other) if own else 0.0
+            back = overlap.share(other, task.name)
+            if there or back:
+                leaks[task.name, other] = (there, back)
+    report.totals["leaks"] = [
+        {"task": task, "into": other, "share_of_task": round(there, 4), "share_of_other": round(back, 4)}
+        for (task, other), (there, back) in sorted(leaks.items(), key=lambda item: -max(item[1]))
+    ]
+    report.totals["inputs_also_in_training"] = {name: count for name, count in same.items() if count}
+    serious: dict[str, list[str]] = {"test": [], "validation": [], "benchmark": []}
+    slight: Counter[str] = Counter()
+    for (task_name, other), shares in leaks.items():
+        kind = "test" if other.removeprefix(HELD_OUT) in splits.test else "validation"
+        if other.startswith(BENCHMARK):
+            kind = "benchmark"
+        if max(shares) > MAX_SHARED:
+            serious[kind].append(f"{task_name} and {other} ({max(shares):.1%})")
+        else:
+            slight[kind] += 1
+    for kind in ("test", "benchmark"):
+        if serious[kind]:
+            report.problems.append(
+                f"training tasks share more than {MAX_SHARED:.0%} of the inputs with a {kind} task: "
+                f"{_some(serious[kind])}"
+            )
+    if serious["validation"]:
+        # The paper's own training tasks share inputs with its validation tasks: settings chosen there look too good.
+        report.warnings.append(
+            f"training tasks share more than {MAX_SHARED:.0%} of the inputs with a validation task: "
+            f"{_some(serious['validation'])}"
+        )
+    for kind, number in slight.items():
+        report.warnings.append(
+            f"{number} pairs of a training task and a {kind} task share inputs, up to {MAX_SHARED:.0%} of them"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:LISTED]) + (f" and {len(listed) - LISTED} more" if len(listed) > LISTED else "")
+
+
+def show(report: Report, *, rows: int = 30) -> None:
+    """Prints the report's tables on standard output."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    totals = report.totals
+    if "examples" not in totals:
+        return
+    table = Table(title=escape(f"{report.path}: {report.kind}"), title_justify="left")
+    for column in ("", "train", "val", "test"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, key in (("tasks with examples", "tasks_with"), ("examples", "examples")):
+        table.add_row(label, *(f"{totals[key][split]:,}" for split in ("train", "val", "test")))
+    console.print(table)
+
+    table = Table(title="Lengths", title_justify="left")
+    for column in ("text", "unit", "mean", "median", "p95", "max"):
+        table.add_column(column, justify="right" if column not in ("text", "unit") else "left")
+    for kind, units in totals["lengths"].items():
+        for unit, figures in units.items():
+            table.add_row(kind, unit, *(f"{figures[name]:,}" for name in ("mean", "median", "p95", "max")))
+    console.print(table)
+
+    table = Table(title="Tasks", title_justify="left")
+    for column in ("task", "descriptions", "train", "val", "test", "answers"):
+        table.add_column(column, justify="left" if column in ("task", "answers") else "right")
+    for name, entry in list(report.tasks.items())[:rows]:
+        labels = entry.get("labels", {})
+        total = sum(labels.values())
+        shown = ", ".join(f"{label} {count / total:.0%}" for label, count in list(labels.items())[:4])
+        counts = (str(entry["examples"].get(split, 0)) for split in ("train", "val", "test"))
+        more = f", {len(labels) - 4} more" if len(labels) > 4 else ""
+        table.add_row(escape(name), str(entry["descriptions"]), *counts, escape(shown + more))
+    console.print(table)
+    if len(report.tasks) > rows:
+        console.print(f"and {len(report.tasks) - rows} more tasks; --json lists all")
