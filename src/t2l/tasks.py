@@ -120,7 +120,7 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
         table = pq.read_table(folder / f"sni_{split}.parquet", columns=["task", "id", "input", "outputs"])
         import pyarrow as pa
 
-        table = table.filter(pc.is_in(table["task"], value_set=pa.array(wanted)))
+        table = table.filter(pc.is_in(table["task"], value_set=pa.array(wanted, pa.string())))
         columns = [table[c].to_pylist() for c in ("task", "id", "input", "outputs")]
         for task, id_, text, outputs in zip(*columns, strict=True):
             examples[task][split].append(Example(id_, text, tuple(outputs)))

@@ -395,6 +395,8 @@ def convert_task(name: str, fetched: Fetched) -> tuple[dict[str, Any], list[dict
             available += 1
             where = f"{dataset}, split {split}, row {number}"
             outputs = [row["output"]] if isinstance(row["output"], str) else row["output"]
+            if row["id"] is None:
+                raise DataError(f"{where}: column 'id' is empty")
             if not isinstance(outputs, list) or not all(isinstance(text, str) for text in outputs):
                 raise DataError(f"{where}: column 'output' holds {row['output']!r:.60}, expected a text or a list")
             read = read_prompt(row["input"]) if isinstance(row["input"], str) else None
@@ -483,6 +485,9 @@ def convert_benchmark(name: str, benchmark: Benchmark, fetched: Fetched) -> list
         _require_columns(dataset, theirs, data, benchmark.columns)
         found = []
         for number, row in enumerate(data):
+            for column in benchmark.columns:  # one that only some files have comes as empty
+                if row[column] is None:
+                    raise DataError(f"{dataset}, split {theirs}, row {number}: column '{column}' is empty")
             try:
                 one = benchmark.convert(row)
             except (KeyError, IndexError, ValueError, TypeError) as error:

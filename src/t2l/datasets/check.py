@@ -237,32 +237,35 @@ def _labels(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def _protected(folder: Path | None, report: Report) -> tuple[list[Task], dict[str, list[str]]]:
-    """The held-out tasks and the benchmarks' inputs, from a packed folder itself or else from T2L_DATA."""
-    if folder is None:
-        try:
-            folder = data_dir()
-        except DataError as error:
+    """The held-out tasks and the benchmarks' test inputs, from a packed folder itself and from T2L_DATA."""
+    folders = [] if folder is None else [folder]
+    try:
+        folders.append(data_dir())
+    except DataError as error:
+        if folder is None:
             report.warnings.append(f"leaks into held-out tasks and benchmarks were not looked for: {error}")
             return [], {}
     packed.need_pyarrow()
     import pyarrow.parquet as pq
 
-    held_out: list[Task] = []
-    if all((folder / name).is_file() for name in packed.SNI_FILES):
-        present = set(pq.read_table(folder / packed.TASKS, columns=["task"])["task"].to_pylist())
-        splits = load_splits()
-        held_out = load_sni(present & (splits.test | splits.validation), folder=folder)
+    splits = load_splits()
+    held_out: dict[str, Task] = {}
     benchmarks: dict[str, list[str]] = {}
-    if (folder / packed.BENCHMARKS).is_file():
-        table = pq.read_table(folder / packed.BENCHMARKS, columns=["benchmark", "split", "input"])
-        for row in table.to_pylist():
-            if row["split"] == "test":
-                benchmarks.setdefault(row["benchmark"], []).append(row["input"])
-    if not held_out:
-        report.warnings.append(f"{folder} holds none of the held-out tasks: leaks into them were not looked for")
+    for place in folders:
+        if all((place / name).is_file() for name in packed.SNI_FILES):
+            present = set(pq.read_table(place / packed.TASKS, columns=["task"])["task"].to_pylist())
+            wanted = (present & (splits.test | splits.validation)) - held_out.keys()
+            held_out |= {task.name: task for task in load_sni(wanted, folder=place) if task.examples}
+        if (place / packed.BENCHMARKS).is_file() and not benchmarks:
+            table = pq.read_table(place / packed.BENCHMARKS, columns=["benchmark", "split", "input"])
+            for row in table.to_pylist():
+                if row["split"] == "test":
+                    benchmarks.setdefault(row["benchmark"], []).append(row["input"])
+    if lacking := len(splits.test | splits.validation) - len(held_out):
+        report.warnings.append(f"{lacking} of the held-out tasks are not here: leaks into them were not looked for")
     if not benchmarks:
-        report.warnings.append(f"{folder} holds no benchmarks: leaks into them were not looked for")
-    return held_out, benchmarks
+        report.warnings.append("there is no benchmarks.parquet: leaks into benchmarks were not looked for")
+    return list(held_out.values()), benchmarks
 
 
 def _check_leaks(

@@ -103,7 +103,7 @@ def ask(endpoint: Endpoint, messages: list[dict[str, str]], *, say: Say, sleep: 
         delay: float | None = None
         try:
             with opener.open(request, timeout=endpoint.timeout) as response:
-                return _content(response.read(MAX_ANSWER), endpoint)
+                answer = response.read(MAX_ANSWER)
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(2000).decode("utf-8", errors="replace")
@@ -113,6 +113,8 @@ def ask(endpoint: Endpoint, messages: list[dict[str, str]], *, say: Say, sleep: 
         except (OSError, http.client.HTTPException) as error:  # no connection, reset, time-out, half an answer
             inner = getattr(error, "reason", error)
             reason, again = f"{type(inner).__name__}: {_short(str(inner), endpoint)}", True
+        else:
+            return _content(answer, endpoint)
         if not again or attempt == ATTEMPTS:
             tries = f" after {attempt} attempts" if attempt > 1 else ""
             raise DownloadError(f"{endpoint.url} gave no answer{tries}: {reason}")
