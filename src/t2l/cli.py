@@ -184,10 +184,6 @@ def _save(adapters: "list[Adapter]", output: Path, *, dtype: Any, single: bool, 
     with new_folder(output, overwrite=overwrite) as temporary:
         for name, adapter in zip(names, adapters, strict=True):
             adapter.save(temporary / name, dtype=dtype)
-    # new_folder gives what it holds the mode of a file; a folder must also be enterable.
-    mode = output.stat().st_mode
-    for name in names:
-        (output / name).chmod(mode)
     return [output / name for name in names]
 
 
@@ -710,7 +706,7 @@ def _spec_of_adapter(folder: Path) -> "AdapterSpec":
     shapes = {name: tuple(x.shape) for name, x in read_tensors(folder / peft_io.WEIGHTS).items()}
     # peft_io alone spells PEFT's keys; what it puts around a module's path is read off it.
     marker = Target(name="?", path="?", in_features=1, out_features=1)
-    (before, after_a), (_, after_b) = (peft_io._key(marker, 0, part).split("?") for part in "AB")
+    (before, after_a), (_, after_b) = (peft_io.tensor_name(marker, 0, part).split("?") for part in "AB")
     sizes: dict[str, tuple[int, int]] = {}
     layers: set[int] = set()
     for name, shape in shapes.items():

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2l import models
 from t2l.config import EncoderConfig
@@ -116,7 +116,7 @@ class SentenceEncoder:
 
     kind: Literal["sentence", "tokens"] = "sentence"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, max_tokens: int, pooling: str, normalize: bool) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int, pooling: str, normalize: bool) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_tokens, self.pooling, self.normalize = max_tokens, pooling, normalize
         self.embedding_size = int(model.config.hidden_size)

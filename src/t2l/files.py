@@ -39,8 +39,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         # As any new file would be; temporary folders and safetensors files start out private to their owner.
         mask = os.umask(0)
         os.umask(mask)
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)
+        for entry in temporary.rglob("*"):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
         temporary.chmod(0o777 & ~mask)
         if path.exists():
             doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))

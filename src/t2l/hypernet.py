@@ -59,8 +59,8 @@ class Hypernet(nn.Module):
                 if kind == "tokens"
                 else SentenceTrunk(embedding_size, grid, width=config.width, dropout=config.dropout)
             )
-            head = {"L": HeadL, "M": HeadM, "S": HeadS}[config.variant]
-            self.head = head(
+            heads: dict[str, type[HeadL] | type[HeadM] | type[HeadS]] = {"L": HeadL, "M": HeadM, "S": HeadS}
+            self.head = heads[config.variant](
                 sizes, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
             )
 
@@ -344,6 +344,9 @@ class HeadM(_Head):
 
 class HeadS(_Head):
     """One rank of A or of B at a time from one shared matrix, cut to size: (D → max(I, O))."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__(

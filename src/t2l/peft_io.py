@@ -18,7 +18,8 @@ from t2l.spec import AdapterSpec, Target
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
-def _key(target: Target, layer: int, part: str) -> str:
+def tensor_name(target: Target, layer: int, part: str) -> str:
+    """PEFT's name of a tensor; `part` is A or B. No other module spells it."""
     return f"base_model.model.{target.path.format(layer=layer)}.lora_{part}.weight"
 
 
@@ -27,8 +28,8 @@ def to_state_dict(lora: LoraTensors, spec: AdapterSpec) -> dict[str, torch.Tenso
     state = {}
     for m, target in enumerate(spec.targets):
         for position, layer in enumerate(spec.layers):
-            state[_key(target, layer, "A")] = lora.a[m][position]
-            state[_key(target, layer, "B")] = lora.b[m][position]
+            state[tensor_name(target, layer, "A")] = lora.a[m][position]
+            state[tensor_name(target, layer, "B")] = lora.b[m][position]
     return state
 
 
@@ -36,7 +37,7 @@ def from_state_dict(state: dict[str, torch.Tensor], spec: AdapterSpec) -> LoraTe
     """PEFT-named tensors of exactly this spec as a single adapter."""
 
     def stacked(target: Target, part: str) -> torch.Tensor:
-        return torch.stack([state[_key(target, layer, part)] for layer in spec.layers])
+        return torch.stack([state[tensor_name(target, layer, part)] for layer in spec.layers])
 
     return LoraTensors(
         tuple(stacked(t, "A") for t in spec.targets), tuple(stacked(t, "B") for t in spec.targets), spec.scaling
@@ -122,8 +123,8 @@ def load_adapter(folder: Path, spec: AdapterSpec) -> LoraTensors:
     expected = {}
     for target in spec.targets:
         for layer in spec.layers:
-            expected[_key(target, layer, "A")] = (spec.rank, target.in_features)
-            expected[_key(target, layer, "B")] = (target.out_features, spec.rank)
+            expected[tensor_name(target, layer, "A")] = (spec.rank, target.in_features)
+            expected[tensor_name(target, layer, "B")] = (target.out_features, spec.rank)
     try:
         state = read_tensors(folder / WEIGHTS, expected)
     except TensorMismatchError as error:

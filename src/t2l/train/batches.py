@@ -144,7 +144,7 @@ class Batches(Dataset):
             )
         weights /= np.maximum(filled, 1)[:, None] * (filled > 0).sum()
         arrays = (tokens, positions, documents, label_positions, labels, label_documents, weights)
-        return Batch(*map(torch.from_numpy, arrays), torch.tensor(chosen), torch.tensor(skipped))
+        return Batch._make([*map(torch.from_numpy, arrays), torch.tensor(chosen), torch.tensor(skipped)])
 
     def loader(self, steps: range, *, workers: int, pin: bool) -> DataLoader:
         """The batches of `steps` in order, built ahead of time by worker processes."""

@@ -322,13 +322,13 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Callable[[list[str]
         tokenizer,
         in_prompt=share,
         seed=config.seed,
-        **common,  # type: ignore[arg-type]
+        **common,
     )
     seen = [pool(t, "val", held_out[t.name][1] or held_out[t.name][0]) for t in train if t.examples.get("val")]
     unseen = [pool(task, "val", task.descriptions) for task in validation if task.examples.get("val")]
     modes = [mode for mode, used in (("adapter", share < 1), ("adapter+prompt", share > 0)) if used]
     judged = {
-        f"{name}/{mode}": Batches(pools, texts, tokenizer, in_prompt=float(mode != "adapter"), seed=1, **common)  # type: ignore[arg-type]
+        f"{name}/{mode}": Batches(pools, texts, tokenizer, in_prompt=float(mode != "adapter"), seed=1, **common)
         for name, pools in (("seen", seen), ("validation", unseen))
         if len(pools) > 1
         for mode in modes
