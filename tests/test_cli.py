@@ -149,7 +149,7 @@ def test_help_and_import_load_nothing_heavy(record_property: Callable[[str, obje
 
 
 def test_the_default_is_the_librarys() -> None:
-    assert cli.DEFAULT == generate.DEFAULT
+    assert cli.common.DEFAULT == generate.DEFAULT
 
 
 def test_version() -> None:
@@ -187,7 +187,7 @@ def test_interrupted_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch)
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_packages", interrupt)
+    monkeypatch.setattr(cli.inspect, "_packages", interrupt)
     result = t2l("doctor")
     assert result.exit_code == 130
     assert "Traceback" not in result.output
@@ -363,7 +363,7 @@ def test_run_prints_base_and_adapted_answers(checkpoint: Path, tmp_path: Path) -
 
 
 def test_run_streams_the_same_answers(checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    session = cli._Session(TASKS[0], str(checkpoint), adapter)
+    session = cli.adapters._Session(TASKS[0], str(checkpoint), adapter)
     (prompt,) = session.prompts(["first"], 6)
     with session.adapted():
         (whole,) = session.answer([prompt], 6)
@@ -501,8 +501,8 @@ def test_inspect_refuses_nan_and_other_folders(adapter: Path, small_base: Path, 
 
 
 def test_doctor_is_content_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_state_of", lambda folder: "ready")
-    monkeypatch.setattr(cli, "_checkpoints", lambda problems: {cli.DEFAULT: "ready"})
+    monkeypatch.setattr(cli.inspect, "_state_of", lambda folder: "ready")
+    monkeypatch.setattr(cli.inspect, "_checkpoints", lambda problems: {cli.common.DEFAULT: "ready"})
     monkeypatch.setattr(models, "is_cached", lambda ref: True)
     result = t2l("doctor", "--json")
     assert result.exit_code == 0, result.output

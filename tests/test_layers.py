@@ -39,7 +39,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("spec", "config"): "a spec is read from JSON by the strict reader of settings and made from LoraConfig",
 }
 # Modules of one package may use each other, without a circle.
-PACKAGES = ("train", "eval", "serve", "datasets")
+PACKAGES = ("train", "eval", "serve", "datasets", "cli")
 
 
 def module_name(path: Path) -> str:

@@ -1,0 +1,40 @@
+"""The command line. Commands stand in modules of their own; this one puts them together.
+
+Knows every other module, but imports those that load torch only inside commands, so that `t2l --help` answers at
+once. Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed (one line that
+says why; T2L_DEBUG=1 shows the traceback), 2 wrong use, 130 interrupted.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from t2l import __version__
+from t2l.cli import adapters, data, inspect, train
+from t2l.cli.common import app
+
+__all__ = ["adapters", "app", "data", "inspect", "main", "train"]
+
+
+def main() -> None:
+    """Entry point of `t2l`."""
+    try:
+        app(prog_name="t2l")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"t2l {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Describe a task in plain language, get a LoRA adapter for a language model in one forward pass."""

@@ -1,0 +1,356 @@
+"""`t2l generate` and `t2l run`."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from t2l.cli.common import (
+    DEFAULT,
+    CheckpointOption,
+    JsonOption,
+    app,
+    described,
+    peak_memory,
+    print_json,
+    read_lines,
+    say,
+    try_writing,
+)
+from t2l.errors import AdapterNotAppliedError, CheckpointError, DataError, DescriptionError, OutputError, T2LError
+
+if TYPE_CHECKING:
+    from t2l.generate import Adapter
+
+ANSWERS_AT_ONCE = 8
+"""Inputs that `run` answers in one batch where it does not stream."""
+
+
+class SavedType(StrEnum):
+    """Types that adapters are saved in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+# -------------------------------------------------------------------------------------------------- generate
+
+
+@app.command()
+def generate(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
+    description: Annotated[list[str] | None, typer.Argument(metavar="DESCRIPTION", show_default=False)] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One description per line, blank lines skipped; - is standard input."),
+    ] = None,
+    checkpoint: CheckpointOption = DEFAULT,
+    dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it holds adapters.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a LoRA adapter for each description, all in one forward pass.
+
+    One description: DIR is its PEFT folder. Several: DIR/000-..., DIR/001-..., all of them or none.
+    """
+    if (description is None) == (from_file is None):
+        problem = "both descriptions and --from-file are given" if description else "no description is given"
+        raise typer.BadParameter(f"{problem}: give one or more DESCRIPTION, or --from-file FILE")
+    _require_writable(output, overwrite=overwrite)
+    texts = read_lines(from_file, "description") if from_file else description or []
+    single = from_file is None and len(texts) == 1
+
+    started = time.perf_counter()
+    import torch
+
+    from t2l.encoder import check_description
+    from t2l.generate import TextToLora
+
+    for number, text in enumerate(texts, start=1):
+        try:
+            check_description(text)
+        except DescriptionError as error:
+            raise DescriptionError(f"{error} (description {number} of {len(texts)})") from error
+    writer = TextToLora.from_pretrained(checkpoint)
+    loaded = time.perf_counter()
+    adapters = writer.generate(texts)
+    generated = time.perf_counter()
+    paths = _save(adapters, output, dtype=getattr(torch, dtype.value), single=single, overwrite=overwrite)
+    facts = {
+        "checkpoint": checkpoint,
+        "load_seconds": round(loaded - started, 3),
+        "generate_seconds": round(generated - loaded, 3),
+        "save_seconds": round(time.perf_counter() - generated, 3),
+        "peak_memory_bytes": peak_memory(),
+    }
+    if as_json:
+        listed = [{"path": str(p), "description": a.description} for p, a in zip(paths, adapters, strict=True)]
+        print_json({"adapters": listed, **facts})
+        return
+    for path, adapter in zip(paths, adapters, strict=True):
+        print(f"{path}\t{' '.join(adapter.description.split())}")
+    memory = facts["peak_memory_bytes"]
+    say(
+        f"{len(adapters)} adapter(s) from {checkpoint}: loading {facts['load_seconds']:.2f} s, generating "
+        f"{facts['generate_seconds']:.3f} s, saving {facts['save_seconds']:.2f} s"
+        + (f", peak memory {memory / 2**20:,.0f} MiB" if isinstance(memory, int) else "")
+    )
+
+
+def _save(adapters: "list[Adapter]", output: Path, *, dtype: Any, single: bool, overwrite: bool) -> list[Path]:
+    if single:
+        return [adapters[0].save(output, dtype=dtype, overwrite=overwrite)]
+    from t2l.files import new_folder
+
+    names = [f"{number:03d}-{_slug(adapter.description)}" for number, adapter in enumerate(adapters)]
+    with new_folder(output, overwrite=overwrite) as temporary:
+        for name, adapter in zip(names, adapters, strict=True):
+            adapter.save(temporary / name, dtype=dtype)
+    return [output / name for name in names]
+
+
+def _slug(text: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words[:40].rstrip("-") or "adapter"
+
+
+def _require_writable(folder: Path, *, overwrite: bool) -> None:
+    """Raises before anything slow is done if `folder` cannot be written, or must not be."""
+    try:
+        if folder.exists() or folder.is_symlink():
+            if not overwrite:
+                raise OutputError(f"{folder} exists already; choose another folder or pass --overwrite")
+            _require_adapters(folder)
+    except T2LError:
+        raise
+    except OSError as error:
+        raise OutputError(f"Cannot write {folder}: {error.strerror or error}") from error
+    try_writing(folder.absolute().parent)
+
+
+def _require_adapters(folder: Path) -> None:
+    """`--overwrite` replaces what `generate` wrote, never somebody's other files."""
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file; an output folder cannot take its place")
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a symbolic link; give the folder itself")
+    if (folder / "adapter_config.json").is_file():
+        return
+    foreign = sorted(entry.name for entry in folder.iterdir() if not (entry / "adapter_config.json").is_file())
+    if foreign:
+        raise OutputError(
+            f"{folder} holds other things than adapters ({', '.join(foreign[:3])}); --overwrite would delete them. "
+            "Choose another folder"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- run
+
+
+@app.command()
+def run(
+    description: Annotated[str | None, typer.Argument(show_default=False, help="What the task is.")] = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", metavar="TEXT", help="May be repeated.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One input per line, blank lines skipped; - is standard input."),
+    ] = None,
+    checkpoint: CheckpointOption = DEFAULT,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Use this adapter; DESCRIPTION may then be left out if its card has one."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer inputs with the base model and with the adapter, given the same prompt."""
+    if not inputs and input_file is None:
+        raise typer.BadParameter("no input is given: give --input TEXT or --input-file FILE")
+    if description is None and adapter is None:
+        raise typer.BadParameter("no description is given: give DESCRIPTION, or --adapter DIR")
+    if adapter is not None and not adapter.is_dir():
+        raise CheckpointError(f"{adapter} is not an adapter folder")
+    if description is None and adapter is not None:
+        description = described(adapter)
+        if description is None:
+            raise typer.BadParameter(f"the card of {adapter} names no description: give DESCRIPTION")
+    texts = [*(inputs or []), *(read_lines(input_file, "input") if input_file else [])]
+    for text in texts:
+        _check_input(text)
+
+    from t2l.encoder import check_description
+
+    session = _Session(check_description(description), checkpoint, adapter)
+    prompts = session.prompts(texts, max_new_tokens)
+    change = session.largest_change(prompts[0])
+    if not as_json and sys.stdout.isatty():
+        for text, prompt in zip(texts, prompts, strict=True):
+            print(f"Input    {text}")
+            print("Base     ", end="", flush=True)
+            session.stream(prompt, max_new_tokens)
+            print("Adapted  ", end="", flush=True)
+            with session.adapted():
+                session.stream(prompt, max_new_tokens)
+            print()
+        return
+    answers = []
+    for start in range(0, len(texts), ANSWERS_AT_ONCE):
+        batch = prompts[start : start + ANSWERS_AT_ONCE]
+        base = session.answer(batch, max_new_tokens)
+        with session.adapted():
+            adapted = session.answer(batch, max_new_tokens)
+        rows = zip(texts[start : start + ANSWERS_AT_ONCE], batch, base, adapted, strict=True)
+        answers += [{"input": t, "prompt": p, "base": b, "adapted": a} for t, p, b, a in rows]
+        if not as_json:
+            for row in answers[start:]:
+                print(f"Input    {row['input']}\nBase     {row['base']}\nAdapted  {row['adapted']}\n")
+    if as_json:
+        facts = {
+            "checkpoint": checkpoint,
+            "adapter": None if adapter is None else str(adapter),
+            "description": session.description,
+            "description_in_prompt": session.config.prompt.description_in_prompt,
+            "largest_logit_change": change,
+            "load_seconds": round(session.load_seconds, 3),
+            "peak_memory_bytes": peak_memory(),
+        }
+        print_json({**facts, "answers": answers})
+
+
+def _check_input(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"An input is not valid UTF-8 (position {error.start})") from error
+    if not text.strip():
+        raise DataError("An input is blank; give the text that the task is about")
+
+
+class _Session:
+    """The base model in memory once, shared by the encoder and the answers, and one adapter for it."""
+
+    def __init__(self, description: str, checkpoint: str, adapter: Path | None) -> None:
+        started = time.perf_counter()
+        from t2l import models
+        from t2l.checkpoint import read_config
+        from t2l.generate import Adapter, TextToLora, checkpoint_folder
+        from t2l.peft_io import load_adapter
+
+        self.description = description
+        self.spec, self.config = read_config(checkpoint_folder(checkpoint))
+        if self.config.encoder.model == "base" and adapter is None:
+            found = models.fingerprint(self.spec.base_model)
+            if found != self.config.encoder_revision:
+                raise CheckpointError(
+                    f"{checkpoint} was trained on {self.spec.base_model} at {self.config.encoder_revision}, found is "
+                    f"{found}. Point to that version"
+                )
+        if adapter is None:
+            self.model, self.tokenizer = self._base()
+            writer = TextToLora.from_pretrained(checkpoint, base=(self.model, self.tokenizer))
+            (self.adapter,) = writer.generate([description])
+        else:  # read before the base model is, so that one that does not fit fails at once
+            lora = load_adapter(adapter, self.spec)
+            self.adapter = Adapter(lora, self.spec, description, {})
+            self._warn_if_other_base(adapter)
+            self.model, self.tokenizer = self._base()
+        self.load_seconds = time.perf_counter() - started
+
+    def _base(self) -> tuple[Any, Any]:
+        from t2l import models
+
+        model: Any = models.load_causal_lm(self.spec.base_model)
+        tokenizer: Any = models.load_tokenizer(self.spec.base_model)
+        # A batch of prompts is padded where no answer starts; the padding is masked, so any token will do.
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return model, tokenizer
+
+    def _warn_if_other_base(self, folder: Path) -> None:
+        from t2l.files import read_json
+        from t2l.peft_io import CONFIG
+
+        named = read_json(folder / CONFIG).get("base_model_name_or_path")
+        if named != self.spec.base_model:
+            say(f"warning: {folder} names the base {named}; it fits in shape and is used on {self.spec.base_model}")
+
+    def prompts(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Rendered prompts, one for both the base and the adapted model, checked against the base's window."""
+        from t2l.prompt import render, token_ids
+
+        rendered = [render(self.tokenizer, self.description, text, self.config.prompt) for text in texts]
+        window = getattr(self.model.config, "max_position_embeddings", None)
+        for number, ids in enumerate(token_ids(self.tokenizer, rendered), start=1):
+            if window is not None and len(ids) + max_new_tokens > window:
+                raise DataError(
+                    f"Input {number} makes a prompt of {len(ids)} tokens; with {max_new_tokens} for the answer that is "
+                    f"more than the {window} tokens {self.spec.base_model} reads. Shorten it"
+                )
+        return rendered
+
+    def adapted(self) -> Any:
+        """The model with the adapter, for the length of a `with` block."""
+        from t2l.apply import applied
+
+        return applied(self.model, self.adapter)
+
+    def largest_change(self, prompt: str) -> float:
+        """How much the adapter moves a logit after a prompt.
+
+        Raises:
+            AdapterNotAppliedError: if it moves none.
+        """
+        import torch
+
+        tokens = self._tokens([prompt])
+        with torch.no_grad():
+            plain = self.model(**tokens).logits
+            with self.adapted():
+                changed = self.model(**tokens).logits
+        change = float((changed - plain).abs().max())
+        if not change > 0:  # also a NaN
+            raise AdapterNotAppliedError(
+                f"The adapter changes the base model's answers in nothing (largest change of a logit: {change}); "
+                "is the checkpoint trained, and the adapter not all zeros?"
+            )
+        return change
+
+    def answer(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        """Whole answers, by greedy decoding."""
+        tokens = self._tokens(prompts)
+        output = self._generate(tokens, max_new_tokens)[:, tokens["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+    def stream(self, prompt: str, max_new_tokens: int) -> None:
+        """Prints one answer as it comes, by greedy decoding, and a line's end."""
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._generate(self._tokens([prompt]), max_new_tokens, streamer=streamer)
+
+    def _tokens(self, prompts: list[str]) -> Any:
+        return self.tokenizer(
+            prompts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False
+        )
+
+    def _generate(self, tokens: Any, max_new_tokens: int, **options: Any) -> Any:
+        import torch
+        from transformers import GenerationConfig
+
+        # Written out, so that sampling settings in a model's own generation config play no part.
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        with torch.no_grad():
+            return self.model.generate(**tokens, generation_config=greedy, **options)

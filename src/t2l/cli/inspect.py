@@ -1,0 +1,276 @@
+"""`t2l inspect` and `t2l doctor`."""
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from t2l import __version__
+from t2l.cli.common import (
+    DEFAULT,
+    DEFAULT_MODELS,
+    JsonOption,
+    app,
+    described,
+    print_json,
+    print_report,
+    say,
+    try_writing,
+)
+from t2l.errors import CheckpointError, OutputError, T2LError
+
+if TYPE_CHECKING:
+    from t2l.checkpoint import CheckpointConfig
+    from t2l.spec import AdapterSpec
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: JsonOption = False) -> None:
+    """Say what is in a checkpoint folder or a PEFT adapter folder."""
+    from t2l import checkpoint, peft_io
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a checkpoint or a PEFT adapter folder")
+    if (folder / peft_io.CONFIG).is_file():
+        report = _inspect_adapter(folder)
+    elif (folder / checkpoint.WEIGHTS).is_file() or (folder / checkpoint.SPEC).is_file():
+        report = _inspect_checkpoint(folder)
+    else:
+        raise CheckpointError(
+            f"{folder} is neither a checkpoint (no {checkpoint.WEIGHTS}) nor a PEFT adapter (no {peft_io.CONFIG})"
+        )
+    if as_json:
+        print_json(report)
+    else:
+        print_report(report)
+    if report.get("sha256_ok") is False:
+        raise CheckpointError(
+            f"{folder / checkpoint.WEIGHTS} is not the file its config.json describes; fetch it again"
+        )
+
+
+def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    from t2l.checkpoint import WEIGHTS, load_checkpoint, read_config
+    from t2l.config import to_plain
+    from t2l.files import sha256
+
+    spec, config = read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder / WEIGHTS} is missing")
+    intact = sha256(folder / WEIGHTS) == config.weights_sha256
+    parameters = sum(p.numel() for p in load_checkpoint(folder).hypernet.parameters()) if intact else None
+    return {
+        "kind": "checkpoint",
+        "path": str(folder),
+        **_shape(spec),
+        "encoder": to_plain(config.encoder) | {"revision": config.encoder_revision},
+        "hypernet": to_plain(config.hypernet),
+        "hypernet_parameters": parameters,
+        "description_in_prompt": config.prompt.description_in_prompt,
+        "needs_base_weights_to_generate": needs_base(config),
+        "sha256_ok": intact,
+        "training": config.training,
+    }
+
+
+def _inspect_adapter(folder: Path) -> dict[str, Any]:
+    from t2l.peft_io import load_adapter
+
+    spec = _spec_of_adapter(folder)
+    lora = load_adapter(folder, spec)  # refuses NaN and infinite values
+    norms = {}
+    for target, norm in zip(spec.targets, lora.norms(), strict=True):
+        values = {"mean": norm.mean(), "min": norm.min(), "max": norm.max()}
+        norms[target.name] = {name: round(float(value), 6) for name, value in values.items()}
+    return {
+        "kind": "adapter",
+        "path": str(folder),
+        "description": described(folder),
+        **_shape(spec),
+        "norm_of_update_over_layers": norms,
+        "finite": True,
+    }
+
+
+def _shape(spec: "AdapterSpec") -> dict[str, Any]:
+    return {
+        "base_model": spec.base_model,
+        "targets": {t.name: f"{t.in_features} x {t.out_features}" for t in spec.targets},
+        "layers": len(spec.layers),
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "scaling": spec.scaling,
+        "adapter_parameters": spec.num_parameters,
+    }
+
+
+def needs_base(config: "CheckpointConfig") -> bool:
+    """Whether generating needs the base model's weights."""
+    return config.encoder.kind == "tokens" and config.encoder.model == "base"
+
+
+def _spec_of_adapter(folder: Path) -> "AdapterSpec":
+    """The shape of somebody's PEFT folder, from its own files: its base model need not be at hand."""
+    from t2l import peft_io
+    from t2l.files import read_json, read_tensors
+    from t2l.spec import AdapterSpec, Target
+
+    config = read_json(folder / peft_io.CONFIG)
+    shapes = {name: tuple(x.shape) for name, x in read_tensors(folder / peft_io.WEIGHTS).items()}
+    # peft_io alone spells PEFT's keys; what it puts around a module's path is read off it.
+    marker = Target(name="?", path="?", in_features=1, out_features=1)
+    (before, after_a), (_, after_b) = (peft_io.tensor_name(marker, 0, part).split("?") for part in "AB")
+    sizes: dict[str, tuple[int, int]] = {}
+    layers: set[int] = set()
+    for name, shape in shapes.items():
+        found = re.fullmatch(rf"{re.escape(before)}(.+?\.)(\d+)(\..+){re.escape(after_a)}", name)
+        partner = shapes.get(name.removesuffix(after_a) + after_b)
+        if found and partner and len(shape) == len(partner) == 2:
+            sizes[f"{found[1]}{{layer}}{found[3]}"] = (shape[1], partner[0])
+            layers.add(int(found[2]))
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not sizes or not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{folder} holds no LoRA of a Transformer's layers that can be read")
+    named = config.get("target_modules")
+    order = [str(x) for x in named] if isinstance(named, list) else []
+
+    def place(path: str) -> tuple[int, str]:
+        return next((i for i, name in enumerate(order) if path.endswith("." + name)), len(order)), path
+
+    return AdapterSpec(
+        base_model=str(config.get("base_model_name_or_path")),
+        model_type="unknown",
+        num_layers=max(layers) + 1,
+        layers=tuple(sorted(layers)),
+        targets=tuple(
+            Target(name=path.rsplit(".", 1)[-1], path=path, in_features=sizes[path][0], out_features=sizes[path][1])
+            for path in sorted(sizes, key=place)
+        ),
+        rank=rank,
+        alpha=alpha,
+        use_rslora=bool(config.get("use_rslora", False)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- doctor
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, what is in the cache and what is missing; exit code 1 if something essential is."""
+    problems: list[str] = []
+    report = {
+        "python": platform.python_version(),
+        "packages": _packages(problems),
+        "hardware": _hardware(),
+        "cache": _cache(problems),
+        "checkpoints": _checkpoints(problems),
+        "training_data": _training_data(),
+    }
+    if as_json:
+        print_json(report | {"problems": problems})
+    else:
+        print_report(report)
+    for problem in problems:
+        say(f"error: {problem}")
+    if problems:
+        raise typer.Exit(1)
+    say("all is there")
+
+
+def _packages(problems: list[str]) -> dict[str, str]:
+    from importlib import metadata
+
+    extras = {"gguf": "embedded", "pyarrow": "train"}
+    found = {"t2l": __version__}
+    for name in ("torch", "transformers", "peft", "safetensors", *extras):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            way_out = f"pip install 't2l[{extras[name]}]'" if name in extras else f"pip install {name}"
+            found[name] = f"missing; {way_out}"
+            if name not in extras:
+                problems.append(f"{name} is missing; run: {way_out}")
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        device = f"CUDA, {torch.cuda.get_device_name()}" if cuda else "CPU"
+    except (ImportError, OSError, RuntimeError) as error:  # absent, libraries that do not load, a broken driver
+        device = f"unknown ({error})"
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return {"device": device, "cores": cores}
+    return {"device": device, "cores": cores, "memory_GiB": round(memory / 2**30, 1)}
+
+
+def _cache(problems: list[str]) -> dict[str, Any]:
+    from importlib.util import find_spec
+
+    from t2l import models
+
+    folder = models.cache_dir()
+    try:
+        try_writing(folder)
+        writable = True
+    except OutputError:
+        writable = False
+    report: dict[str, Any] = {"folder": str(folder), "writable": writable}
+    for ref in DEFAULT_MODELS:
+        cached = models.is_cached(ref)
+        report[ref] = "ready" if cached else "not there; fetched at its first use"
+        if not cached and not writable:
+            problems.append(
+                f"{ref} is not in the cache, and {folder} cannot be written; set T2L_CACHE to another folder"
+            )
+    if not models.is_cached(DEFAULT_MODELS[0]) and find_spec("gguf") is None:
+        problems.append("gguf is missing, which reads the default base model; run: pip install 't2l[embedded]'")
+    return report
+
+
+def _checkpoints(problems: list[str]) -> dict[str, Any]:
+    from importlib import resources
+
+    shipped = Path(str(resources.files("t2l"))) / "pretrained"
+    report: dict[str, Any] = {}
+    for folder in sorted(shipped.iterdir()) if shipped.is_dir() else []:
+        try:
+            report[f"t2l:{folder.name}"] = _state_of(folder)
+        except ImportError as error:  # torch, which `_packages` has named
+            report[f"t2l:{folder.name}"] = f"cannot be read: {error}"
+        except T2LError as error:
+            report[f"t2l:{folder.name}"] = f"damaged: {error}"
+            problems.append(f"t2l:{folder.name} is damaged; run: pip install --force-reinstall t2l")
+    if DEFAULT not in report:
+        report[DEFAULT] = "missing"
+        problems.append(f"{DEFAULT} is not part of this installation; give --checkpoint, or install t2l again")
+    return report
+
+
+def _training_data() -> str:
+    value = os.environ.get("T2L_DATA")
+    if not value:
+        return "T2L_DATA is not set; only training on Super-NaturalInstructions needs it"
+    present = (Path(value) / "sni_tasks.parquet").is_file()
+    return f"T2L_DATA={value}" + ("" if present else ", which holds no sni_tasks.parquet")
+
+
+def _state_of(folder: Path) -> str:
+    from t2l.checkpoint import WEIGHTS, read_config
+    from t2l.files import sha256
+
+    spec, config = read_config(folder)
+    if not (folder / WEIGHTS).is_file() or sha256(folder / WEIGHTS) != config.weights_sha256:
+        raise CheckpointError(f"{folder / WEIGHTS} is missing or changed")
+    needs = f"needs the weights of {spec.base_model}" if needs_base(config) else "needs no base weights"
+    return f"ready; {needs} to generate"
