@@ -6,6 +6,7 @@ Knows modules and tensors. Knows no tasks and no training.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -29,11 +30,32 @@ class HasLora(Protocol):
 
 
 class LiveAdapters:
-    """The hooks on a model. `lora` may be set again at any time; None means the plain base model."""
+    """The hooks on a model. `lora` may be set again at any time; None means the plain base model.
 
-    def __init__(self) -> None:
-        self.lora: LoraTensors | None = None
+    Each hooked module carries its own A and B for as long as the hooks are on: all layers then run one and the same
+    code on their own tensors, so that `torch.compile` of a decoder layer compiles once for all of them.
+    """
+
+    def __init__(self, modules: Sequence[tuple[int, int, nn.Linear]], attribute: str) -> None:
+        self._modules, self._attribute = modules, attribute
+        self._lora: LoraTensors | None = None
+
+    @property
+    def lora(self) -> LoraTensors | None:
         """A single adapter for every sequence, or a batch with one adapter per sequence."""
+        return self._lora
+
+    @lora.setter
+    def lora(self, lora: LoraTensors | None) -> None:
+        self._lora = lora
+        if lora is None:
+            for _, _, module in self._modules:
+                setattr(module, self._attribute, None)
+            return
+        # Of one (…, L, R, I) tensor one (…, R, I) view a layer; backwards, one stack.
+        a, b = [x.unbind(-3) for x in lora.a], [x.unbind(-3) for x in lora.b]
+        for m, layer, module in self._modules:
+            setattr(module, self._attribute, (a[m][layer], b[m][layer], lora.scaling))
 
 
 @contextmanager
@@ -47,16 +69,23 @@ def live(model: nn.Module, spec: AdapterSpec) -> Iterator[LiveAdapters]:
     Raises:
         SpecMismatchError: if the model lacks a target module or its sizes differ.
     """
-    slots = LiveAdapters()
     modules = _target_modules(model, spec)
+    depth = 0
+    while any(hasattr(module, f"_t2l_lora_{depth}") for _, _, module in modules):
+        depth += 1
+    attribute = f"_t2l_lora_{depth}"
+    slots = LiveAdapters(modules, attribute)
     handles = []
     try:
-        for m, layer, module in modules:
-            handles.append(module.register_forward_hook(_hook(slots, m, layer)))
+        slots.lora = None
+        for _, _, module in modules:
+            handles.append(module.register_forward_hook(_hook(attribute)))
         yield slots
     finally:
         for handle in handles:
             handle.remove()
+        for _, _, module in modules:
+            delattr(module, attribute)
 
 
 @contextmanager
@@ -126,23 +155,22 @@ def _target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int,
     return modules
 
 
-def _hook(slots: LiveAdapters, m: int, layer: int) -> Any:
+@cache
+def _hook(attribute: str) -> Any:
+    """The hook of all modules at one depth of nesting: one function, so that compiled code is shared."""
+
     def add_lora(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        lora = slots.lora
+        lora = getattr(module, attribute)
         if lora is None:
             return None
+        a, b, scaling = lora  # (R, I) and (O, R), or one per sequence: (B, R, I) and (B, O, R)
         (x_BTI,) = inputs
-        a, b = lora.a[m], lora.b[m]
-        if a.dim() == 3:  # one adapter for all: (R, I) and (O, R)
-            a, b = a[layer], b[layer]
-        else:  # one per sequence: (B, R, I) and (B, O, R)
-            a, b = a[:, layer], b[:, layer]
-            if x_BTI.dim() != 3 or x_BTI.shape[0] != a.shape[0]:
-                raise AdapterNotAppliedError(
-                    f"{a.shape[0]} adapters for a batch of {x_BTI.shape[0]} sequences: give one adapter, one per "
-                    "sequence, or `rows` that says which sequence uses which"
-                )
+        if a.dim() == 3 and (x_BTI.dim() != 3 or x_BTI.shape[0] != a.shape[0]):
+            raise AdapterNotAppliedError(
+                f"{a.shape[0]} adapters for a batch of {x_BTI.shape[0]} sequences: give one adapter, one per "
+                "sequence, or `rows` that says which sequence uses which"
+            )
         update = (x_BTI @ a.mT.to(x_BTI.dtype)) @ b.mT.to(x_BTI.dtype)
-        return output + update * lora.scaling
+        return output + update * scaling
 
     return add_lora
