@@ -83,7 +83,8 @@ def applied(
         raise AdapterNotAppliedError("No adapter given: `applied` needs at least one")
     spec = listed[0].spec
     for other in listed[1:]:
-        spec.require_same_shape(other.spec, this="The first adapter", that="another one in the batch")
+        if other.spec is not spec:
+            spec.require_same_shape(other.spec, this="The first adapter", that="another one in the batch")
     if len(listed) == 1 and rows is None:
         lora = listed[0].lora
     else:
@@ -95,9 +96,18 @@ def applied(
             lora = lora.select(torch.tensor(rows, device=lora.a[0].device))
     parameter = next(model.parameters())
     lora = lora.map(lambda x: x.to(parameter.device, parameter.dtype))
-    with live(model, spec) as slots:
-        slots.lora = lora
+    # Sliced and transposed once, not in every forward pass: decoding calls each hook once a token.
+    layer_axis = lora.a[0].dim() - 3
+    a = [[x.mT for x in a_m.unbind(layer_axis)] for a_m in lora.a]
+    b = [[x.mT for x in (b_m * lora.scaling).unbind(layer_axis)] for b_m in lora.b]
+    handles = []
+    try:
+        for m, position, module in _target_modules(model, spec):
+            handles.append(module.register_forward_hook(_fixed_hook(a[m][position], b[m][position])))
         yield model
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, nn.Linear]]:
@@ -137,12 +147,30 @@ def _hook(slots: LiveAdapters, m: int, layer: int) -> Any:
             a, b = a[layer], b[layer]
         else:  # one per sequence: (B, R, I) and (B, O, R)
             a, b = a[:, layer], b[:, layer]
-            if x_BTI.dim() != 3 or x_BTI.shape[0] != a.shape[0]:
-                raise AdapterNotAppliedError(
-                    f"{a.shape[0]} adapters for a batch of {x_BTI.shape[0]} sequences: give one adapter, one per "
-                    "sequence, or `rows` that says which sequence uses which"
-                )
+            _require_one_each(x_BTI, a)
         update = (x_BTI @ a.mT.to(x_BTI.dtype)) @ b.mT.to(x_BTI.dtype)
         return output + update * lora.scaling
 
     return add_lora
+
+
+def _fixed_hook(a: Tensor, b: Tensor) -> Any:
+    """The hook of one adapter for all, A (I, R) and B (R, O), or one per sequence, (B, I, R) and (B, R, O); scaled."""
+
+    def add_to_all(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (inputs[0] @ a) @ b
+
+    def add_to_each(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        (x_BTI,) = inputs
+        _require_one_each(x_BTI, a)
+        return torch.baddbmm(output, torch.bmm(x_BTI, a), b)
+
+    return add_to_all if a.dim() == 2 else add_to_each
+
+
+def _require_one_each(x_BTI: Tensor, a: Tensor) -> None:
+    if x_BTI.dim() != 3 or x_BTI.shape[0] != a.shape[0]:
+        raise AdapterNotAppliedError(
+            f"{a.shape[0]} adapters for a batch of {x_BTI.shape[0]} sequences: give one adapter, one per "
+            "sequence, or `rows` that says which sequence uses which"
+        )
