@@ -6,7 +6,6 @@ Knows modules and tensors. Knows no tasks and no training.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -52,10 +51,11 @@ class LiveAdapters:
             for _, _, module in self._modules:
                 setattr(module, self._attribute, None)
             return
-        # Of one (…, L, R, I) tensor one (…, R, I) view a layer; backwards, one stack.
-        a, b = [x.unbind(-3) for x in lora.a], [x.unbind(-3) for x in lora.b]
+        # Scaled, transposed and cut into layers once, not at every token: for each module (…, I, R) and (…, R, O).
+        a = [x.mT.unbind(-3) for x in lora.a]
+        b = [(x * lora.scaling).mT.unbind(-3) for x in lora.b]
         for m, layer, module in self._modules:
-            setattr(module, self._attribute, (a[m][layer], b[m][layer], lora.scaling))
+            setattr(module, self._attribute, (a[m][layer], b[m][layer]))
 
 
 @contextmanager
@@ -112,7 +112,8 @@ def applied(
         raise AdapterNotAppliedError("No adapter given: `applied` needs at least one")
     spec = listed[0].spec
     for other in listed[1:]:
-        spec.require_same_shape(other.spec, this="The first adapter", that="another one in the batch")
+        if other.spec is not spec:
+            spec.require_same_shape(other.spec, this="The first adapter", that="another one in the batch")
     if len(listed) == 1 and rows is None:
         lora = listed[0].lora
     else:
@@ -155,22 +156,22 @@ def _target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int,
     return modules
 
 
-@cache
 def _hook(attribute: str) -> Any:
-    """The hook of all modules at one depth of nesting: one function, so that compiled code is shared."""
+    """The hook of all modules at one depth of nesting."""
 
     def add_lora(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         lora = getattr(module, attribute)
         if lora is None:
             return None
-        a, b, scaling = lora  # (R, I) and (O, R), or one per sequence: (B, R, I) and (B, O, R)
-        (x_BTI,) = inputs
-        if a.dim() == 3 and (x_BTI.dim() != 3 or x_BTI.shape[0] != a.shape[0]):
+        (x,) = inputs
+        a, b = (part.to(x.dtype) for part in lora)
+        if a.dim() == 2:  # one adapter for all
+            return output + (x @ a) @ b
+        if x.dim() != 3 or x.shape[0] != a.shape[0]:
             raise AdapterNotAppliedError(
-                f"{a.shape[0]} adapters for a batch of {x_BTI.shape[0]} sequences: give one adapter, one per "
-                "sequence, or `rows` that says which sequence uses which"
+                f"{a.shape[0]} adapters for a batch of {x.shape[0]} sequences: give one adapter, one per sequence, or "
+                "`rows` that says which sequence uses which"
             )
-        update = (x_BTI @ a.mT.to(x_BTI.dtype)) @ b.mT.to(x_BTI.dtype)
-        return output + update * scaling
+        return torch.baddbmm(output, torch.bmm(x, a), b)
 
     return add_lora
