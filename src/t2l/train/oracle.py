@@ -707,7 +707,7 @@ def train_oracles(
 
     Args:
         config: Settings.
-        run: Folder for `config.json`, `metrics.jsonl`, `finished/`, `state/` and, at the end, `library/`.
+        run: Folder for `config.json`, `metrics.jsonl`, `finished/`, the state and, at the end, `library/`.
         resume: Go on from the folder's state.
         max_minutes: Wall time after which the state is saved and the run stops.
         device: `cuda`, `cpu`; the GPU if there is one.

@@ -1,6 +1,7 @@
 """What every run needs and no loop: its folder, schedule, record, states saved whole. Knows no tasks and no models."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l.errors import TrainingError
-from t2l.files import new_folder, read_json, read_tensors, write_text
+from t2l.errors import CheckpointError, OutputError, TrainingError
+from t2l.files import read_json, read_tensors, write_text
+
+STATE = "state.safetensors"
 
 
 def linear_schedule(step: int, steps: int, warmup: float) -> float:
@@ -38,14 +41,16 @@ def check_run(run: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[s
         if run.exists() and any(run.iterdir()):
             raise TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
         return None
-    if not (run / "state" / "state.json").exists():
+    if not (run / STATE).exists():
         raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
     changed = _differences(read_json(run / "config.json"), settings)
     if changed:
         raise TrainingError(
             f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
         )
-    return read_json(run / "state" / "state.json")
+    for leftover in run.glob(f".{STATE}.*"):
+        leftover.unlink(missing_ok=True)
+    return _facts(run)
 
 
 def begin_run(run: Path, settings: Mapping[str, Any]) -> None:
@@ -66,17 +71,38 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str =
 
 
 def save_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes what a resumed run needs into `run/state`, whole or not at all."""
+    """Writes what a resumed run needs as one file, under another name that is then renamed.
+
+    Raises:
+        OutputError: if it cannot be written; the state before it stays.
+    """
     from safetensors.torch import save_file
 
-    with new_folder(run / "state", overwrite=True) as temporary:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(dict(facts)) + "\n", encoding="utf-8")
+    temporary = run / f".{STATE}.{os.getpid()}"
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    try:
+        save_file(plain, temporary, metadata={"facts": json.dumps(dict(facts))})
+        os.replace(temporary, run / STATE)
+    except OSError as error:
+        raise OutputError(f"Cannot write {run / STATE}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run / STATE, framework="pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
+    return found
 
 
 def load_state(run: Path) -> dict[str, Tensor]:
     """The tensors that `save_state` wrote."""
-    return read_tensors(run / "state" / "state.safetensors")
+    return read_tensors(run / STATE)
 
 
 def random_state() -> dict[str, Tensor]:
