@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from t2l import TextToLora
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
-from t2l.errors import ConfigError, DataError, TrainingError
+from t2l.errors import ConfigError, DataError, DescriptionError, TrainingError
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
@@ -80,7 +80,13 @@ def config(library: AdapterLibrary, sentence_folder: Path) -> ReconConfig:
         prompt=PromptConfig(description_in_prompt=True),
         data=ReconDataConfig(library=str(library.folder), held_out_descriptions=2),
         train=ReconTrainConfig(
-            steps=12, adapters_per_step=4, learning_rate=5e-3, log_every=3, evaluate_every=6, save_every=6
+            steps=12,
+            adapters_per_step=4,
+            learning_rate=5e-3,
+            log_every=3,
+            evaluate_every=6,
+            save_every=6,
+            tensorboard=False,
         ),
     )
 
@@ -294,6 +300,23 @@ def test_token_encoders_condition_too(config: ReconConfig, tmp_path: Path) -> No
     assert adapter.lora.a[0].isfinite().all()
 
 
+def test_one_hot_conditioning_knows_names(config: ReconConfig, library: AdapterLibrary, tmp_path: Path) -> None:
+    """Descriptions are neither needed nor understood."""
+    bare = save_library(tmp_path / "bare", library.stack(), library.spec, {name: {} for name in NAMES})
+    onehot = replace(
+        changed(config, steps=300, adapters_per_step=6, log_every=100),
+        encoder=EncoderConfig(kind="onehot"),
+        hypernet=replace(config.hypernet, width=32, head_size=48),
+        data=ReconDataConfig(library=str(bare.folder)),
+    )
+    t2l = TextToLora.from_pretrained(str(run(onehot, tmp_path / "run")))
+    assert (t2l.config.reads, t2l.config.encoder.names) == ("task", NAMES)
+    written = LoraTensors.stack([adapter.lora for adapter in t2l.generate(NAMES[::-1])])
+    assert max(compare(written, bare.stack(NAMES[::-1])).relative) < 0.2
+    with pytest.raises(DescriptionError, match="knows tasks by their names only, not 'Do add"):
+        t2l.generate(["Do add, 1 times."])
+
+
 def test_held_out_descriptions_are_not_trained_on(config: ReconConfig, library: AdapterLibrary) -> None:
     from t2l.train.recon import choose_descriptions
 
@@ -393,7 +416,14 @@ def test_adapters_without_a_usable_description_are_named(
         run(replace(config, data=ReconDataConfig(library=str(tmp_path / "bare"))), tmp_path / "run")
 
 
-def test_settings_that_do_not_go_together() -> None:
+def test_settings_that_do_not_go_together(config: ReconConfig) -> None:
+    for change, message in (
+        ({"variant": "none"}, "reads no description"),
+        ({"max_change": 1.0}, "hypernet.max_change has no place"),
+        ({"codebook": "vq"}, "hypernet.codebook has no place"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(config, hypernet=replace(config.hypernet, **change))
     with pytest.raises(ConfigError, match="one must be positive"):
         ReconLossConfig(factors=0.0)
     with pytest.raises(ConfigError, match="must not be negative"):

@@ -13,34 +13,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from t2l import models
 from t2l.checkpoint import save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, to_plain
-from t2l.encoder import Encoded, Encoder, load_encoder, tokenize
+from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Task, held_out_descriptions, require_trainable
-from t2l.train.running import (
-    begin_run,
-    check_run,
-    linear_schedule,
-    load_state,
-    random_state,
-    record,
-    save_state,
-    set_random_state,
-    versions,
-)
-from t2l.train.sft import DescriptionBank
+from t2l.train.data import DescriptionBank
+from t2l.train.running import begin_run, schedule, versions
+from t2l.train.state import Progress, first_step, load_state, save_state
+from t2l.train.watch import Watch, memory_gb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +97,10 @@ class ReconTrainConfig:
     log_every: int = 200
     evaluate_every: int = 2000
     save_every: int = 10000
+    tensorboard: bool = True
+    """Write TensorBoard files too, if it is installed."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Report to this tracker too."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "adapters_per_step", "log_every", "evaluate_every", "save_every"):
@@ -131,6 +126,16 @@ class ReconConfig:
     def __post_init__(self) -> None:
         if self.hypernet.variant == "none":
             raise ConfigError("hypernet.variant 'none' reads no description and cannot tell adapters apart")
+        for name, idle in (("max_change", None), ("codebook", "none")):
+            if getattr(self.hypernet, name) != idle:
+                raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
+        if self.encoder.names:
+            raise ConfigError("encoder.names is filled in by training; leave it out")
+
+    @property
+    def reads(self) -> Literal["description", "task"]:
+        """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.reads`."""
+        return "task" if self.encoder.kind == "onehot" else "description"
 
 
 # ------------------------------------------------------------------------------------------------ the targets
@@ -342,6 +347,8 @@ def choose_descriptions(
     Raises:
         DataError: naming the adapters without one that the encoder can read.
     """
+    if config.reads == "task":
+        return Descriptions(list(names), [(i,) for i in range(len(names))], list(range(len(names))), 0)
     listed = {name: _texts(library, name) for name in names}
     bare = [name for name, texts in listed.items() if not texts]
     if bare:
@@ -436,6 +443,7 @@ def train_reconstruction(
     max_minutes: float | None = None,
     device: str | None = None,
     encoder: Encoder | None = None,
+    bar: bool = False,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Runs a reconstruction training to its end or its time budget.
@@ -447,6 +455,7 @@ def train_reconstruction(
         max_minutes: Wall time after which the state is saved and the run stops.
         device: `cuda`, `cpu`; the GPU if there is one.
         encoder: The encoder that the settings name, if in memory already.
+        bar: Draw a progress bar on standard error in place of progress lines.
         log: Where progress lines go.
 
     Returns:
@@ -459,13 +468,13 @@ def train_reconstruction(
     started = time.monotonic()
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_float32_matmul_precision("high")
-    plain = to_plain(config)
-    state = check_run(run, plain, resume=resume)
-    if state is not None and state["step"] >= config.train.steps:
-        raise TrainingError(f"{run} is finished: {state['step']} of {config.train.steps} steps are done")
+    begin = first_step(config, run, resume=resume)
     library, names = open_library(config.data)
     spec = library.spec
-    encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(chosen))
+    if config.reads == "task":
+        encoder = OneHotEncoder(names, device=chosen)
+    else:
+        encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(chosen))
     texts = choose_descriptions(library, names, config, lambda found: _lengths(encoder, found))
     bank = DescriptionBank(encoder, texts.texts)
     targets = make_targets(library.stack(names), names, canonical=config.data.canonical, device=chosen)
@@ -476,13 +485,24 @@ def train_reconstruction(
         f"({texts.dropped} over the window); the network has {sum(p.numel() for p in hypernet.parameters()):,}"
     )
     trainer = Trainer(config, hypernet, targets, bank, texts, chosen)
-    if state is None:
-        begin_run(run, plain)
-    else:
-        trainer.load(load_state(run))
-        log(f"resumed at step {state['step']} of {config.train.steps}")
+    if not resume:
+        begin_run(run, to_plain(config))
+    elif begin:
+        load_state(run, hypernet, trainer.optimizer)
+        log(f"resumed at step {begin} of {config.train.steps}")
     log(f"ready after {time.monotonic() - started:.0f} s")
-    step = trainer.train(run, 0 if state is None else state["step"], started, max_minutes, log)
+    watch = Watch(
+        run,
+        to_plain(config),
+        steps=config.train.steps,
+        first_step=begin,
+        tensorboard=config.train.tensorboard,
+        tracker=config.train.tracker,
+        bar=bar,
+        log=log,
+    )
+    with watch:
+        step = trainer.train(run, begin, watch, started=started, max_minutes=max_minutes)
     return _save(trainer, encoder, library, run / "checkpoint", step, log)
 
 
@@ -555,7 +575,7 @@ class Trainer:
         """One optimiser step; returns the loss, on the device."""
         train = self.config.train
         for group in self.optimizer.param_groups:
-            group["lr"] = train.learning_rate * linear_schedule(step, train.steps, train.warmup)
+            group["lr"] = train.learning_rate * schedule(step, train)
         encoded: Encoded = self.bank[texts_n]
         loss = self.loss(encoded.states, encoded.mask, index_n)
         self.optimizer.zero_grad(set_to_none=True)
@@ -565,9 +585,7 @@ class Trainer:
         self.optimizer.step()
         return loss.detach()
 
-    def train(
-        self, run: Path, first: int, started: float, max_minutes: float | None, log: Callable[[str], None]
-    ) -> int:
+    def train(self, run: Path, first: int, watch: Watch, *, started: float, max_minutes: float | None) -> int:
         """Trains from step `first`; returns the number of steps done in all."""
         train, done = self.config.train, first
         while done < train.steps:
@@ -587,16 +605,18 @@ class Trainer:
                 "step": stop,
                 "loss": total.item() / (stop - done),
                 "steps_per_second": (stop - done) / (time.monotonic() - clock),
+                "memory_gb": memory_gb(self.device),
                 "minutes": (time.monotonic() - started) / 60,
             }
             before, done = done, stop
-            record(run, row, log)
+            watch.record(row)
+            watch.step(done)
             out_of_time = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
             last = out_of_time or done == train.steps
             if last or before // train.evaluate_every != done // train.evaluate_every:
-                record(run, {"step": done, **self.judge()}, log)
+                watch.record({"step": done, **self.judge()})
             if last or before // train.save_every != done // train.save_every:
-                save_state(run, self.state(), {"step": done})
+                save_state(run, self.hypernet, self.optimizer, Progress(step=done))
             if out_of_time:
                 break
         return done
@@ -608,27 +628,6 @@ class Trainer:
             errors = judge(self.hypernet, self.targets, self.bank, texts)
             report |= {f"{name}/{key}": value for key, value in errors.means().items()}
         return report
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights, optimiser and random state, by name."""
-        tensors = {f"weight/{name}": value for name, value in self.hypernet.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in state.items()}
-        return tensors | random_state()
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `state` gave."""
-        groups: dict[str, dict[str, Tensor]] = {"weight": {}, "optimizer": {}, "random": {}}
-        for name, value in tensors.items():
-            group, _, rest = name.partition("/")
-            groups[group][rest] = value
-        self.hypernet.load_state_dict(groups["weight"], strict=True)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in groups["optimizer"].items():
-            number, _, key = name.partition("/")
-            state.setdefault(int(number), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        set_random_state({f"random/{name}": value for name, value in groups["random"].items()})
 
 
 def _lengths(encoder: Encoder, texts: list[str]) -> list[int]:
@@ -654,10 +653,9 @@ def _save(
     saved = settings(
         provenance,
         embedding_size=encoder.embedding_size,
-        encoder=config.encoder,
-        encoder_revision=models.fingerprint(
-            spec.base_model if config.encoder.model == "base" else config.encoder.model
-        ),
+        encoder=replace(config.encoder, names=trainer.targets.names) if config.reads == "task" else config.encoder,
+        encoder_revision=encoder_revision(config.encoder, spec.base_model),
+        reads=config.reads,
         hypernet=saved_config(config.hypernet),
         prompt=config.prompt,
     )
