@@ -214,3 +214,30 @@ def test_half_precision_model_takes_a_float_adapter(tiny_config: Any, adapters: 
     with applied(model, adapters):
         assert logits(model).dtype == torch.bfloat16
         assert logits(model).isfinite().all()
+
+
+# Dynamo looks for .grad of the views that layers carry.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("grad", [False, True], ids=["judging", "training"])
+def test_compiled_layers_share_one_graph(grad: bool) -> None:
+    """However many layers: with a graph of its own for each, compiling would take minutes."""
+    from torch._dynamo.utils import counters
+
+    def graphs(num_layers: int) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        config = make_config(num_hidden_layers=num_layers)
+        model, adapter = make_base(config), make_adapter(config)
+        lora = LoraTensors.stack([adapter.lora] * 4).map(lambda x: x.requires_grad_(grad))
+        results = []
+        with live(model, adapter.spec) as slots, torch.set_grad_enabled(grad):
+            for compiled in (False, True):
+                if compiled:
+                    for layer in model.model.layers:
+                        layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+                slots.lora = lora
+                results.append(model(TOKENS, use_cache=False).logits)
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+        return int(counters["stats"]["unique_graphs"])
+
+    assert graphs(3) == graphs(5) > 0
