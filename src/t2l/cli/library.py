@@ -82,6 +82,39 @@ def train_oracle(
         print(library.folder)
 
 
+@train_app.command("recon")
+def train_recon(
+    config: ConfigOption,
+    run_folder: RunOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    max_minutes: MinutesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a hypernetwork to write a library's adapters from their descriptions; prints the checkpoint's folder."""
+    from t2l.config import build, load_yaml, override
+
+    started = time.perf_counter()
+    plain = override(load_yaml(config), overrides or [])
+    if not resume:
+        try_writing(run_folder.absolute())
+    from t2l.train.recon import ReconConfig, train_reconstruction
+
+    folder = train_reconstruction(
+        build(ReconConfig, plain, where=str(config)),
+        run_folder,
+        resume=resume,
+        max_minutes=max_minutes,
+        device=checked_device(device),
+        log=say,
+    )
+    if as_json:
+        print_json({"checkpoint": str(folder), "seconds": round(time.perf_counter() - started, 1)})
+    else:
+        print(folder)
+
+
 def benchmark_tasks() -> "list[Task]":
     """The benchmarks' tasks as evaluation asks them."""
     raise ConfigError("The benchmarks cannot be trained on yet: this version has no prompts for them")

@@ -33,6 +33,7 @@ from t2l.spec import AdapterSpec
 from t2l.train.batches import Batch
 from t2l.train.curves import write_report
 from t2l.train.data import DescriptionBank, RunData, prepare_data
+from t2l.train.running import schedule, versions
 from t2l.train.settings import SftConfig, TrainConfig
 from t2l.train.state import (
     Progress,
@@ -248,14 +249,6 @@ def require_finite(losses: list[float], norms: list[float], first: int, data: Ru
             )
 
 
-def schedule(step: int, train: TrainConfig) -> float:
-    """Share of the peak learning rate at a step: linear rise, then linear fall to zero."""
-    warmup = max(1, round(train.warmup * train.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (train.steps - step) / max(1, train.steps - warmup))
-
-
 def make_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with a rate of its own for the offset, and no decay of vectors."""
     named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
@@ -438,7 +431,7 @@ def train(
         "planned_steps": config.train.steps,
         "data": data.summary,
         "settings": _portable(config, origin),
-        "versions": _versions(),
+        "versions": versions(),
     }
     if progress.best:
         provenance |= {"chosen_by": config.train.early_stop, "chosen_at": abs(progress.best_value)}
@@ -634,18 +627,6 @@ def _save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, A
         record = provenance | {"weights_sha256": weights_sha256}
         (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("t2l", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # t2l itself, run from a source tree that is not installed
-            found[name] = "not installed"
-    return found
 
 
 def _card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
