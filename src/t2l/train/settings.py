@@ -12,8 +12,8 @@ class DataConfig:
     """What is trained on."""
 
     tasks: str = "sni"
-    """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`; or own tasks as `t2l.tasks.load_own` reads them:
-    a JSONL file, a folder of such files, or `hf:NAME`."""
+    """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`; or own tasks as
+    `t2l.tasks.load_own` reads them: a JSONL file, a folder of such files, or `hf:NAME`."""
     only: tuple[str, ...] = ()
     """Names of the training tasks that are used; none means all. Other held-out tasks are then not judged."""
     descriptions: str = "own"
