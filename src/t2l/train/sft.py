@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -606,13 +607,21 @@ def _portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any
 
 
 def _checkpoint_layers(base: Any) -> None:
-    """Switches gradient checkpointing on in the decoder layers alone, which Transformers ties to training mode."""
+    """Switches gradient checkpointing on in the decoder layers alone.
+
+    Not by the model's own switch: that makes the embeddings ask for a gradient, so that the backward pass would run
+    through layers below the first adapter.
+    """
+    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    base.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in base.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # not what is inside it: dropout stays off
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(f"train.gradient_checkpointing: {type(base).__name__} has no layers that know how to")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.training = True  # checkpointing is tied to it; what is inside stays as it is, dropout off
 
 
 def _nothing(*_: Any) -> LoraTensors:
