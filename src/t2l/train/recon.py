@@ -475,7 +475,7 @@ def train_reconstruction(
         encoder = OneHotEncoder(names, device=chosen)
     else:
         encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(chosen))
-    texts = choose_descriptions(library, names, config, lambda found: _lengths(encoder, found))
+    texts = choose_descriptions(library, names, config, lambda found: token_counts(encoder, found))
     bank = DescriptionBank(encoder, texts.texts)
     targets = make_targets(library.stack(names), names, canonical=config.data.canonical, device=chosen)
     torch.manual_seed(config.seed)
@@ -630,7 +630,8 @@ class Trainer:
         return report
 
 
-def _lengths(encoder: Encoder, texts: list[str]) -> list[int]:
+def token_counts(encoder: Encoder, texts: list[str]) -> list[int]:
+    """Tokens of each text as the encoder counts them, whatever its window."""
     tokenizer, prefix = encoder.tokenizer, getattr(encoder, "prefix", ())  # type: ignore[attr-defined]
     return [len(row) for row in tokenize(tokenizer, texts, 1 << 30, prefix=prefix)]
 
@@ -647,7 +648,8 @@ def _save(
         "library_sha256": library.checksum,
         "adapters": list(trainer.targets.names),
         "errors": errors,
-        "settings": to_plain(config),
+        # Where the library stood on this machine is nobody's business.
+        "settings": to_plain(replace(config, data=replace(config.data, library=library.folder.name))),
         "versions": versions(),
     }
     saved = settings(
