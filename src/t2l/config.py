@@ -5,6 +5,7 @@ Knows dataclasses and plain values. Knows no tensors, no models and no files oth
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -189,6 +190,8 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _build(typing.cast(type, hint), value, where, problems)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
+        return float(value)  # YAML 1.1 takes 1e-3 for text: it wants 1.0e-3
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         problems.append(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

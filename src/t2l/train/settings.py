@@ -91,7 +91,7 @@ class TrainConfig:
     patience: int = 3
     """Evaluations in a row without a better one after which early stopping ends the run."""
     compile: bool = False
-    """Compile the base model's step: a minute at the start, then much faster on a GPU."""
+    """Compile the base model layer by layer: some seconds at the start, then much faster on a GPU."""
     gradient_checkpointing: bool = False
     """Compute the base's layers a second time in the backward pass: less memory, about a third more time."""
     workers: int = 0
