@@ -25,6 +25,7 @@ ROWS: dict[str, int] = {
     "peft_io": 3,
     "apply": 4,
     "checkpoint": 4,
+    "library": 4,
     "generate": 5,
     "tasks": 5,
     "compat": 6,
