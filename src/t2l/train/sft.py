@@ -37,7 +37,8 @@ class DataConfig:
     """What is trained on."""
 
     tasks: str = "sni"
-    """`sni`: the frozen split's training tasks, read from `T2L_DATA`; or the path of a JSONL file of own tasks."""
+    """`sni`: the frozen split's training tasks without the held-back ones, read from `T2L_DATA`; or the path of a JSONL
+    file of own tasks."""
     held_out_descriptions: int = 4
     """Paraphrases of each task that are kept for judging, where it has enough of them."""
 
@@ -283,9 +284,10 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     """
     if config.tasks == "sni":
         splits = load_splits()
-        names = sorted(splits.train)
+        names = sorted(splits.train - splits.held_back)
         require_trainable(names)
-        return load_sni(names, splits=("train", "val")), load_sni(splits.validation, splits=("val",))
+        chosen_on = splits.validation | splits.held_back
+        return load_sni(names, splits=("train", "val")), load_sni(chosen_on, splits=("val",))
     tasks = load_jsonl(Path(config.tasks))
     require_trainable(task.name for task in tasks)
     trained = [task for task in tasks if task.examples.get("train")]
