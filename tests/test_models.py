@@ -558,6 +558,18 @@ def test_fingerprint_of_a_folder(tiny: Path, tmp_path: Path) -> None:
         models.fingerprint(str(copy))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "chat_template.jinja", "1_Pooling/config.json"])
+def test_fingerprint_covers_what_decides_on_tokens_and_pooling(name: str, tiny: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    found = set()
+    for text in ('{"pooling_mode_cls_token": true}', '{"pooling_mode_mean_tokens": true}'):
+        (copy / name).write_text(text)
+        found.add(models.fingerprint(str(copy)))
+    assert len(found) == 2 and models.fingerprint(str(tiny)) not in found
+
+
 def test_pickled_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
     shutil.copy(tiny / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")

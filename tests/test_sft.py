@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +25,13 @@ from t2l.generate import Adapter
 from t2l.lora import LoraTensors
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
-from t2l.tasks import Example
+from t2l.tasks import Example, Task
+from t2l.train import data as train_data
 from t2l.train.batches import Batch, Batches, Pool
-from t2l.train.sft import DataConfig, DescriptionBank, SftConfig, TrainConfig, answer_losses, prepare_data, train
+from t2l.train.data import DescriptionBank, RunData, prepare_data
+from t2l.train.settings import DataConfig, SftConfig, TrainConfig
+from t2l.train.sft import answer_losses, train
+from t2l.train.state import read_progress
 
 VERBS = ("Say", "Answer", "Reply", "Write", "Always", "Just")
 ANSWERS = {answer: tuple(f"{verb} {answer}." for verb in VERBS) for answer in ("yes", "no")}
@@ -151,11 +157,11 @@ def test_resumed_run_is_the_same_run(noise: bytes, config: SftConfig, whole_run:
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
         train(config, run, device="cpu", log=interrupt_at(4))
-    assert json.loads((run / "state" / "state.json").read_text()) == {"step": 3}
+    assert read_progress(run).step == 3
     assert not (run / "checkpoint").exists()
     torch.rand(len(noise))
     train(config, run, resume=True, device="cpu", log=quiet)
-    one, other = (load_file(folder / "state" / "state.safetensors") for folder in (whole_run, run))
+    one, other = (load_file(folder / "state.safetensors") for folder in (whole_run, run))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     name = "checkpoint/hypernet.safetensors"
@@ -176,7 +182,7 @@ def test_time_budget_stops_saves_and_can_go_on(config: SftConfig, whole_run: Pat
     """With no time at all one step is done, and what follows after resuming is the uninterrupted run."""
     run = tmp_path / "run"
     folder = train(config, run, max_minutes=0, device="cpu", log=quiet)
-    assert json.loads((run / "state" / "state.json").read_text()) == {"step": 1}
+    assert read_progress(run).step == 1
     training = TextToLora.from_pretrained(str(folder)).config.training
     assert (training["steps"], training["planned_steps"], training["seed"]) == (1, 6, 0)
     train(config, run, resume=True, device="cpu", log=quiet)
@@ -211,11 +217,21 @@ def test_settings_are_read_strictly(config: SftConfig) -> None:
 
 
 def test_nothing_fits_is_an_error_not_an_empty_step(config: SftConfig, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of the drawn examples fits into 8 tokens.*train\.sequence_tokens"):
+    """Before the first step, with the numbers on both sides; nothing is written."""
+    match = r"2 tasks have no example within train\.sequence_tokens \(8\).*: no needs at least 30 tokens, 3 of them"
+    with pytest.raises(DataError, match=match):
         train(shorter(config, sequence_tokens=8), tmp_path / "run", device="cpu", log=quiet)
+    with pytest.raises(
+        DataError, match=r"1 tasks.*train\.answer_tokens \(3\): yes needs at least 31 tokens, 4 of them"
+    ):
+        train(shorter(config, answer_tokens=3), tmp_path / "run", device="cpu", log=quiet)
+    kept = replace(shorter(config, answer_tokens=3), data=replace(config.data, drop_long_tasks=True))
+    data = prepare_data(kept, make_tokenizer(), lambda texts: [len(text) for text in texts])
+    assert ([pool.name for pool in data.train.pools], data.summary["tasks_too_long"]) == (["no"], ["yes"])
     with pytest.raises(DataError, match=r"No task has a description within encoder\.max_tokens"):
         few = replace(config, encoder=replace(config.encoder, max_tokens=3))
-        train(few, tmp_path / "other", device="cpu", log=quiet)
+        train(few, tmp_path / "run", device="cpu", log=quiet)
+    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -369,3 +385,256 @@ def test_bank_gives_back_what_the_encoder_said(
         assert found.mask[n, : len(alone)].all()
         assert (found.states[n, : len(alone)] - alone).abs().max() <= 0.02 * alone.abs().max()
         assert not found.states[n, len(alone) :].any()
+
+
+# ------------------------------------------------------------------------------- another task's description
+
+
+@pytest.mark.parametrize("reads", ["description", "input"])
+def test_other_descriptions_are_always_of_another_task(reads: str, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also where tasks repeat in a batch and share a description; partners are always the task's own."""
+    texts = [f"Description {n}." for n in range(7)]
+    pools = [
+        Pool(
+            f"task{t}",
+            tuple(Example(f"{t}-{n}", f"in {t} {n}", ("out",)) for n in range(3)),
+            (0, 1 + 2 * t, 2 + 2 * t),  # all share the first
+            () if reads == "description" else tuple(range(3 * t, 3 * t + 3)),
+        )
+        for t in range(3)
+    ]
+    values = {"rows": 8, "tokens": 120, "answer_tokens": 24, "in_prompt": 0.5, "seed": 5}
+    batches = Batches(pools, texts, tiny_tokenizer, **values, one_example=reads == "input")
+    seen = set()
+    for step in range(20):
+        batch = batches[step]
+        for row in range(8):
+            own = set(pools[batches.task_of_row(step, row)].readable)
+            assert int(batch.descriptions[row]) in own
+            assert int(batch.partners[row]) in own
+            assert int(batch.others[row]) not in own
+            seen.add(int(batch.others[row]))
+            if reads == "input":  # one document, and it is the one that is read
+                assert batch.documents[row].max() == 0
+                task, n = divmod(int(batch.descriptions[row]), 3)
+                assert f"in {task} {n}<assistant>" in documents_of(batch, tiny_tokenizer, row)[0].replace("\n", "")
+    assert len(seen) >= 6
+    assert batches.told_apart
+    assert not Batches(pools[:1], texts, tiny_tokenizer, **values).told_apart
+    twins = [replace(pool, descriptions=(0,), reads=()) for pool in pools]
+    assert not Batches(twins, texts, tiny_tokenizer, **values).told_apart
+
+
+def test_comparing_needs_two_tasks_that_can_be_told_apart(config: SftConfig, jsonl: Path, tmp_path: Path) -> None:
+    one = replace(shorter(config, contrast=1.0), data=replace(config.data, only=("yes",)))
+    with pytest.raises(DataError, match=r"train\.contrast needs two tasks or more.*there are 1"):
+        train(one, tmp_path / "run", device="cpu", log=quiet)
+    rows = [json.loads(line) | {"description": "Say something."} for line in jsonl.read_text().splitlines()]
+    (tmp_path / "twins.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    twins = replace(shorter(config, contrast=1.0), data=DataConfig(tasks=str(tmp_path / "twins.jsonl")))
+    with pytest.raises(DataError, match="each with descriptions of its own"):
+        train(twins, tmp_path / "run", device="cpu", log=quiet)
+    with pytest.raises(ConfigError, match=r"early_stop 'margin' needs two held-out tasks.*there are 0"):
+        train(shorter(config, early_stop="margin"), tmp_path / "run", device="cpu", log=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------- starting from a checkpoint
+
+
+def test_start_from_is_refused_where_the_checkpoint_is_of_another_kind(
+    config: SftConfig, whole_run: Path, tmp_path: Path
+) -> None:
+    """Every difference that would make the weights mean something else is named with both values."""
+    start = shorter(config, start_from=str(whole_run / "checkpoint"))
+    for other, match in (
+        (replace(start, encoder=replace(config.encoder, layers=(2, 3))), r"encoder\.layers is \[1, 2\], here \[2, 3\]"),
+        (replace(start, lora=replace(config.lora, rank=2, alpha=4)), r"spec\.rank is 4, here 2"),
+        (
+            replace(start, lora=replace(config.lora, targets=("v_proj", "q_proj"))),
+            r"spec\.targets is \['q_proj 32 x 32', 'v_proj 32 x 16'\], here \['v_proj 32 x 16', 'q_proj 32 x 32'\]",
+        ),
+        # The same shapes, another network.
+        (
+            replace(start, hypernet=replace(config.hypernet, attention_heads=2)),
+            r"hypernet\.attention_heads is 4, here 2",
+        ),
+        (replace(start, hypernet=replace(config.hypernet, variant="none")), r"hypernet\.variant is 'L', here 'none'"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            train(other, tmp_path / "run", device="cpu", log=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_start_from_an_encoder_of_another_revision_is_refused(
+    config: SftConfig, whole_run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole_run / "checkpoint", copy)
+    plain = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(plain | {"encoder_revision": "sha256:other"}))
+    with pytest.raises(
+        ConfigError, match=r"encoder\.revision is 'sha256:other .*tiny-base\)', here 'sha256:.*tiny-base"
+    ):
+        train(shorter(config, start_from=str(copy)), tmp_path / "run", device="cpu", log=quiet)
+
+
+def test_started_run_begins_with_the_checkpoints_adapters_and_says_so_without_a_path(
+    config: SftConfig, whole_run: Path, tmp_path: Path
+) -> None:
+    """From a hypernetwork everything, from a multi-task LoRA the offset: at rate 0 adapters stay what they were."""
+    blind = replace(config, hypernet=replace(config.hypernet, variant="none"))
+    train(blind, tmp_path / "multitask", device="cpu", log=quiet)
+    for source in (whole_run, tmp_path / "multitask"):
+        still = shorter(
+            config, start_from=str(source / "checkpoint"), steps=1, learning_rate=0.0, offset_learning_rate=0.0
+        )
+        folder = train(still, tmp_path / f"from-{source.name}", device="cpu", log=quiet)
+        before, after = (TextToLora.from_pretrained(str(f)) for f in (source / "checkpoint", folder))
+        (one,), (other,) = before.generate(["Say yes."]), after.generate(["Say yes."])
+        assert all(torch.equal(x, y) for x, y in zip(one.lora.b, other.lora.b, strict=True))
+        assert all(b.abs().max() > 0 for b in other.lora.b)
+        recorded = after.config.training["settings"]
+        assert recorded["train"]["start_from"] == {
+            "name": "checkpoint",
+            "weights_sha256": before.config.weights_sha256,
+        }
+        assert recorded["data"]["tasks"] == "own.jsonl"
+
+
+# ---------------------------------------------------------------------------------------- tasks and descriptions
+
+
+def lengths(texts: list[str]) -> list[int]:
+    return [len(text) for text in texts]
+
+
+def test_own_tasks_come_from_a_folder_too(config: SftConfig, jsonl: Path, tmp_path: Path) -> None:
+    for number, line in enumerate(jsonl.read_text().splitlines()[::20]):
+        with (tmp_path / f"{number % 2}.jsonl").open("a") as file:
+            file.write(line + "\n")
+    data = prepare_data(replace(config, data=DataConfig(tasks=str(tmp_path))), make_tokenizer(), lengths)
+    assert [pool.name for pool in data.train.pools] == ["no", "yes"]
+
+
+def test_description_file_adds_or_replaces(config: SftConfig, tmp_path: Path) -> None:
+    path = tmp_path / "more.jsonl"
+    path.write_text(json.dumps({"task": "yes", "description": ["Agree with me.", "Say yes."]}) + "\n")
+
+    def texts(**changes: Any) -> dict[str, set[str]]:
+        settings = replace(config.data, held_out_descriptions=0, descriptions=str(path), **changes)
+        data = prepare_data(replace(config, data=settings), make_tokenizer(), lengths)
+        return {pool.name: {data.texts[n] for n in pool.descriptions} for pool in data.train.pools}
+
+    assert texts() == {"no": set(ANSWERS["no"]), "yes": {*ANSWERS["yes"], "Agree with me."}}
+    assert texts(keep_descriptions=False) == {"yes": {"Agree with me.", "Say yes."}}
+    path.write_text(json.dumps({"task": "ja", "description": ["Agree with me."]}) + "\n")
+    with pytest.raises(DataError, match="describes none of the tasks, such as no"):
+        texts()
+
+
+def sni_tasks(number: int) -> list[Task]:
+    """Tasks of three categories, two thirds of them in the first; every second one has a definition."""
+    examples = {s: tuple(Example(f"{s}{n}", f"{s} {n}", ("yes",)) for n in range(4)) for s in ("train", "val")}
+    return [
+        Task(
+            f"task{n}",
+            (*([f"Full text {n}."] if n % 2 else []), f"Short {n}.", f"Other {n}."),
+            examples,
+            category="abcaaa"[n % 6],
+            definition=f"Full text {n}." if n % 2 else None,
+        )
+        for n in range(number)
+    ]
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch, config: SftConfig) -> Callable[..., RunData]:
+    """Stands in for the packed data: 24 training tasks, two validation tasks."""
+
+    def load(names: Any, *, splits: tuple[str, ...]) -> list[Task]:
+        tasks = sni_tasks(26)
+        return tasks[:24] if "train" in splits else tasks[24:]
+
+    monkeypatch.setattr(train_data, "load_sni", load)
+
+    def prepare(*, reads: Any = "description", share: float = 0.0, **changes: Any) -> RunData:
+        encoder = EncoderConfig(kind="onehot") if reads == "task" else config.encoder
+        settings = replace(config, reads=reads, encoder=encoder, data=DataConfig(held_out_descriptions=0, **changes))
+        return prepare_data(
+            shorter(settings, description_in_prompt=share),
+            make_tokenizer(),
+            lambda texts: [len(t.split()) for t in texts],
+        )
+
+    return prepare
+
+
+def described(data: RunData) -> dict[str, set[str]]:
+    return {pool.name: {data.texts[n] for n in pool.descriptions} for pool in data.train.pools}
+
+
+def test_kinds_of_descriptions(packed: Callable[..., RunData]) -> None:
+    """Definitions, what is not one on the same tasks, and the same made-up text for a task in every run."""
+    odd = {f"task{n}" for n in range(1, 24, 2)}
+    definitions = described(packed(descriptions="definitions"))
+    assert definitions == {f"task{n}": {f"Full text {n}."} for n in range(1, 24, 2)}
+    paraphrases = described(packed(descriptions="paraphrases", with_definition=True))
+    assert paraphrases == {f"task{n}": {f"Short {n}.", f"Other {n}."} for n in range(1, 24, 2)}
+    assert described(packed(with_definition=True)).keys() == odd
+    random = described(packed(descriptions="random"))
+    assert random == described(packed(descriptions="random", seed=7))
+    assert len(set.union(*random.values())) == len(random) == 24
+    assert not any("Short" in text for texts in random.values() for text in texts)
+
+
+def test_held_out_tasks_and_subsets(packed: Callable[..., RunData]) -> None:
+    """The held-out tasks are spread over categories and the same at every size; small subsets lie in large ones."""
+    runs = {n: packed(hold_out=6, max_tasks=n) for n in (4, 12, None)}
+    names = {n: {pool.name for pool in run.train.pools} for n, run in runs.items()}
+    assert [len(x) for x in names.values()] == [4, 12, 18]
+    assert names[4] < names[12] < names[None]
+    held_out = runs[4].summary["held_out_tasks"]
+    assert all(run.summary["held_out_tasks"] == held_out for run in runs.values())
+    assert not set(held_out) & names[None]
+    category = {task.name: task.category for task in sni_tasks(26)}
+    assert Counter(category[name] for name in held_out if name not in ("task24", "task25")) == {"a": 2, "b": 2, "c": 2}
+    assert {pool.name for pool in runs[4].judged["validation/adapter"].pools} == set(held_out)
+    assert {p.name for p in packed(hold_out=6, max_tasks=4, seed=1).train.pools} != names[4]
+    with pytest.raises(DataError, match=r"data\.hold_out is 24, of 24 training tasks"):
+        packed(hold_out=24)
+    with pytest.raises(DataError, match=r"data\.only names task24, which sni does not offer"):
+        packed(only=("task3", "task24"))
+    alone = packed(only=("task3",))
+    assert ([pool.name for pool in alone.train.pools], alone.judged.keys()) == (["task3"], {"seen/adapter"})
+
+
+def test_categories_come_equally_often(packed: Callable[..., RunData]) -> None:
+    """Two thirds of the tasks are of one category, and its tasks still come once before any comes again."""
+    train = packed(by_category=True).train
+    order = [train.pools[train.task_of_row(step, row)] for step in range(24) for row in range(4)]
+    assert Counter(pool.category for pool in order) == {"a": 32, "b": 32, "c": 32}
+    first = [pool.name for pool in order if pool.category == "a"][:16]
+    assert len(set(first)) == 16
+    plain = packed().train
+    order = [plain.pools[plain.task_of_row(step, row)] for step in range(6) for row in range(4)]
+    assert Counter(pool.category for pool in order)["a"] == 16
+
+
+def test_task_without_examples_is_named(packed: Callable[..., RunData], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(names: Any, *, splits: tuple[str, ...]) -> list[Task]:
+        return [replace(task, examples={"train": ()}) if task.name == "task1" else task for task in sni_tasks(4)]
+
+    monkeypatch.setattr(train_data, "load_sni", load)
+    with pytest.raises(DataError, match="No training examples for task1; take them out"):
+        packed()
+
+
+def test_names_are_read_only_of_tasks_that_are_trained_on(packed: Callable[..., RunData]) -> None:
+    data = packed(reads="task")
+    assert data.texts == sorted(f"task{n}" for n in range(24))
+    assert data.judged.keys() == {"seen/adapter"}
+    batch = data.train[0]
+    for row in range(4):
+        own = data.train.task_of_row(0, row)
+        assert data.texts[batch.descriptions[row]] == data.train.pools[own].name

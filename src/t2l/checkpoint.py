@@ -32,14 +32,17 @@ class CheckpointConfig:
     """Fingerprint of the encoder's files in training; another one is refused when generating."""
     hypernet: HypernetConfig
     prompt: PromptConfig
+    reads: Literal["description", "input", "task"] = "description"
+    """What the hypernetwork reads: the task's description, the very input that is to be answered (Hyperdecoders,
+    arXiv 2203.08304), or the task's name (one-hot)."""
     weights_sha256: str = ""
     training: dict = field(default_factory=dict)
     """How the weights came about: seed, steps, data, versions. For readers; nothing depends on it."""
 
     @property
     def kind(self) -> Literal["sentence", "tokens"]:
-        """Kind of encoding the hypernetwork reads."""
-        return self.encoder.kind
+        """Kind of encoding the hypernetwork reads: one vector, or one for each token."""
+        return "tokens" if self.encoder.kind == "tokens" else "sentence"
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,13 @@ C = TypeVar("C")
 class EncoderConfig:
     """How a description becomes numbers."""
 
-    kind: Literal["sentence", "tokens"] = "tokens"
-    """`sentence`: one pooled vector (N, E). `tokens`: hidden states of a frozen model (N, S, E) with a mask."""
+    kind: Literal["sentence", "tokens", "onehot"] = "tokens"
+    """`sentence`: one pooled vector (N, E). `tokens`: hidden states of a frozen model (N, S, E) with a mask.
+    `onehot`: the number of a task known by its name (N, E), a baseline that understands no text."""
     model: str = "base"
     """Model reference of the frozen encoder; `base` reads the states of the base model itself."""
+    names: tuple[str, ...] = ()
+    """`onehot` only: the tasks in the order of their numbers; training fills it in."""
     layers: tuple[int, ...] = ()
     """Hidden states that `tokens` concatenates, counted from 1 (the first block) to the model's number of layers."""
     max_tokens: int = 128
@@ -58,6 +61,13 @@ class HypernetConfig:
     """Token-level encoders only."""
     token_dropout: float = 0.1
     """Token-level encoders only: share of the description's tokens hidden at each training step."""
+    codebook: Literal["none", "vq", "softmax"] = "none"
+    """Sentence trunks only: the embedding becomes one of `codebook_size` learned codes (`vq`, arXiv 1711.00937, codes
+    as moving averages) or a mixture of them (`softmax`)."""
+    codebook_size: int = 32
+    max_change: float | None = None
+    """Cap on the root mean square of what the head adds to A, and of what it adds to B, for each layer and target: a
+    larger change is scaled down to it. Null means none."""
     train_offset: bool = True
     """Whether the offset (the LoRA that every description's adapter starts from) is trained along."""
 
@@ -67,6 +77,10 @@ class HypernetConfig:
         for name in ("dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"hypernet.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.codebook_size < 2:
+            raise ConfigError(f"hypernet.codebook_size must be at least 2, got {self.codebook_size}")
+        if self.max_change is not None and self.max_change <= 0:
+            raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
         if self.variant == "none" and not self.train_offset:
             raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
 

@@ -4,6 +4,7 @@ Knows texts, tokenizers and frozen models (from `models`). Knows no adapters and
 Shape letters as in `spec.py`.
 """
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -192,6 +193,43 @@ class TokenEncoder:
         return Encoded(torch.cat(tapped, dim=-1) * mask[..., None], mask)
 
 
+class OneHotEncoder:
+    """Task names as one-hot vectors: a baseline that can look tasks up, and understands none.
+
+    Args:
+        names: The tasks, in the order of their numbers.
+    """
+
+    kind: Literal["sentence", "tokens"] = "sentence"
+
+    def __init__(self, names: Sequence[str], *, device: str | torch.device = "cpu") -> None:
+        if not names:
+            raise ConfigError("encoder.kind 'onehot' has no names; training fills encoder.names in")
+        self.names = {name: i for i, name in enumerate(names)}
+        self.embedding_size, self.max_tokens, self.device = len(self.names), 1, device
+
+    def encode(self, descriptions: Sequence[str]) -> Encoded:
+        """One-hot vectors, (N, E).
+
+        Raises:
+            DescriptionError: if a text is not the name of a task that was trained on.
+        """
+        for text in descriptions:
+            if text not in self.names:
+                near = difflib.get_close_matches(str(text), self.names, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise DescriptionError(f"This checkpoint knows tasks by their names only, not '{text[:60]}'{hint}")
+        numbers = torch.tensor([self.names[text] for text in descriptions], device=self.device)
+        return Encoded(F.one_hot(numbers, self.embedding_size).float())
+
+
+def encoder_revision(config: EncoderConfig, base_model: str) -> str:
+    """Fingerprint of the files that an encoder reads; empty for one that reads none."""
+    if config.kind == "onehot":
+        return ""
+    return models.fingerprint(base_model if config.model == "base" else config.model)
+
+
 def load_encoder(
     config: EncoderConfig, base_model: str, *, base: tuple[Any, Any] | None = None, device: str = "cpu"
 ) -> Encoder:
@@ -207,6 +245,8 @@ def load_encoder(
         ModelNotFoundError, DownloadError: if the model cannot be had.
         ConfigError: if layers or window do not fit it.
     """
+    if config.kind == "onehot":
+        return OneHotEncoder(config.names, device=device)
     if config.kind == "sentence":
         return SentenceEncoder.from_folder(models.resolve(config.model), max_tokens=config.max_tokens, device=device)
     if config.model != "base":

@@ -18,7 +18,7 @@ import torch
 from t2l import __version__, models, peft_io
 from t2l.checkpoint import Checkpoint, load_checkpoint
 from t2l.config import PromptConfig
-from t2l.encoder import Encoder, check_description, load_encoder
+from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
 from t2l.errors import CheckpointError, ModelNotFoundError
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
@@ -108,12 +108,12 @@ class TextToLora:
         """
         checkpoint = load_checkpoint(checkpoint_folder(reference), device=device)
         config = checkpoint.config
-        encoder_reference = checkpoint.spec.base_model if config.encoder.model == "base" else config.encoder.model
         if config.encoder.model != "base" or base is None:
-            found = models.fingerprint(encoder_reference)
+            found = encoder_revision(config.encoder, checkpoint.spec.base_model)
             if found != config.encoder_revision:
+                name = checkpoint.spec.base_model if config.encoder.model == "base" else config.encoder.model
                 raise CheckpointError(
-                    f"{reference} was trained with the encoder {encoder_reference} at {config.encoder_revision}, "
+                    f"{reference} was trained with the encoder {name} at {config.encoder_revision}, "
                     f"found is {found}. Point to that version"
                 )
         encoder = load_encoder(config.encoder, checkpoint.spec.base_model, base=base, device=device)

@@ -41,11 +41,13 @@ class Hypernet(nn.Module):
         super().__init__()
         sizes = [(t.in_features, t.out_features) for t in spec.targets]
         grid = (len(spec.layers), len(spec.targets))
-        self.scaling = spec.scaling
+        self.scaling, self.max_change = spec.scaling, config.max_change
         self.offset = Offset(sizes, num_layers=grid[0], rank=spec.rank, trainable=config.train_offset)
         self.trunk: SentenceTrunk | TokenTrunk | None = None
         self.head: HeadL | HeadM | HeadS | None = None
         if config.variant != "none":
+            if kind == "tokens" and config.codebook != "none":
+                raise ConfigError(f"hypernet.codebook '{config.codebook}' needs one vector a text: a sentence encoder")
             self.trunk = (
                 TokenTrunk(
                     embedding_size,
@@ -57,19 +59,27 @@ class Hypernet(nn.Module):
                     token_dropout=config.token_dropout,
                 )
                 if kind == "tokens"
-                else SentenceTrunk(embedding_size, grid, width=config.width, dropout=config.dropout)
+                else SentenceTrunk(
+                    embedding_size,
+                    grid,
+                    width=config.width,
+                    dropout=config.dropout,
+                    codebook=config.codebook,
+                    codebook_size=config.codebook_size,
+                )
             )
             heads: dict[str, type[HeadL] | type[HeadM] | type[HeadS]] = {"L": HeadL, "M": HeadM, "S": HeadS}
             self.head = heads[config.variant](
                 sizes, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
             )
 
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> LoraTensors:
+    def forward(self, states: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> LoraTensors:
         """Writes one adapter per description.
 
         Args:
             states: Encoded descriptions, (N, E) or (N, S, E).
             mask: For (N, S, E), True where there is a token, (N, S).
+            scale: How much of the description's change is added to the offset, (N,): 1 all of it, 0 none.
 
         Returns:
             A batch of N adapters: A (N, L, R, I) and B (N, L, O, R) for each target.
@@ -81,11 +91,22 @@ class Hypernet(nn.Module):
             return LoraTensors(expand[: len(offset_a)], expand[len(offset_a) :], self.scaling)
         features_NLMH = self.trunk(states, mask)
         change_a, change_b = self.head(features_NLMH)
+        if self.max_change is not None:
+            change_a, change_b = ([_capped(x, self.max_change) for x in change] for change in (change_a, change_b))
+        if scale is not None:
+            factor = scale[:, None, None, None]
+            change_a, change_b = [factor * x for x in change_a], [factor * x for x in change_b]
         return LoraTensors(
             tuple(o + c for o, c in zip(offset_a, change_a, strict=True)),
             tuple(o + c for o, c in zip(offset_b, change_b, strict=True)),
             self.scaling,
         )
+
+    @property
+    def commitment(self) -> Tensor | None:
+        """Distance of the last batch's embeddings to their codes, for the loss; None without a VQ codebook."""
+        codebook = self.trunk.codebook if isinstance(self.trunk, SentenceTrunk) else None
+        return codebook.commitment if isinstance(codebook, VectorQuantizer) else None
 
     def load_offset(self, lora: LoraTensors) -> None:
         """Starts from a trained LoRA: with untrained heads every description then gives exactly this adapter.
@@ -126,6 +147,13 @@ class Offset(nn.Module):
         return tuple(self.a), tuple(self.b)
 
 
+def _capped(change: Tensor, limit: float) -> Tensor:
+    """(…, L, X, Y) with each layer's root mean square brought down to `limit` where it exceeds it."""
+    size = change.float().square().mean((-2, -1), keepdim=True)
+    # Not sqrt first: its gradient at zero, where every head starts, is infinite.
+    return change * (limit * size.clamp_min(limit**2).rsqrt()).to(change.dtype)
+
+
 class Residual(nn.Module):
     """x + MLP(LayerNorm(x)) with the paper's SiLU after both layers."""
 
@@ -149,10 +177,23 @@ class Residual(nn.Module):
 class SentenceTrunk(nn.Module):
     """The paper's trunk: embedding, depth and module type are concatenated and mixed."""
 
-    def __init__(self, embedding_size: int, grid: tuple[int, int], *, width: int, dropout: float) -> None:
+    def __init__(
+        self,
+        embedding_size: int,
+        grid: tuple[int, int],
+        *,
+        width: int,
+        dropout: float,
+        codebook: Literal["none", "vq", "softmax"],
+        codebook_size: int,
+    ) -> None:
         super().__init__()
         num_layers, num_targets = grid
         self.embedding = nn.Sequential(nn.Linear(embedding_size, width // 2), nn.LayerNorm(width // 2))
+        self.codebook: nn.Module | None = None
+        if codebook != "none":
+            kinds = {"vq": VectorQuantizer, "softmax": SoftmaxCodebook}
+            self.codebook = kinds[codebook](width // 2, codebook_size)
         self.depth = nn.Sequential(nn.Embedding(num_layers, width // 4), nn.LayerNorm(width // 4))
         self.target = nn.Sequential(nn.Embedding(num_targets, width // 4), nn.LayerNorm(width // 4))
         self.mixer = nn.Sequential(
@@ -172,10 +213,65 @@ class SentenceTrunk(nn.Module):
     def forward(self, states_NE: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, E) to features (N, L, M, H)."""
         n, (num_layers, num_targets) = states_NE.shape[0], self.grid
-        task = self.embedding(states_NE)[:, None, None].expand(n, num_layers, num_targets, -1)
+        task_NH = self.embedding(states_NE)
+        if self.codebook is not None:
+            task_NH = self.codebook(task_NH)
+        task = task_NH[:, None, None].expand(n, num_layers, num_targets, -1)
         depth = self.depth(self.layer_index)[None, :, None].expand(n, num_layers, num_targets, -1)
         target = self.target(self.target_index)[None, None].expand(n, num_layers, num_targets, -1)
         return self.block(self.mixer(torch.cat([task, depth, target], dim=-1)))
+
+
+class VectorQuantizer(nn.Module):
+    """Each vector becomes its nearest code (arXiv 1711.00937); codes are moving averages of the vectors they stand for.
+
+    The gradient passes straight through to the vector, which `commitment` also draws towards its code.
+    """
+
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, width: int, size: int, *, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        codes = F.layer_norm(torch.randn(size, width), (width,))  # as the vectors themselves are
+        self.register_buffer("codes", codes)
+        self.register_buffer("counts", torch.ones(size))
+        self.register_buffer("sums", codes.clone())
+        self.commitment: Tensor | None = None
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        """(N, H) to the nearest codes (N, H)."""
+        exact = x_NH.float()
+        nearest = torch.cdist(exact.detach(), self.codes).argmin(-1)
+        if self.training:
+            chosen = F.one_hot(nearest, len(self.codes)).to(exact.dtype)
+            with torch.no_grad():
+                self.counts.lerp_(chosen.sum(0), 1 - self.decay)
+                self.sums.lerp_(chosen.T @ exact, 1 - self.decay)
+        found = self.codes[nearest]
+        self.commitment = F.mse_loss(exact, found)
+        if self.training:
+            with torch.no_grad():
+                # A code that nothing has come near to for long stays where it was.
+                used = self.counts[:, None] > 1e-6
+                self.codes.copy_(torch.where(used, self.sums / self.counts[:, None], self.codes))
+        return (exact + (found - exact).detach()).to(x_NH.dtype)
+
+
+class SoftmaxCodebook(nn.Module):
+    """Each vector becomes a mixture of learned codes, weighted by a softmax that it decides."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.choose = nn.Linear(width, size)
+        self.codes = nn.Parameter(torch.randn(size, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        """(N, H) to mixtures of codes (N, H)."""
+        return self.norm(self.choose(x_NH).softmax(-1) @ self.codes)
 
 
 class TokenTrunk(nn.Module):

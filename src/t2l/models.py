@@ -332,8 +332,9 @@ def fingerprint(ref: str) -> str:
 
     Returns:
         `name==version` for a package, the commit hash for a Hub id (its revision where the commit is unknown), and for
-        a folder `sha256:...` over `config.json` and, of each safetensors file, its name, size, header and the first
-        and last 64 KiB of values. That is cheap at any size; it tells trained weights apart, not every single byte.
+        a folder `sha256:...` over its text files (configuration, tokenizer, pooling) and, of each safetensors file, its
+        name, size, header and the first and last 64 KiB of values. That is cheap at any size; it tells trained weights
+        apart, not every single byte.
 
     Raises:
         ModelNotFoundError: The reference leads nowhere.
@@ -515,7 +516,12 @@ def _shards(index: Path, ref: str) -> list[str]:
 
 def _folder_fingerprint(folder: Path, ref: str) -> str:
     _check_config(folder, ref)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256()
+    # A sentence encoder's modules each have a folder with a config.json of their own.
+    texts = [path for pattern in (*_TEXT_PATTERNS, "*/config.json") for path in folder.glob(pattern)]
+    for path in sorted(texts):
+        content = path.read_bytes()
+        digest.update(f"\0{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:

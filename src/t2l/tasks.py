@@ -39,6 +39,8 @@ class Task:
     """Ways to say what the task is, the one-line summary and the full definition among them."""
     examples: dict[str, tuple[Example, ...]]
     category: str | None = None
+    definition: str | None = None
+    """Which of the descriptions is the task's full definition, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
             descriptions=_descriptions(rows[name]),
             examples={split: tuple(found) for split, found in examples[name].items()},
             category=rows[name]["category"],
+            definition=(rows[name]["definition"] or "").strip() or None,
         )
         for name in wanted
     ]

@@ -22,7 +22,7 @@ from t2l.prompt import render, token_ids
 from t2l.tasks import Example, Task
 
 CANDIDATES = 6
-"""Examples drawn for a row; those that do not fit any more are left out."""
+"""Examples drawn for a row at a time; those that do not fit any more are left out."""
 
 
 class Batch(NamedTuple):
@@ -43,7 +43,11 @@ class Batch(NamedTuple):
     weights: Tensor
     """(B, A), summing to 1: rows weigh the same, a row's documents too, a document's tokens too."""
     descriptions: Tensor
-    """(B,) the adapter's description, as its position in the run's list of descriptions."""
+    """(B,) what the row's adapter is written from, as its position in the run's list of texts to read."""
+    others: Tensor
+    """(B,) the same of another task; of the row's own where `Batches.told_apart` is false."""
+    partners: Tensor
+    """(B,) one more of the row's own task, drawn anew: the same as `descriptions` now and then."""
     skipped: Tensor
     """() examples that were drawn and are too long for any row."""
 
@@ -56,6 +60,15 @@ class Pool:
     examples: tuple[Example, ...]
     descriptions: tuple[int, ...]
     """Positions in the run's list of descriptions."""
+    reads: tuple[int, ...] = ()
+    """Where the hypernetwork reads no descriptions: positions in the run's list of texts to read, one for each
+    example or one for all."""
+    category: str | None = None
+
+    @property
+    def readable(self) -> tuple[int, ...]:
+        """Everything the hypernetwork may read for this task."""
+        return self.reads or self.descriptions
 
 
 class Batches(Dataset):
@@ -70,6 +83,11 @@ class Batches(Dataset):
         answer_tokens: A.
         in_prompt: Share of rows whose prompt also holds the description.
         seed: Seed of the run.
+        by_category: Whether each category comes equally often, rather than each task.
+        one_example: Whether a row holds a single example, because its adapter is written from that example's input.
+
+    Raises:
+        DataError: if the tokenizer has no way to end an answer.
     """
 
     def __init__(
@@ -83,59 +101,103 @@ class Batches(Dataset):
         answer_tokens: int,
         in_prompt: float,
         seed: int,
+        by_category: bool = False,
+        one_example: bool = False,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
-        self.in_prompt, self.seed = in_prompt, seed
+        self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
+        self.candidates = 2 if one_example else CANDIDATES
+        self.read = [frozenset(pool.readable) for pool in self.pools]
+        self.groups = [list(range(len(self.pools)))]
+        if by_category:
+            found: dict[str, list[int]] = {}
+            for number, pool in enumerate(self.pools):
+                found.setdefault(pool.category or "", []).append(number)
+            self.groups = [found[name] for name in sorted(found)]
         eos = tokenizer.eos_token
         if eos is None:
             raise DataError("The base model's tokenizer has no end-of-sequence token, so answers could not end")
         self.eos: str = eos
 
     def task_of_row(self, step: int, row: int) -> int:
-        """Tasks come in shuffled order, each once before any comes again."""
-        epoch, place = divmod(step * self.rows + row, len(self.pools))
-        return int(np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.pools))[place])
+        """Tasks come in shuffled order, each once before any comes again; so do categories, if they are drawn first."""
+        turn, group, stream = step * self.rows + row, self.groups[0], 0
+        if len(self.groups) > 1:
+            turn, place = divmod(turn, len(self.groups))
+            stream = int(self._shuffled(len(self.groups), 3, turn)[place])
+            group = self.groups[stream]
+        epoch, place = divmod(turn, len(group))
+        key = (1, epoch) if len(self.groups) == 1 else (4, stream, epoch)
+        return group[int(self._shuffled(len(group), *key)[place])]
+
+    def _shuffled(self, number: int, *key: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, *key)).permutation(number)
+
+    def _other(self, task: int, rng: np.random.Generator) -> int:
+        """What may be read for another task and is not read for this one."""
+        for number in rng.permutation(len(self.pools)):
+            if number != task:
+                different = [text for text in self.pools[number].readable if text not in self.read[task]]
+                if different:
+                    return int(rng.choice(different))
+        return int(rng.choice(self.pools[task].readable))
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether for every task there is something to read that belongs to other tasks alone."""
+        everything = frozenset[int]().union(*self.read)
+        return all(everything - own for own in self.read)
 
     def __getitem__(self, step: int) -> Batch:
         """Builds the batch of a step."""
-        rng = np.random.default_rng((self.seed, 0, step))
+        rng, second = np.random.default_rng((self.seed, 0, step)), np.random.default_rng((self.seed, 2, step))
         shape, answers = (self.rows, self.tokens), (self.rows, self.answer_tokens)
         tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         documents = np.full(shape, -1, np.int64)
         label_positions, labels = np.zeros(answers, np.int64), np.zeros(answers, np.int64)
         label_documents, weights = np.full(answers, -1, np.int64), np.zeros(answers, np.float32)
-        chosen, drawn = [], []
-        for row in range(self.rows):
-            pool = self.pools[self.task_of_row(step, row)]
-            chosen.append(int(rng.choice(pool.descriptions)))
-            prompt = PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt))
-            picks = rng.permutation(len(pool.examples))[:CANDIDATES]
-            for pick in picks:
-                example = pool.examples[pick]
-                answer = example.outputs[int(rng.integers(len(example.outputs)))]
-                drawn.append((row, render(self.tokenizer, self.texts[chosen[-1]], example.input, prompt), answer))
-        prompts = token_ids(self.tokenizer, [prompt for _, prompt, _ in drawn])
-        answer_ids = token_ids(self.tokenizer, [answer.strip() + self.eos for *_, answer in drawn])
+        tasks = [self.task_of_row(step, row) for row in range(self.rows)]
+        others = [self._other(task, second) for task in tasks]
+        partners = [int(second.choice(self.pools[task].readable)) for task in tasks]
         used, used_answers, count = [0] * self.rows, [0] * self.rows, [0] * self.rows
         skipped = 0
-        for (row, *_), prompt_ids, target_ids in zip(drawn, prompts, answer_ids, strict=True):
-            length = len(prompt_ids) + len(target_ids) - 1  # the last answer token is only ever a label
-            if length > self.tokens or len(target_ids) > self.answer_tokens:
-                skipped += 1
-                continue
-            start, label = used[row], used_answers[row]
-            if start + length > self.tokens or label + len(target_ids) > self.answer_tokens:
-                continue
-            end, label_end = start + length, label + len(target_ids)
-            tokens[row, start:end] = prompt_ids + target_ids[:-1]
-            positions[row, start:end] = np.arange(length)
-            documents[row, start:end] = count[row]
-            label_positions[row, label:label_end] = np.arange(start + len(prompt_ids) - 1, end)
-            labels[row, label:label_end] = target_ids
-            label_documents[row, label:label_end] = count[row]
-            weights[row, label:label_end] = 1 / len(target_ids)
-            used[row], used_answers[row], count[row] = end, label_end, count[row] + 1
+        pools = [self.pools[task] for task in tasks]
+        shown = [int(rng.choice(pool.descriptions)) for pool in pools]
+        chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
+        prompts = [PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt)) for _ in pools]
+        left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
+        while left:  # a second time only for rows into which nothing drawn so far fits
+            drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
+            left = {row: picks[self.candidates :] for row, picks in left.items()}
+            examples = [pools[row].examples[pick] for row, pick in drawn]
+            outputs = [e.outputs[int(rng.integers(len(e.outputs)))] for e in examples]
+            rendered = [
+                render(self.tokenizer, self.texts[shown[row]], e.input, prompts[row])
+                for (row, _), e in zip(drawn, examples, strict=True)
+            ]
+            prompt_ids = token_ids(self.tokenizer, rendered)
+            answer_ids = token_ids(self.tokenizer, [answer_text(answer, self.eos) for answer in outputs])
+            for (row, pick), question, answer in zip(drawn, prompt_ids, answer_ids, strict=True):
+                length = len(question) + len(answer) - 1  # the last answer token is only ever a label
+                if length > self.tokens or len(answer) > self.answer_tokens:
+                    skipped += 1
+                    continue
+                start, label = used[row], used_answers[row]
+                end, label_end = start + length, label + len(answer)
+                if end > self.tokens or label_end > self.answer_tokens or (self.one_example and count[row]):
+                    continue
+                if self.one_example:
+                    chosen[row] = pools[row].reads[pick]
+                tokens[row, start:end] = question + answer[:-1]
+                positions[row, start:end] = np.arange(length)
+                documents[row, start:end] = count[row]
+                label_positions[row, label:label_end] = np.arange(start + len(question) - 1, end)
+                labels[row, label:label_end] = answer
+                label_documents[row, label:label_end] = count[row]
+                weights[row, label:label_end] = 1 / len(answer)
+                used[row], used_answers[row], count[row] = end, label_end, count[row] + 1
+            left = {row: picks for row, picks in left.items() if picks and not count[row]}
         filled = np.array(count)
         if not filled.any():
             raise DataError(
@@ -144,7 +206,8 @@ class Batches(Dataset):
             )
         weights /= np.maximum(filled, 1)[:, None] * (filled > 0).sum()
         arrays = (tokens, positions, documents, label_positions, labels, label_documents, weights)
-        return Batch._make([*map(torch.from_numpy, arrays), torch.tensor(chosen), torch.tensor(skipped)])
+        texts = map(torch.tensor, (chosen, others, partners))
+        return Batch._make([*map(torch.from_numpy, arrays), *texts, torch.tensor(skipped)])
 
     def loader(self, steps: range, *, workers: int, pin: bool) -> DataLoader:
         """The batches of `steps` in order, built ahead of time by worker processes."""
@@ -167,6 +230,11 @@ def _quiet_worker(_: int) -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+
+
+def answer_text(answer: str, eos: str) -> str:
+    """An answer as it is trained on, its end included."""
+    return answer.strip() + eos
 
 
 def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int) -> tuple[list[Task], list[str], int]:

@@ -2,147 +2,63 @@
 
     description ─ frozen encoder (cached) ─▶ hypernetwork ─▶ adapters ─ live on the frozen base ─▶ loss of the answers
 
-Complete in this file: settings, the step, the loop, saving and resuming. After section 3.3 of Text-to-LoRA
-(arXiv 2506.06105). With `hypernet.variant: none` the same loop trains the multi-task LoRA baseline.
+The step, the judging and the run, in this order; after section 3.3 of Text-to-LoRA (arXiv 2506.06105). Settings stand
+in `settings`, what is read and trained on in `data` and `batches`, what a run leaves in `state` and `watch`. The same
+loop trains the baselines: a multi-task LoRA (`hypernet.variant: none`), adapters written from inputs or task names
+(`reads`), the base's own weights (`method: full`).
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2l import models
 from t2l.apply import LiveAdapters, live
 from t2l.checkpoint import load_checkpoint, save_checkpoint, settings
-from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, to_plain
-from t2l.encoder import Encoded, Encoder, load_encoder, tokenize
+from t2l.config import to_plain
+from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.files import new_folder, read_json, read_tensors
+from t2l.files import new_folder, sha256, write_text
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.tasks import Task, held_out_descriptions, load_jsonl, load_sni, load_splits, require_trainable
-from t2l.train.batches import Batch, Batches, Pool, without_long
+from t2l.train.batches import Batch
+from t2l.train.curves import write_report
+from t2l.train.data import DescriptionBank, RunData, prepare_data
+from t2l.train.settings import SftConfig, TrainConfig
+from t2l.train.state import (
+    Progress,
+    differences,
+    first_step,
+    load_state,
+    put_back,
+    save_state,
+    weights,
+)
+from t2l.train.watch import Watch, memory_gb
+
+COMMITMENT = 0.25
+"""Weight of a VQ codebook's commitment loss (arXiv 1711.00937)."""
+
+# -------------------------------------------------------------------------------------------------- one step
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained on."""
+def answer_losses(base: Any, slots: LiveAdapters, *, keep: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function that is compiled: a packed batch under adapters, one a row, to losses and hits, (B, A) each.
 
-    tasks: str = "sni"
-    """`sni`: the frozen split's training tasks without the held-back ones, read from `T2L_DATA`; or the path of a JSONL
-    file of own tasks."""
-    held_out_descriptions: int = 4
-    """Paraphrases of each task that are kept for judging, where it has enough of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How it is trained."""
-
-    steps: int
-    tasks_per_step: int = 64
-    sequence_tokens: int = 384
-    """Tokens of a row; a row holds as many examples of one task as fit."""
-    answer_tokens: int = 96
-    """Answer tokens of a row."""
-    description_in_prompt: float = 0.5
-    """Share of rows whose prompt also holds the description. Between 0 and 1 the checkpoint serves both ways."""
-    learning_rate: float = 5e-4
-    offset_learning_rate: float = 5e-4
-    warmup: float = 0.05
-    """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
-    weight_decay: float = 0.01
-    max_gradient_norm: float = 1.0
-    contrast: float = 0.0
-    """Weight of a hinge on the steering margin: with another task's description, and the same prompt, the answers
-    should cost `contrast_margin` more than with the right one. Doubles the rows of a step."""
-    contrast_margin: float = 2.0
-    """In nats per answer token."""
-    start_from: str | None = None
-    """Checkpoint to start from: of a multi-task LoRA (variant `none`) the offset, of a hypernetwork everything."""
-    compile: bool = False
-    """Compile the base model's step: a minute at the start, then much faster on a GPU."""
-    workers: int = 0
-    """Processes that build batches."""
-    log_every: int = 50
-    evaluate_every: int = 1000
-    save_every: int = 2000
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "tasks_per_step", "log_every", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("description_in_prompt", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """One run of `t2l train sft`."""
-
-    base: str
-    """Model reference of the base."""
-    seed: int = 0
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    encoder: EncoderConfig
-    hypernet: HypernetConfig = field(default_factory=HypernetConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    """How the finished checkpoint's users render prompts."""
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig
-
-
-# --------------------------------------------------------------------------------------------- descriptions
-
-
-class DescriptionBank:
-    """Every description of a run, encoded once; hands out padded batches of one static shape."""
-
-    def __init__(self, encoder: Encoder, texts: Sequence[str], *, chunk: int = 256) -> None:
-        self.kind, self.width, self.window = encoder.kind, encoder.embedding_size, encoder.max_tokens
-        states, lengths = [], []
-        # In order of length, so that little of a chunk is padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(order), chunk):
-            encoded = encoder.encode([texts[i] for i in order[start : start + chunk]])
-            if encoded.mask is None:
-                states.append(encoded.states)
-            else:
-                states.append(encoded.states[encoded.mask].bfloat16())
-                lengths.append(encoded.mask.sum(1))
-        self.states = torch.cat(states)
-        place = torch.empty(len(order), dtype=torch.long)
-        place[torch.tensor(order)] = torch.arange(len(order))
-        self.place = place.to(self.states.device)
-        if lengths:
-            self.lengths = torch.cat(lengths)
-            self.starts = self.lengths.cumsum(0) - self.lengths
-
-    def __getitem__(self, index_N: Tensor) -> Encoded:
-        """Descriptions by their position in the run's list: (N, E), or (N, window, E) with a mask."""
-        place = self.place[index_N]
-        if self.kind == "sentence":
-            return Encoded(self.states[place])
-        offsets = torch.arange(self.window, device=place.device)
-        mask = offsets < self.lengths[place][:, None]
-        where = (self.starts[place][:, None] + offsets).clamp_max(self.states.shape[0] - 1)
-        return Encoded(self.states[where].float() * mask[..., None], mask)
-
-
-# --------------------------------------------------------------------------------------------------- one step
-
-
-def answer_losses(base: Any, slots: LiveAdapters) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function that is compiled: a packed batch under adapters, one a row, to losses and hits, (B, A) each."""
+    Args:
+        base: The base model.
+        slots: Where its adapters go.
+        keep: Leave them there, for gradient checkpointing, which runs the layers once more in the backward pass.
+    """
 
     def function(
         tokens: Tensor,
@@ -153,93 +69,183 @@ def answer_losses(base: Any, slots: LiveAdapters) -> Callable[..., tuple[Tensor,
         a: tuple[Tensor, ...],
         b: tuple[Tensor, ...],
         scaling: float,
+        noise: Tensor | None = None,
+        smoothing: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        slots.lora = LoraTensors(a, b, scaling)
+        slots.lora = LoraTensors(a, b, scaling) if a else None
+        embedded = base.get_input_embeddings()(tokens)
+        if noise is not None:
+            embedded = embedded + noise.to(embedded.dtype)
         place = torch.arange(tokens.shape[1], device=tokens.device)
         # A token sees what came before it in its own document.
         visible = (documents[:, :, None] == documents[:, None, :]) & (place[:, None] >= place)
         hidden = base.base_model(
-            input_ids=tokens, position_ids=positions, attention_mask=visible[:, None], use_cache=False
+            inputs_embeds=embedded, position_ids=positions, attention_mask=visible[:, None], use_cache=False
         ).last_hidden_state
-        slots.lora = None
+        if not keep:
+            slots.lora = None
         # Only answer tokens meet the vocabulary.
         index = label_positions[..., None].expand(-1, -1, hidden.shape[-1])
         logits = base.lm_head(hidden.gather(1, index)).float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+        if smoothing is not None:
+            losses = torch.lerp(losses, logits.logsumexp(-1) - logits.mean(-1), smoothing)
         return losses, logits.argmax(-1) == labels
 
     return function
 
 
+def neftune_noise(documents: Tensor, width: int, alpha: float) -> Tensor:
+    """Noise for input embeddings (arXiv 2310.05914), (B, T, E): uniform in ± alpha / sqrt(T·E).
+
+    T is the number of tokens of the document that a token stands in, so packing changes nothing; padding gets what it
+    likes, nothing looks at it.
+
+    Args:
+        documents: (B, T) number of the document in its row.
+        width: E.
+        alpha: Strength.
+    """
+    lengths = (documents[:, :, None] == documents[:, None, :]).sum(-1, keepdim=True)
+    noise = torch.rand(*documents.shape, width, device=documents.device) * 2 - 1
+    return noise * (alpha / (lengths * width) ** 0.5)
+
+
 @dataclass
 class Trainer:
-    """What a run holds in memory; built by `prepare`."""
+    """What a run holds in memory."""
 
     config: SftConfig
     base: Any
-    hypernet: Hypernet
-    write: Callable[[Tensor, Tensor | None], LoraTensors]
+    hypernet: Hypernet | None
+    """None where the base's own weights are trained."""
+    write: Callable[[Tensor, Tensor | None, Tensor | None], LoraTensors]
     """The hypernetwork, compiled or not."""
     losses: Callable[..., tuple[Tensor, Tensor]]
     bank: DescriptionBank | None
-    """None where the hypernetwork reads no description."""
+    """None where nothing is read."""
     optimizer: torch.optim.Optimizer
     device: torch.device
 
-    def forward(self, batch: Batch, descriptions: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and hits, (B, A) each, of a batch under the adapters of `descriptions` (B,)."""
-        encoded = Encoded(descriptions[:, None]) if self.bank is None else self.bank[descriptions]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
-            write = self.write if self.hypernet.training else self.hypernet
-            lora = write(encoded.states, encoded.mask).map(Tensor.contiguous)
-            return self.losses(*batch[:5], lora.a, lora.b, lora.scaling)
+    def __post_init__(self) -> None:
+        self.stopped = torch.zeros((), device=self.device)
+        """1 from the first loss or gradient that is not finite: the fused optimiser then changes nothing any more, and
+        the host need not wait for every step to find out."""
+        self.optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
 
-    def compare(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimiser changes."""
+        return self.base if self.hypernet is None else self.hypernet
+
+    def adapters(self, read: Tensor, partners: Tensor, *, learning: bool) -> LoraTensors:
+        """Adapters (N of them) from the texts at `read` (N,); in training, from what the settings make of them."""
+        if self.hypernet is None:
+            return LoraTensors((), (), 1.0)
+        encoded = Encoded(read[:, None]) if self.bank is None else self.bank[read]
+        scale = None
+        if learning and self.bank is not None:
+            encoded = self._disturbed(encoded, self.bank, partners)
+            if self.config.train.description_dropout:
+                scale = (torch.rand(len(read), device=self.device) >= self.config.train.description_dropout).float()
+        # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
+        write = self.write if learning else self.hypernet
+        return write(encoded.states, encoded.mask, scale).map(Tensor.contiguous)
+
+    def _disturbed(self, encoded: Encoded, bank: DescriptionBank, partners: Tensor) -> Encoded:
+        train, states, mask = self.config.train, encoded.states, encoded.mask
+        if train.mix_descriptions:
+            share, chosen = torch.rand(2, len(states), 1, device=self.device)
+            blended = torch.lerp(states, bank[partners].states, share)
+            states = torch.where(chosen < train.mix_descriptions, blended, states)
+        if train.encoding_noise:
+            size = states.square().mean(-1, keepdim=True).sqrt()  # zero for padding, which so stays zero
+            states = states + train.encoding_noise * size * torch.randn_like(states)
+        return Encoded(states, mask)
+
+    def forward(
+        self, batch: Batch, read: Tensor, partners: Tensor, *, learning: bool
+    ) -> tuple[Tensor, Tensor, LoraTensors]:
+        """Losses and hits, (B, A) each, of a batch under the adapters written from `read` (B,); and these."""
+        train, noise, smoothing = self.config.train, None, None
+        if train.neftune_alpha:  # zeros when judging, so that there is one compiled function
+            width = self.base.get_input_embeddings().embedding_dim
+            noise = neftune_noise(batch.documents, width, train.neftune_alpha if learning else 0.0)
+        if train.label_smoothing:
+            smoothing = torch.full((), train.label_smoothing if learning else 0.0, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            lora = self.adapters(read, partners, learning=learning)
+            losses, hits = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing)
+        return losses, hits, lora
+
+    def compare(
+        self, batch: Batch, *, learning: bool
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], LoraTensors]:
         """`forward` with the right and with another task's descriptions; the prompts are the same in both.
 
-        Rows are tasks in shuffled order, so the next row's description is another task's. One pass of twice the rows
-        where training does the same, so that there is one compiled shape.
+        One pass of twice the rows where training does the same, so that there is one compiled shape.
         """
-        others = batch.descriptions.roll(1)
+        right, other = batch.descriptions, batch.others
         if not self.config.train.contrast:
-            return self.forward(batch, batch.descriptions), self.forward(batch, others)
+            losses, hits, lora = self.forward(batch, right, batch.partners, learning=learning)
+            return (losses, hits), self.forward(batch, other, other, learning=learning)[:2], lora
         twice = Batch(*(torch.cat([x, x]) if x.dim() else x for x in batch))
-        losses, hits = self.forward(twice, torch.cat([batch.descriptions, others]))
-        (right, wrong), (right_hits, wrong_hits) = losses.chunk(2), hits.chunk(2)
-        return (right, right_hits), (wrong, wrong_hits)
+        partners = torch.cat([batch.partners, other])
+        losses, hits, lora = self.forward(twice, torch.cat([right, other]), partners, learning=learning)
+        (loss, other_loss), (hit, other_hit) = losses.chunk(2), hits.chunk(2)
+        return (loss, hit), (other_loss, other_hit), lora
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss: mean over rows, over a row's documents, over a document's answer tokens."""
         train = self.config.train
         if not train.contrast:
-            return (self.forward(batch, batch.descriptions)[0] * batch.weights).sum()
-        (right, _), (wrong, _) = self.compare(batch)
-        share = batch.weights.sum(1).clamp_min(1e-12)
-        right, wrong = (right * batch.weights).sum(1), (wrong * batch.weights).sum(1)
-        hinge = F.relu(train.contrast_margin - (wrong - right) / share)
-        return right.sum() + train.contrast * (hinge * batch.weights.sum(1)).sum()
+            losses, _, lora = self.forward(batch, batch.descriptions, batch.partners, learning=True)
+            loss = (losses * batch.weights).sum()
+        else:
+            (losses, _), (others, _), lora = self.compare(batch, learning=True)
+            share = batch.weights.sum(1)
+            right, wrong = (losses * batch.weights).sum(1), (others * batch.weights).sum(1)
+            hinge = F.relu(train.contrast_margin - (wrong - right) / share.clamp_min(1e-12))
+            loss = right.sum() + train.contrast * (hinge * share).sum()
+        if train.l2:
+            sizes = [x.float().square().mean() for x in (*lora.a, *lora.b)]
+            loss = loss + train.l2 * torch.stack(sizes).sum() / len(lora.a)
+        commitment = None if self.hypernet is None else self.hypernet.commitment
+        return loss if commitment is None else loss + COMMITMENT * commitment
 
-    def step(self, batch: Batch, step: int) -> tuple[float, float]:
-        """One optimiser step; returns loss and gradient norm.
+    def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """One optimiser step; returns loss and gradient norm, without waiting for them.
 
-        Raises:
-            TrainingError: if loss or gradient is not finite; the weights are then as they were.
+        From the first one that is not finite, no step changes the weights; `require_finite` says so.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, self.config.train)
         loss = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.hypernet.parameters(), self.config.train.max_gradient_norm)
-        value, norm_value = loss.item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            raise TrainingError(
-                f"Step {step}: loss {value}, gradient norm {norm_value}. The weights were not changed; the batch is "
-                f"item {step} of seed {self.config.seed}. Lower train.learning_rate or look at its data"
-            )
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.train.max_gradient_norm)
+        loss = loss.detach()
+        self.stopped.copy_(torch.maximum(self.stopped, 1 - torch.isfinite(loss + norm).float()))
         self.optimizer.step()
-        return value, norm_value
+        return loss, norm
+
+
+def require_finite(losses: list[float], norms: list[float], first: int, data: RunData, config: SftConfig) -> None:
+    """Checks the losses and gradient norms of the steps from `first` on.
+
+    Raises:
+        TrainingError: naming the first batch of a loss or gradient that is not finite.
+    """
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=first):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rows = range(config.train.tasks_per_step)
+            names = list(dict.fromkeys(data.train.pools[data.train.task_of_row(step, row)].name for row in rows))
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise TrainingError(
+                f"Step {step}: loss {loss}, gradient norm {norm}. The weights are as they were before it; the batch is "
+                f"item {step} of seed {config.seed}, of tasks {', '.join(names[:8])}{more}. Lower train.learning_rate "
+                "or look at its data"
+            )
 
 
 def schedule(step: int, train: TrainConfig) -> float:
@@ -250,259 +256,53 @@ def schedule(step: int, train: TrainConfig) -> float:
     return max(0.0, (train.steps - step) / max(1, train.steps - warmup))
 
 
-def _optimizer(hypernet: Hypernet, train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    offset = [p for p in hypernet.offset.parameters() if p.requires_grad]
-    others = [p for name, p in hypernet.named_parameters() if not name.startswith("offset.")]
+def make_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with a rate of its own for the offset, and no decay of vectors."""
+    named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
+    offset = [p for name, p in named if name.startswith("offset.")]
+    others = [p for name, p in named if not name.startswith("offset.")]
     groups = [
         {"params": [p for p in others if p.dim() > 1], "weight_decay": train.weight_decay, "peak": train.learning_rate},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "peak": train.learning_rate},
         {"params": offset, "weight_decay": train.weight_decay, "peak": train.offset_learning_rate},
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, fused=device.type == "cuda")
+    # Fused on every device: it alone can be told on the device to change nothing.
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.learning_rate, fused=True)
 
 
-# --------------------------------------------------------------------------------------------------- the data
+# --------------------------------------------------------------------------------------------------- judging
 
 
-@dataclass(frozen=True)
-class RunData:
-    """Batches of a run and the list of its descriptions."""
-
-    texts: list[str]
-    train: Batches
-    judged: dict[str, Batches]
-    """Batches for watching: tasks seen in training with new examples and descriptions, and validation tasks."""
-    summary: dict[str, Any]
-
-
-def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
-    """(training tasks, validation tasks).
-
-    Raises:
-        DataError: if data are missing, or hold a task that may not be trained on.
-    """
-    if config.tasks == "sni":
-        splits = load_splits()
-        names = sorted(splits.train - splits.held_back)
-        require_trainable(names)
-        chosen_on = splits.validation | splits.held_back
-        return load_sni(names, splits=("train", "val")), load_sni(chosen_on, splits=("val",))
-    tasks = load_jsonl(Path(config.tasks))
-    require_trainable(task.name for task in tasks)
-    trained = [task for task in tasks if task.examples.get("train")]
-    if not trained:
-        raise DataError(f"{config.tasks} has no task with examples of split 'train'")
-    return trained, [task for task in tasks if not task.examples.get("train") and task.examples.get("val")]
-
-
-def prepare_data(config: SftConfig, tokenizer: Any, lengths: Callable[[list[str]], list[int]]) -> RunData:
-    """Loads tasks and lays out batches; `lengths` counts a description's tokens as the encoder does."""
-    train, validation = load_tasks(config.data)
-    texts = sorted({text for task in (*train, *validation) for text in task.descriptions})
-    counts = dict(zip(texts, lengths(texts), strict=True))
-    train, lost, dropped = without_long(train, counts, config.encoder.max_tokens)
-    validation, _, _ = without_long(validation, counts, config.encoder.max_tokens)
-    if not train:
-        raise DataError(f"No task has a description within encoder.max_tokens ({config.encoder.max_tokens})")
-    texts = sorted({text for task in (*train, *validation) for text in task.descriptions})
-    index = {text: i for i, text in enumerate(texts)}
-
-    def pool(task: Task, split: str, descriptions: Sequence[str]) -> Pool:
-        return Pool(task.name, task.examples[split], tuple(index[text] for text in descriptions))
-
-    held_out = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
-    common = {
-        "rows": config.train.tasks_per_step,
-        "tokens": config.train.sequence_tokens,
-        "answer_tokens": config.train.answer_tokens,
-    }
-    share = config.train.description_in_prompt
-    batches = Batches(
-        [pool(task, "train", held_out[task.name][0]) for task in train],
-        texts,
-        tokenizer,
-        in_prompt=share,
-        seed=config.seed,
-        **common,
-    )
-    seen = [pool(t, "val", held_out[t.name][1] or held_out[t.name][0]) for t in train if t.examples.get("val")]
-    unseen = [pool(task, "val", task.descriptions) for task in validation if task.examples.get("val")]
-    modes = [mode for mode, used in (("adapter", share < 1), ("adapter+prompt", share > 0)) if used]
-    judged = {
-        f"{name}/{mode}": Batches(pools, texts, tokenizer, in_prompt=float(mode != "adapter"), seed=1, **common)
-        for name, pools in (("seen", seen), ("validation", unseen))
-        if len(pools) > 1
-        for mode in modes
-    }
-    summary = {
-        "tasks": len(train),
-        "examples": sum(len(task.examples["train"]) for task in train),
-        "descriptions": sum(len(kept) for kept, _ in held_out.values()),
-        "descriptions_over_window": dropped,
-        "tasks_without_description_in_window": lost,
-    }
-    return RunData(texts, batches, judged, summary)
-
-
-# --------------------------------------------------------------------------------------------------- the run
-
-
-def train(
-    config: SftConfig,
-    run: Path,
-    *,
-    resume: bool = False,
-    max_minutes: float | None = None,
-    device: str | None = None,
-    log: Callable[[str], None] = print,
-) -> Path:
-    """Runs a training to its end or its time budget.
-
-    Args:
-        config: Settings.
-        run: Folder for `config.json`, `metrics.jsonl`, `state/` and, at the end, `checkpoint/`.
-        resume: Go on from the folder's state.
-        max_minutes: Wall time after which the state is saved and the run stops.
-        device: `cuda`, `cpu`; the GPU if there is one.
-        log: Where progress lines go.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        ConfigError: if settings do not go together.
-        DataError: if data are missing or forbidden.
-        TrainingError: if the loss is not finite, or a resume has no state or other settings.
-    """
-    started = time.monotonic()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    first_step = _first_step(config, run, resume=resume)
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")
-
-    tokenizer = models.load_tokenizer(config.base)
-    base = models.load_causal_lm(config.base, device=str(chosen))
-    encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(chosen))
-    data = prepare_data(config, tokenizer, lambda texts: _token_counts(encoder, texts))
-    log(f"data: {json.dumps(data.summary)}")
-    bank = None if config.hypernet.variant == "none" else DescriptionBank(encoder, data.texts)
-    log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} descriptions")
-    if chosen.type == "cuda":
-        base = base.to(torch.bfloat16)
-
-    spec = AdapterSpec.from_config(base.config, config.base, config.lora)
-    hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
-    if config.train.start_from:
-        _start_from(hypernet, Path(config.train.start_from))
-    hypernet.to(chosen).train()
-    optimizer = _optimizer(hypernet, config.train, chosen)
-    if not resume:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n", encoding="utf-8")
-    else:
-        load_state(run / "state", hypernet, optimizer)
-        log(f"resumed at step {first_step} of {config.train.steps}")
-
-    with live(base, spec) as slots:
-        losses: Callable[..., Any] = answer_losses(base, slots)
-        write: Callable[..., Any] = hypernet
-        if config.train.compile:
-            losses, write = torch.compile(losses, dynamic=False), torch.compile(hypernet, dynamic=False)
-        trainer = Trainer(config, base, hypernet, write, losses, bank, optimizer, chosen)
-        step = _loop(trainer, data, run, first_step, started, max_minutes, log)
-
-    folder = run / "checkpoint"
-    provenance = {
-        "seed": config.seed,
-        "steps": step,
-        "planned_steps": config.train.steps,
-        "data": data.summary,
-        "settings": to_plain(config),
-        "versions": _versions(),
-    }
-    saved = settings(
-        provenance,
-        embedding_size=encoder.embedding_size,
-        encoder=config.encoder,
-        encoder_revision=models.fingerprint(config.base if config.encoder.model == "base" else config.encoder.model),
-        hypernet=config.hypernet,
-        prompt=config.prompt,
-    )
-    save_checkpoint(folder, hypernet, spec, saved, card=_card(spec, provenance), overwrite=True)
-    log(f"checkpoint after step {step}: {folder}")
-    return folder
-
-
-def _loop(
-    trainer: Trainer,
-    data: RunData,
-    run: Path,
-    first_step: int,
-    started: float,
-    max_minutes: float | None,
-    log: Callable[[str], None],
-) -> int:
-    """Trains from `first_step`; returns the number of steps done in all."""
-    train, device = trainer.config.train, trainer.device
-    batches = data.train.loader(range(first_step, train.steps), workers=train.workers, pin=device.type == "cuda")
-    losses: list[float] = []
-    examples = tokens = skipped = 0
-    clock, done = time.monotonic(), first_step
-    for step, cpu_batch in enumerate(batches, start=first_step):
-        batch = Batch(*(x.to(device, non_blocking=True) for x in cpu_batch))
-        loss, norm = trainer.step(batch, step)
-        losses.append(loss)
-        done = step + 1
-        examples += int(cpu_batch.documents.amax(1).add(1).sum())
-        tokens += int((cpu_batch.documents >= 0).sum())
-        skipped += int(cpu_batch.skipped)
-        out_of_time = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
-        last = out_of_time or done == train.steps
-        if done % train.log_every == 0 or last:
-            spent = time.monotonic() - clock
-            row = {
-                "step": done,
-                "loss": sum(losses) / len(losses),
-                "gradient_norm": norm,
-                "examples": examples,
-                "too_long": skipped,
-                "tokens_per_second": tokens / spent,
-                "seconds_per_step": spent / len(losses),
-                "minutes": (time.monotonic() - started) / 60,
-            }
-            _record(run, row, log)
-            losses, examples, tokens, skipped, clock = [], 0, 0, 0, time.monotonic()
-        if done % train.evaluate_every == 0 or last:
-            _record(run, {"step": done, **evaluate(trainer, data)}, log)
-            clock = time.monotonic()
-        if done % train.save_every == 0 or last:
-            save_state(run / "state", trainer.hypernet, trainer.optimizer, done)
-            clock = time.monotonic()
-        if last:
-            break
-    return done
-
-
-def evaluate(trainer: Trainer, data: RunData, *, batches: int = 2) -> dict[str, float]:
+def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
     """Loss and exact match (teacher-forced) with the right and with another task's description.
 
-    The prompt is the same in both; only the adapter's description is swapped. Runs with gradients switched on and
-    thrown away: without them a compiled step would be compiled a second time.
+    The prompt is the same in both; only the adapter's description is swapped. Where nothing is read, or a suite has
+    one task, there is no other to compare with. Runs with gradients switched on and thrown away: without them a
+    compiled step would be compiled a second time.
     """
     report: dict[str, float] = {}
-    trainer.hypernet.eval()
+    number = trainer.config.train.evaluate_batches
+    if trainer.hypernet is not None:
+        trainer.hypernet.eval()
     for name, judged in data.judged.items():
+        both = judged.told_apart and not trainer.config.blind
         sums = {"right": [0.0, 0.0], "wrong": [0.0, 0.0]}
-        for number in range(batches):
-            batch = Batch(*(x.to(trainer.device) for x in judged[number]))
-            for which, (losses, hits) in zip(("right", "wrong"), trainer.compare(batch), strict=True):
-                sums[which][0] += (losses * batch.weights).sum().item() / batches
-                sums[which][1] += exact_match(batch, hits) / batches
+        for item in range(number):
+            batch = Batch(*(x.to(trainer.device) for x in judged[item]))
+            if both:
+                right, wrong, _ = trainer.compare(batch, learning=False)
+                found = {"right": right, "wrong": wrong}
+            else:
+                found = {"right": trainer.forward(batch, batch.descriptions, batch.partners, learning=False)[:2]}
+            for which, (losses, hits) in found.items():
+                sums[which][0] += (losses * batch.weights).sum().item() / number
+                sums[which][1] += exact_match(batch, hits) / number
         report[f"{name}/loss"], report[f"{name}/exact_match"] = sums["right"]
-        report[f"{name}/wrong_exact_match"] = sums["wrong"][1]
-        report[f"{name}/margin"] = sums["wrong"][0] - sums["right"][0]
-    trainer.hypernet.train()
+        if both:
+            report[f"{name}/wrong_exact_match"] = sums["wrong"][1]
+            report[f"{name}/margin"] = sums["wrong"][0] - sums["right"][0]
+    if trainer.hypernet is not None:
+        trainer.hypernet.train()
     return report
 
 
@@ -517,96 +317,323 @@ def exact_match(batch: Batch, hits: Tensor) -> float:
     return right / total
 
 
-# ------------------------------------------------------------------------------------- saving and resuming
-
-
-def _first_step(config: SftConfig, run: Path, *, resume: bool) -> int:
-    """Checks the run's folder before anything is loaded; returns the step to begin with."""
-    plain = to_plain(config)
-    if not resume:
-        if run.exists() and any(run.iterdir()):
-            raise TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
-        return 0
-    if not (run / "state" / "state.json").exists():
-        raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
-    before = read_json(run / "config.json")
-    changed = _differences(before, plain)
-    if changed:
-        raise TrainingError(
-            f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
-        )
-    step = read_json(run / "state" / "state.json")["step"]
-    assert isinstance(step, int)
-    if step >= config.train.steps:
-        raise TrainingError(f"{run} is finished: {step} of {config.train.steps} steps are done")
-    return step
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    found = []
-    for key in before.keys() | now.keys():
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{where}{key}.")
-        elif old != new:
-            found.append(f"{where}{key} was {old!r}, is {new!r}")
-    return sorted(found)
-
-
-def save_state(folder: Path, hypernet: Hypernet, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Writes everything a resumed run needs, whole or not at all. The schedule and the sampler follow from `step`."""
-    from safetensors.torch import save_file
-
-    tensors = {f"weight/{name}": value for name, value in hypernet.state_dict().items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    with new_folder(folder, overwrite=True) as temporary:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-
-
-def load_state(folder: Path, hypernet: Hypernet, optimizer: torch.optim.Optimizer) -> None:
-    """Puts back what `save_state` wrote."""
-    tensors = read_tensors(folder / "state.safetensors")
-    groups: dict[str, dict[str, Tensor]] = {"weight": {}, "optimizer": {}, "random": {}}
-    for name, value in tensors.items():
-        group, _, rest = name.partition("/")
-        groups[group][rest] = value
-    hypernet.load_state_dict(groups["weight"], strict=True)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in groups["optimizer"].items():
-        number, _, key = name.partition("/")
-        state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    torch.set_rng_state(groups["random"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in groups["random"]:
-        torch.cuda.set_rng_state(groups["random"]["cuda"])
-
-
-def _start_from(hypernet: Hypernet, folder: Path) -> None:
-    loaded = load_checkpoint(folder).hypernet
-    if loaded.head is None:
-        a, b = loaded.offset()
-        hypernet.load_offset(LoraTensors(a, b, loaded.scaling))
+def _keep_best(trainer: Trainer, progress: Progress, report: dict[str, float]) -> None:
+    """Early stopping: held-out tasks decide, or new examples of the trained tasks where there are none."""
+    train = trainer.config.train
+    suite = "validation/" if any(key.startswith("validation/") for key in report) else "seen/"
+    found = [value for key, value in report.items() if key.startswith(suite) and key.endswith(f"/{train.early_stop}")]
+    value = sum(found) / len(found) * (1 if train.early_stop == "margin" else -1)
+    if progress.best and not value > progress.best_value:
+        progress.worse += 1
+        progress.stopped = progress.worse >= train.patience
         return
+    progress.best_step, progress.best_value, progress.worse = progress.step, value, 0
+    progress.best = {name: x.detach().to("cpu", copy=True) for name, x in weights(trainer.trained).items()}
+
+
+# --------------------------------------------------------------------------------------------------- the run
+
+
+def train(
+    config: SftConfig,
+    run: Path,
+    *,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    device: str | None = None,
+    bar: bool = False,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Runs a training to its end, its early stop or its time budget.
+
+    Args:
+        config: Settings.
+        run: Folder for `config.json`, `metrics.jsonl`, `state.safetensors`, `tensorboard/` and, at the end,
+            `checkpoint/` (`model/` for `method: full`) and `report.html`.
+        resume: Go on from the folder's state.
+        max_minutes: Wall time after which the state is saved and the run stops.
+        device: `cuda`, `cpu`; the GPU if there is one.
+        bar: Draw a progress bar on standard error in place of most lines.
+        log: Where lines go.
+
+    Returns:
+        The folder of the checkpoint, or of the trained base.
+
+    Raises:
+        ConfigError: if settings do not go together.
+        DataError: if data are missing, forbidden or do not fit.
+        TrainingError: if the loss is not finite, or a resume has no state or other settings.
+    """
+    started = time.monotonic()
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    begin = first_step(config, run, resume=resume)
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+
+    tokenizer = models.load_tokenizer(config.base)
+    base = models.load_causal_lm(config.base, device=str(chosen))
+    encoder: Encoder | None = None
+    if config.encoder.kind != "onehot":
+        encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(chosen))
+    data = prepare_data(config, tokenizer, lambda texts: _token_counts(encoder, texts))
+    log(f"data: {json.dumps(data.summary)}")
+    if encoder is None:
+        config_encoder = replace(config.encoder, names=tuple(data.texts))
+        encoder = OneHotEncoder(data.texts, device=chosen)
+    else:
+        config_encoder = config.encoder
+    bank = None if config.blind else DescriptionBank(encoder, data.texts)
+    log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} texts to read")
+
+    spec = AdapterSpec.from_config(base.config, config.base, config.lora)
+    revision = encoder_revision(config.encoder, config.base)
+    hypernet, origin = None, None
+    if config.method == "full":
+        base.requires_grad_(True)
+    else:
+        if chosen.type == "cuda":
+            base = base.to(torch.bfloat16)
+        hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
+        if config.train.start_from:
+            origin = _start_from(hypernet, config, spec, revision)
+        hypernet.to(chosen).train()
+    if config.train.gradient_checkpointing:
+        _checkpoint_layers(base)
+    trained: nn.Module = base if hypernet is None else hypernet
+    optimizer = make_optimizer(trained, config.train)
+    progress = Progress()
+    if not resume:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
+    elif begin:
+        progress = load_state(run, trained, optimizer)
+        log(f"resumed at step {begin} of {config.train.steps}")
+
+    watch = Watch(
+        run,
+        to_plain(config),
+        steps=config.train.steps,
+        first_step=begin,
+        tensorboard=config.train.tensorboard,
+        tracker=config.train.tracker,
+        bar=bar,
+        log=log,
+    )
+    with live(base, spec) as slots, watch:
+        # A compiled step keeps what it needs by itself.
+        keep = config.train.gradient_checkpointing and not config.train.compile
+        losses: Callable[..., Any] = answer_losses(base, slots, keep=keep)
+        write: Callable[..., Any] = hypernet if hypernet is not None else _nothing
+        if config.train.compile:
+            losses = torch.compile(losses, dynamic=False)
+            write = torch.compile(hypernet, dynamic=False) if hypernet is not None else write
+        trainer = Trainer(config, base, hypernet, write, losses, bank, optimizer, chosen)
+        _loop(trainer, data, run, progress, watch, started, max_minutes)
+
+    if progress.best:
+        put_back(trained, progress.best, run)
+    provenance = {
+        "seed": config.seed,
+        "steps": progress.best_step if progress.best else progress.step,
+        "planned_steps": config.train.steps,
+        "data": data.summary,
+        "settings": _portable(config, origin),
+        "versions": _versions(),
+    }
+    if progress.best:
+        provenance |= {"chosen_by": config.train.early_stop, "chosen_at": abs(progress.best_value)}
+    if hypernet is None:
+        folder = _save_model(run / "model", base, tokenizer, provenance)
+    else:
+        folder = run / "checkpoint"
+        saved = settings(
+            provenance,
+            embedding_size=encoder.embedding_size,
+            encoder=config_encoder,
+            encoder_revision=revision,
+            hypernet=config.hypernet,
+            prompt=config.prompt,
+            reads=config.reads,
+        )
+        save_checkpoint(folder, hypernet, spec, saved, card=_card(spec, provenance), overwrite=True)
+    log(f"checkpoint of step {provenance['steps']}: {folder}")
     try:
-        hypernet.load_state_dict(loaded.state_dict(), strict=True)
-    except RuntimeError as error:
-        raise ConfigError(f"train.start_from: {folder} is a hypernetwork of another shape. {error}") from error
+        write_report(run)
+    except DataError as error:
+        log(str(error))
+    return folder
 
 
-def _record(run: Path, row: dict[str, Any], log: Callable[[str], None]) -> None:
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    log("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+def _loop(
+    trainer: Trainer,
+    data: RunData,
+    run: Path,
+    progress: Progress,
+    watch: Watch,
+    started: float,
+    max_minutes: float | None,
+) -> None:
+    """Trains on from where `progress` stands."""
+    config, train, device = trainer.config, trainer.config.train, trainer.device
+    if progress.stopped:
+        return
+    first = progress.step
+    batches = data.train.loader(range(first, train.steps), workers=train.workers, pin=device.type == "cuda")
+    pending: list[tuple[Tensor, Tensor]] = []
+    losses: list[float] = []
+    norms: list[float] = []
+
+    def settle() -> None:
+        """Waits for the steps so far, and sees whether they were sound."""
+        if pending:
+            found, sizes = torch.stack([torch.stack(pair) for pair in pending]).T.tolist()
+            require_finite(found, sizes, progress.step - len(pending), data, config)
+            losses.extend(found)
+            norms.extend(sizes)
+            pending.clear()
+
+    examples = tokens = skipped = 0
+    clock = time.monotonic()
+    for step, cpu_batch in enumerate(batches, start=first):
+        batch = Batch(*(x.to(device, non_blocking=True) for x in cpu_batch))
+        pending.append(trainer.step(batch, step))
+        progress.step = step + 1
+        watch.step(progress.step)
+        examples += int(cpu_batch.documents.amax(1).add(1).sum())
+        tokens += int((cpu_batch.documents >= 0).sum())
+        skipped += int(cpu_batch.skipped)
+        out_of_time = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
+        last = out_of_time or progress.step == train.steps
+        planned = progress.step % train.evaluate_every == 0 or progress.step == train.steps
+        if progress.step % train.log_every == 0 or last:
+            settle()
+            spent = time.monotonic() - clock
+            each = spent / len(losses)
+            row = {
+                "step": progress.step,
+                "loss": sum(losses) / len(losses),
+                "gradient_norm": norms[-1],
+                "examples": examples,
+                "too_long": skipped,
+                "tokens_per_second": tokens / spent,
+                "seconds_per_step": each,
+                "minutes": (time.monotonic() - started) / 60,
+                "minutes_left": each * (train.steps - progress.step) / 60,
+                "memory_gb": memory_gb(device),
+            }
+            watch.record(row)
+            examples = tokens = skipped = 0
+            losses.clear()
+            norms.clear()
+            clock = time.monotonic()
+        if planned or last:
+            settle()
+            before = time.monotonic()
+            report = evaluate(trainer, data)
+            watch.record({"step": progress.step, **report})
+            # An evaluation that only a time budget brought about must not count, or the resumed run were another.
+            if train.early_stop != "off" and planned:
+                _keep_best(trainer, progress, report)
+            clock += time.monotonic() - before
+        if progress.step % train.save_every == 0 or last or progress.stopped:
+            settle()
+            before = time.monotonic()
+            save_state(run, trainer.trained, trainer.optimizer, progress)
+            clock += time.monotonic() - before
+        if last or progress.stopped:
+            return
 
 
-def _token_counts(encoder: Encoder, texts: list[str]) -> list[int]:
+def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revision: str) -> dict[str, str]:
+    """Copies a checkpoint's weights; returns which checkpoint it was, without its place on this machine."""
+    folder = Path(config.train.start_from or "")
+    loaded = load_checkpoint(folder)
+    whole = loaded.hypernet.head is not None
+
+    def facts(spec: AdapterSpec, config: Any, revision: str) -> dict[str, Any]:
+        targets = [f"{t.name} {t.in_features} x {t.out_features}" for t in spec.targets]
+        found: dict[str, Any] = {
+            "spec": {
+                "num_layers": spec.num_layers,
+                "layers": list(spec.layers),
+                "targets": targets,
+                "rank": spec.rank,
+                "scaling": spec.scaling,
+            }
+        }
+        if whole:
+            model = spec.base_model if config.encoder.model == "base" else config.encoder.model
+            shape = ("variant", "width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
+            found |= {
+                "reads": config.reads,
+                "encoder": {
+                    "kind": config.encoder.kind,
+                    "layers": list(config.encoder.layers),
+                    "revision": f"{revision} ({model})" if theirs_differ else "",
+                },
+                "hypernet": {name: getattr(config.hypernet, name) for name in shape},
+            }
+        return found
+
+    theirs_differ = loaded.config.encoder_revision != revision
+    found = differences(
+        facts(loaded.spec, loaded.config, loaded.config.encoder_revision),
+        facts(spec, config, revision),
+        words=("is", "here"),
+    )
+    if found:
+        raise ConfigError(f"train.start_from: {folder} does not fit this run: {'; '.join(found)}. Use its settings")
+    if whole:
+        try:
+            hypernet.load_state_dict(loaded.hypernet.state_dict(), strict=True)
+        except RuntimeError as error:  # one-hot: other tasks
+            raise ConfigError(f"train.start_from: {folder} is a hypernetwork of another shape. {error}") from error
+    else:
+        a, b = loaded.hypernet.offset()
+        hypernet.load_offset(LoraTensors(a, b, loaded.hypernet.scaling))
+    return {"name": folder.resolve().name, "weights_sha256": loaded.config.weights_sha256}
+
+
+def _portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any]:
+    """The settings as they are published: without paths of this machine."""
+    plain = to_plain(config)
+    plain["train"]["start_from"] = origin
+    for key in ("tasks", "descriptions"):
+        if not plain["data"][key].startswith("hf:"):
+            plain["data"][key] = Path(plain["data"][key]).name
+    return plain
+
+
+def _checkpoint_layers(base: Any) -> None:
+    """Switches gradient checkpointing on in the decoder layers alone, which Transformers ties to training mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in base.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # not what is inside it: dropout stays off
+
+
+def _nothing(*_: Any) -> LoraTensors:
+    return LoraTensors((), (), 1.0)
+
+
+def _token_counts(encoder: Encoder | None, texts: list[str]) -> list[int]:
+    if encoder is None:
+        return [0] * len(texts)
     tokenizer, prefix = encoder.tokenizer, getattr(encoder, "prefix", ())  # type: ignore[attr-defined]
     return [len(row) for row in tokenize(tokenizer, texts, 1 << 30, prefix=prefix)]
+
+
+def _save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, Any]) -> Path:
+    """The trained base as a model folder that any tool reads."""
+    with new_folder(folder, overwrite=True) as temporary:
+        base.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        weights_sha256 = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
+        record = provenance | {"weights_sha256": weights_sha256}
+        (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return folder
 
 
 def _versions() -> dict[str, str]:
@@ -623,10 +650,14 @@ def _versions() -> dict[str, str]:
 
 def _card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
     targets = ", ".join(t.name for t in spec.targets)
+    plain = provenance["settings"]
+    reads = {"description": "a task description", "input": "an input", "task": "the name of a trained task"}
+    does = f"Reads {reads[plain['reads']]} and writes a LoRA adapter"
+    if plain["hypernet"]["variant"] == "none":
+        does = "One LoRA adapter, the same whatever the description"
     return (
         f"# Text-to-LoRA hypernetwork for {spec.base_model}\n\n"
-        f"Reads a task description and writes a LoRA adapter: rank {spec.rank}, alpha {spec.alpha:g}, "
-        f"targets {targets}.\n\n"
+        f"{does}: rank {spec.rank}, alpha {spec.alpha:g}, targets {targets}.\n\n"
         f"Trained for {provenance['steps']} of {provenance['planned_steps']} steps on "
         f"{provenance['data']['tasks']} tasks, seed {provenance['seed']}. All settings stand in `config.json`.\n"
     )

@@ -1,0 +1,336 @@
+"""From settings to batches: which tasks, which descriptions of them, what the hypernetwork reads, laid out in rows.
+
+Knows tasks, tokenizers and encoders. Knows no base model and no hypernetwork.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2l.config import PromptConfig
+from t2l.encoder import Encoded, Encoder
+from t2l.errors import ConfigError, DataError
+from t2l.prompt import render, token_ids
+from t2l.tasks import (
+    Task,
+    held_out_descriptions,
+    load_descriptions,
+    load_own,
+    load_sni,
+    load_splits,
+    require_trainable,
+)
+from t2l.train.batches import Batches, Pool, answer_text, without_long
+from t2l.train.settings import DataConfig, SftConfig
+
+Lengths = Callable[[list[str]], list[int]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Batches of a run, and the texts they point to."""
+
+    texts: list[str]
+    """What the hypernetwork reads: descriptions, inputs or names of tasks."""
+    train: Batches
+    judged: dict[str, Batches]
+    """Batches for watching: tasks seen in training with new examples and descriptions, and held-out tasks."""
+    summary: dict[str, Any]
+
+
+def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
+    """(training tasks, held-out tasks), with the descriptions that the settings ask for.
+
+    Raises:
+        DataError: if data are missing or empty, or hold a task that may not be trained on.
+    """
+    if config.tasks == "sni":
+        splits = load_splits()
+        names = sorted(splits.train - splits.held_back)
+        require_trainable(names)
+        chosen_on = splits.validation | splits.held_back
+        train, held_out = load_sni(names, splits=("train", "val")), load_sni(chosen_on, splits=("val",))
+    else:
+        tasks = load_own(config.tasks)
+        require_trainable(task.name for task in tasks)
+        train = [task for task in tasks if task.examples.get("train")]
+        held_out = [task for task in tasks if not task.examples.get("train") and task.examples.get("val")]
+        if not train:
+            raise DataError(f"{config.tasks} has no task with examples of split 'train'")
+    train, held_out = _with_descriptions(train, config), _with_descriptions(held_out, config)
+    train, more = _take_out(train, config.hold_out, config.seed)
+    if config.only:
+        absent = sorted(set(config.only) - {task.name for task in train})
+        if absent:
+            raise DataError(
+                f"data.only names {', '.join(absent[:5])}, which {config.tasks} does not offer for training"
+            )
+        train, held_out = [task for task in train if task.name in config.only], []
+    if config.max_tasks is not None and config.max_tasks < len(train):
+        order = random.Random(f"{config.seed}/max_tasks").sample(range(len(train)), len(train))
+        train = [train[n] for n in sorted(order[: config.max_tasks])]
+    empty = [task.name for task in train if not task.examples.get("train")]
+    if empty:
+        raise DataError(f"No training examples for {', '.join(empty[:5])}; take them out or give them some")
+    return train, [*held_out, *more]
+
+
+def _with_descriptions(tasks: list[Task], config: DataConfig) -> list[Task]:
+    """Tasks with the wanted kind of descriptions; those that have none of it are left out."""
+    if config.with_definition:
+        tasks = [task for task in tasks if task.definition]
+    if config.descriptions == "own" or not tasks:
+        return tasks
+    found: dict[str, tuple[str, ...]]
+    if config.descriptions == "definitions":
+        found = {task.name: (task.definition,) for task in tasks if task.definition}
+    elif config.descriptions == "paraphrases":
+        found = {task.name: tuple(x for x in task.descriptions if x != task.definition) for task in tasks}
+    elif config.descriptions == "random":
+        found = {task.name: (random_text(random.Random(f"description/{task.name}")),) for task in tasks}
+    else:
+        found = load_descriptions(Path(config.descriptions))
+        if config.keep_descriptions:
+            both = {task.name: (*task.descriptions, *found.get(task.name, ())) for task in tasks}
+            if not found.keys() & both.keys():
+                raise DataError(f"{config.descriptions} describes none of the tasks, such as {tasks[0].name}")
+            found = {name: tuple(dict.fromkeys(texts)) for name, texts in both.items()}
+    kept = [replace(task, descriptions=found[task.name]) for task in tasks if found.get(task.name)]
+    if not kept:
+        raise DataError(f"data.descriptions '{config.descriptions}': no task of {config.tasks} has any")
+    return kept
+
+
+def random_text(draw: random.Random) -> str:
+    """Made-up words in the length of a short description."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ("".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(draw.randint(8, 16)))
+    return " ".join(words).capitalize() + "."
+
+
+def _take_out(tasks: list[Task], number: int, seed: int) -> tuple[list[Task], list[Task]]:
+    """(rest, `number` tasks): one of each category in turn, categories and their tasks in random order."""
+    if not number:
+        return tasks, []
+    if number >= len(tasks):
+        raise DataError(f"data.hold_out is {number}, of {len(tasks)} training tasks; some must remain")
+    draw = random.Random(f"{seed}/hold_out")
+    groups: dict[str, list[Task]] = {}
+    for task in draw.sample(tasks, len(tasks)):
+        groups.setdefault(task.category or "", []).append(task)
+    in_turn = [task for row in zip_longest(*groups.values()) for task in row if task is not None]
+    taken = {task.name for task in in_turn[:number]}
+    return [t for t in tasks if t.name not in taken], [t for t in tasks if t.name in taken]
+
+
+# ------------------------------------------------------------------------------------------------- laying out
+
+
+def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData:
+    """Loads tasks, checks that everything fits, and lays out batches.
+
+    Args:
+        config: Settings.
+        tokenizer: The base's.
+        lengths: Counts a text's tokens as the encoder does.
+
+    Raises:
+        DataError: if data are missing or forbidden, a task has nothing that fits, or tasks cannot be told apart where
+            the settings compare them.
+        ConfigError: if early stopping has nothing to go by.
+    """
+    window = config.encoder.max_tokens
+    train, validation = load_tasks(config.data)
+    descriptions = sorted({text for task in (*train, *validation) for text in task.descriptions})
+    counts = dict(zip(descriptions, lengths(descriptions), strict=True))
+    train, lost, dropped = without_long(train, counts, window)
+    validation, _, _ = without_long(validation, counts, window)
+    if not train:
+        raise DataError(f"No task has a description within encoder.max_tokens ({window})")
+    unread = 0
+    if config.reads == "input":
+        train, unread = _with_readable_inputs(train, lengths, window)
+        validation, _ = _with_readable_inputs(validation, lengths, window)
+        if not train:
+            raise DataError(f"No training input is within encoder.max_tokens ({window}); raise it")
+    too_long = _too_long(train, config, tokenizer)
+    if too_long and not config.data.drop_long_tasks:
+        raise DataError(
+            f"{len(too_long)} tasks have no example within train.sequence_tokens ({config.train.sequence_tokens}) and "
+            f"train.answer_tokens ({config.train.answer_tokens}): {'; '.join(list(too_long.values())[:3])}. "
+            "Raise them, or leave these tasks out with data.drop_long_tasks"
+        )
+    train = [task for task in train if task.name not in too_long]
+    if not train:
+        raise DataError("No task is left: all of them are too long")
+
+    descriptions = sorted({text for task in (*train, *validation) for text in task.descriptions})
+    texts = _texts_to_read(config, train, validation, descriptions)
+    place, read = {text: i for i, text in enumerate(descriptions)}, {text: i for i, text in enumerate(texts)}
+
+    def pool(task: Task, split: str, allowed: Sequence[str]) -> Pool:
+        examples = task.examples[split]
+        keys = {"description": (), "task": (task.name,), "input": [e.input.strip() for e in examples]}[config.reads]
+        return Pool(
+            task.name, examples, tuple(place[t] for t in allowed), tuple(read[key] for key in keys), task.category
+        )
+
+    def batches(pools: list[Pool], *, in_prompt: float, seed: int, by_category: bool = False) -> Batches:
+        return Batches(
+            pools,
+            descriptions,
+            tokenizer,
+            rows=config.train.tasks_per_step,
+            tokens=config.train.sequence_tokens,
+            answer_tokens=config.train.answer_tokens,
+            in_prompt=in_prompt,
+            seed=seed,
+            by_category=by_category,
+            one_example=config.reads == "input",
+        )
+
+    kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
+    share = config.train.description_in_prompt
+    training = batches(
+        [pool(task, "train", kept[task.name][0]) for task in train],
+        in_prompt=share,
+        seed=config.seed,
+        by_category=config.data.by_category,
+    )
+    suites = {
+        "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],
+        # A task that was never trained on has no number of its own.
+        "validation": [pool(t, "val", t.descriptions) for t in validation if t.examples.get("val")]
+        if config.reads != "task"
+        else [],
+    }
+    modes = [mode for mode, used in (("adapter", share < 1), ("adapter+prompt", share > 0)) if used]
+    judged = {
+        f"{name}/{mode}": batches(pools, in_prompt=float(mode != "adapter"), seed=1)
+        for name, pools in suites.items()
+        if pools
+        for mode in modes
+    }
+    _check_comparisons(config, training, judged)
+    summary = {
+        "tasks": len(train),
+        "examples": sum(len(task.examples["train"]) for task in train),
+        "descriptions": sum(len(trained) for trained, _ in kept.values()),
+        "descriptions_over_window": dropped,
+        "tasks_without_description_in_window": lost,
+        "tasks_too_long": sorted(too_long),
+        "inputs_over_window": unread,
+        "held_out_tasks": [task.name for task in validation],
+    }
+    return RunData(texts, training, judged, summary)
+
+
+def _texts_to_read(config: SftConfig, train: list[Task], held_out: list[Task], descriptions: list[str]) -> list[str]:
+    if config.reads == "description":
+        return descriptions
+    if config.reads == "task":
+        return sorted(task.name for task in train)
+    examples = (e for task in (*train, *held_out) for some in task.examples.values() for e in some)
+    return sorted({example.input.strip() for example in examples})
+
+
+def _with_readable_inputs(tasks: list[Task], lengths: Lengths, window: int) -> tuple[list[Task], int]:
+    """The tasks with the examples whose input the encoder can read, and how many it cannot."""
+    kept, dropped = [], 0
+    for task in tasks:
+        examples = {}
+        for split, some in task.examples.items():
+            fits = [bool(e.input.strip()) for e in some]
+            counts = iter(lengths([e.input for e, fit in zip(some, fits, strict=True) if fit]) if any(fits) else ())
+            examples[split] = tuple(e for e, fit in zip(some, fits, strict=True) if fit and next(counts) <= window)
+            dropped += len(some) - len(examples[split])
+        if any(examples.values()):
+            kept.append(replace(task, examples=examples))
+    return [task for task in kept if task.examples.get("train") or task.examples.get("val")], dropped
+
+
+def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str, str]:
+    """Tasks none of whose training examples fits into a row, with the reason."""
+    train, found = config.train, {}
+    prompt = PromptConfig(description_in_prompt=train.description_in_prompt == 1)
+    for task in tasks:
+        description = min(task.descriptions, key=len)
+        shortest: tuple[int, int] | None = None
+        examples = task.examples["train"]
+        # Nearly always one of the first few fits.
+        for start in range(0, len(examples), 16):
+            some = examples[start : start + 16]
+            prompts = token_ids(tokenizer, [render(tokenizer, description, e.input, prompt) for e in some])
+            answers = token_ids(tokenizer, [answer_text(e.outputs[0], tokenizer.eos_token or "") for e in some])
+            sizes = [(len(p) + len(a) - 1, len(a)) for p, a in zip(prompts, answers, strict=True)]
+            if any(row <= train.sequence_tokens and answer <= train.answer_tokens for row, answer in sizes):
+                break
+            shortest = min([*sizes, shortest] if shortest else sizes)
+        else:
+            if shortest is None:
+                found[task.name] = f"{task.name} has no examples"
+            else:
+                found[task.name] = f"{task.name} needs at least {shortest[0]} tokens, {shortest[1]} of them its answer"
+    return found
+
+
+def _check_comparisons(config: SftConfig, training: Batches, judged: dict[str, Batches]) -> None:
+    """What compares tasks needs at least two that can be told apart; what stops a run needs something to go by."""
+    if config.train.contrast and not training.told_apart:
+        raise DataError(
+            f"train.contrast needs two tasks or more, each with descriptions of its own, to compare; there are "
+            f"{len(training.pools)}"
+        )
+    if config.train.early_stop == "margin":
+        held_out = [suite for name, suite in judged.items() if name.startswith("validation/")]
+        if not held_out or not held_out[0].told_apart:
+            number = len(held_out[0].pools) if held_out else 0
+            raise ConfigError(
+                "train.early_stop 'margin' needs two held-out tasks or more with validation examples and descriptions "
+                f"of their own; there are {number}. Set data.hold_out, or stop on 'loss'"
+            )
+    if config.train.early_stop == "loss" and not judged:
+        raise ConfigError("train.early_stop 'loss' needs examples of split 'val'; the data hold none")
+
+
+# ------------------------------------------------------------------------------------------ what is read
+
+
+class DescriptionBank:
+    """Every text the hypernetwork reads in a run, encoded once; hands out padded batches of one static shape."""
+
+    def __init__(self, encoder: Encoder, texts: Sequence[str], *, chunk: int = 256) -> None:
+        self.kind, self.width, self.window = encoder.kind, encoder.embedding_size, encoder.max_tokens
+        states, lengths = [], []
+        # In order of length, so that little of a chunk is padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(order), chunk):
+            encoded = encoder.encode([texts[i] for i in order[start : start + chunk]])
+            if encoded.mask is None:
+                states.append(encoded.states)
+            else:
+                states.append(encoded.states[encoded.mask].bfloat16())
+                lengths.append(encoded.mask.sum(1))
+        self.states = torch.cat(states)
+        place = torch.empty(len(order), dtype=torch.long)
+        place[torch.tensor(order)] = torch.arange(len(order))
+        self.place = place.to(self.states.device)
+        if lengths:
+            self.lengths = torch.cat(lengths)
+            self.starts = self.lengths.cumsum(0) - self.lengths
+
+    def __getitem__(self, index_N: Tensor) -> Encoded:
+        """Texts by their position in the run's list: (N, E), or (N, window, E) with a mask."""
+        place = self.place[index_N]
+        if self.kind == "sentence":
+            return Encoded(self.states[place])
+        offsets = torch.arange(self.window, device=place.device)
+        mask = offsets < self.lengths[place][:, None]
+        where = (self.starts[place][:, None] + offsets).clamp_max(self.states.shape[0] - 1)
+        return Encoded(self.states[where].float() * mask[..., None], mask)

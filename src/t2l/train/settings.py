@@ -1,0 +1,182 @@
+"""Settings of a run of `t2l train sft`, and which of them go together. Knows plain values only."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
+from t2l.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    tasks: str = "sni"
+    """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`; or own tasks as `t2l.tasks.load_own` reads them:
+    a JSONL file, a folder of such files, or `hf:NAME`."""
+    only: tuple[str, ...] = ()
+    """Names of the training tasks that are used; none means all. Other held-out tasks are then not judged."""
+    descriptions: str = "own"
+    """`own`: what comes with the tasks. `definitions`: their full definition alone, of the tasks that have one.
+    `paraphrases`: everything but it. `random`: one text of made-up words a task, always the same. Otherwise a file
+    as `t2l.tasks.load_descriptions` reads it."""
+    keep_descriptions: bool = True
+    """Whether those of a file come on top of a task's own, or in their place."""
+    with_definition: bool = False
+    """Leave out the tasks without a definition, so that other kinds of descriptions meet the same tasks."""
+    held_out_descriptions: int = 4
+    """Paraphrases of each task that are kept for judging, where it has enough of them."""
+    hold_out: int = 0
+    """Training tasks that are taken out and judged with the validation tasks, spread evenly over categories."""
+    max_tasks: int | None = None
+    """Train on a random subset of so many tasks; a larger subset holds all of a smaller one. Null means all."""
+    seed: int = 0
+    """Of `hold_out` and `max_tasks`, apart from the run's seed: runs of several seeds train on the same tasks."""
+    by_category: bool = False
+    """Draw a category first, then one of its tasks, so that large categories weigh no more than small ones."""
+    drop_long_tasks: bool = False
+    """Leave out tasks none of whose examples fits into a row; otherwise they are an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("held_out_descriptions", "hold_out"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
+        if self.max_tasks is not None and self.max_tasks < 1:
+            raise ConfigError(f"data.max_tasks must be at least 1 or null, got {self.max_tasks}")
+        if not self.keep_descriptions and self.descriptions in ("own", "definitions", "paraphrases", "random"):
+            raise ConfigError("data.keep_descriptions false needs a file in data.descriptions to take their place")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How it is trained."""
+
+    steps: int
+    tasks_per_step: int = 64
+    sequence_tokens: int = 384
+    """Tokens of a row; a row holds as many examples of one task as fit."""
+    answer_tokens: int = 96
+    """Answer tokens of a row."""
+    description_in_prompt: float = 0.5
+    """Share of rows whose prompt also holds the description. Between 0 and 1 the checkpoint serves both ways."""
+    learning_rate: float = 5e-4
+    offset_learning_rate: float = 5e-4
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+    contrast: float = 0.0
+    """Weight of a hinge on the steering margin: with another task's description, and the same prompt, the answers
+    should cost `contrast_margin` more than with the right one. Doubles the rows of a step."""
+    contrast_margin: float = 2.0
+    """In nats per answer token."""
+    l2: float = 0.0
+    """Weight of the mean square of the written A plus that of B (the reference: 1e-3)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over the whole vocabulary (the reference: 0.1)."""
+    neftune_alpha: float = 0.0
+    """Uniform noise on the base's input embeddings, at most alpha / sqrt(T·E) in each of the E places of each of a
+    document's T tokens (arXiv 2310.05914; the paper: 5). T is counted for each document, not for a packed row."""
+    description_dropout: float = 0.0
+    """Share of rows whose adapter is the offset alone, as for no description at all."""
+    encoding_noise: float = 0.0
+    """Gaussian noise on what the hypernetwork reads, as a share of its root mean square."""
+    mix_descriptions: float = 0.0
+    """Share of rows that read a random blend of two descriptions of their task; sentence encoders only."""
+    start_from: str | None = None
+    """Checkpoint to start from: of a multi-task LoRA (variant `none`) the offset, of a hypernetwork everything."""
+    early_stop: Literal["off", "margin", "loss"] = "off"
+    """What decides which weights are kept, and when to stop: the steering margin on held-out tasks, or the loss on
+    them (on new examples of the trained tasks, where no task is held out)."""
+    patience: int = 3
+    """Evaluations in a row without a better one after which early stopping ends the run."""
+    compile: bool = False
+    """Compile the base model's step: a minute at the start, then much faster on a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute the base's layers a second time in the backward pass: less memory, about a third more time."""
+    workers: int = 0
+    """Processes that build batches."""
+    log_every: int = 50
+    evaluate_every: int = 1000
+    evaluate_batches: int = 2
+    """Batches of each suite that an evaluation looks at."""
+    save_every: int = 2000
+    tensorboard: bool = True
+    """Also write event files for TensorBoard, if it is installed."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Also report to this tracker, by its own configuration; nothing of it is imported otherwise."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            "steps",
+            "tasks_per_step",
+            "patience",
+            "log_every",
+            "evaluate_every",
+            "evaluate_batches",
+            "save_every",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        shares = ("description_in_prompt", "warmup", "label_smoothing", "description_dropout", "mix_descriptions")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("contrast", "l2", "neftune_alpha", "encoding_noise", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """One run of `t2l train sft`."""
+
+    base: str
+    """Model reference of the base."""
+    seed: int = 0
+    method: Literal["adapters", "full"] = "adapters"
+    """`full` trains the base's own weights in place of adapters, a baseline; it leaves a model folder."""
+    reads: Literal["description", "input", "task"] = "description"
+    """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.reads`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    encoder: EncoderConfig
+    hypernet: HypernetConfig = field(default_factory=HypernetConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """How the finished checkpoint's users render prompts."""
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig
+
+    @property
+    def blind(self) -> bool:
+        """Whether the answers cannot depend on anything a hypernetwork reads, because there is none."""
+        return self.method == "full" or self.hypernet.variant == "none"
+
+    def __post_init__(self) -> None:
+        train, kind = self.train, self.encoder.kind
+        if (self.reads == "task") != (kind == "onehot"):
+            raise ConfigError(f"reads 'task' and encoder.kind 'onehot' go together, got '{self.reads}' and '{kind}'")
+        if self.encoder.names:
+            raise ConfigError("encoder.names is filled in by training; leave it out")
+        if self.reads == "input" and kind != "sentence":
+            raise ConfigError(
+                "reads 'input' needs encoder.kind 'sentence': token states of every input fill any memory"
+            )
+        if self.method == "full":
+            if self.hypernet.variant != "none":
+                raise ConfigError(f"method 'full' needs hypernet.variant none, got '{self.hypernet.variant}'")
+            if train.start_from:
+                raise ConfigError("method 'full' starts from the base; train.start_from names a checkpoint of adapters")
+            if train.l2:
+                raise ConfigError("method 'full' writes no adapters that train.l2 could keep small")
+        if self.blind:
+            reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
+            idle = [f"train.{name}" for name in reading if getattr(train, name)]
+            if idle:
+                raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
+        if train.mix_descriptions and (kind != "sentence" or self.reads != "description"):
+            raise ConfigError("train.mix_descriptions needs encoder.kind 'sentence' and reads 'description'")
+        if train.early_stop == "margin" and (self.blind or self.reads == "task"):
+            raise ConfigError(
+                "train.early_stop 'margin' needs a hypernetwork that can read held-out tasks; here use 'loss'"
+            )

@@ -1,0 +1,169 @@
+"""What a run leaves so that it can go on: one file with weights, optimiser, random state and progress, whole or absent.
+
+Knows modules, optimisers and files. Knows no tasks; the schedule and the sampler follow from the step alone.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2l.config import to_plain
+from t2l.errors import CheckpointError, OutputError, TrainingError
+from t2l.files import read_json, read_tensors
+from t2l.train.settings import SftConfig
+
+STATE = "state.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Steps done."""
+    best_step: int = 0
+    """Step after which the best weights were seen; 0 if none are kept."""
+    best_value: float = 0.0
+    """What they were chosen by, the higher the better."""
+    worse: int = 0
+    """Evaluations since then."""
+    stopped: bool = False
+    """Whether early stopping has ended the run."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The best weights, on the CPU."""
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, each tensor once where a model ties two of them."""
+    saved = module.state_dict()
+    own = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name in saved]
+    return {name: saved[name] for name in own}
+
+
+def put_back(module: nn.Module, values: dict[str, Tensor], where: Path) -> None:
+    """Copies `weights` of the same module into it.
+
+    Raises:
+        CheckpointError: if names or shapes differ.
+    """
+    mine = weights(module)
+    wrong = [name for name in mine if name not in values or values[name].shape != mine[name].shape]
+    wrong += values.keys() - mine.keys()
+    if wrong:
+        raise CheckpointError(f"{where} was not written by this run's model: {', '.join(sorted(wrong)[:3])}")
+    with torch.no_grad():
+        for name, value in mine.items():
+            value.copy_(values[name])
+
+
+def first_step(config: SftConfig, run: Path, *, resume: bool) -> int:
+    """Checks the run's folder before anything is loaded; returns the step to begin with.
+
+    Raises:
+        TrainingError: if the folder is taken, or holds no run of these settings, or a finished one.
+    """
+    if not resume:
+        if run.exists() and any(run.iterdir()):
+            raise TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
+        return 0
+    if not (run / "config.json").exists():
+        raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
+    changed = differences(read_json(run / "config.json"), to_plain(config))
+    if changed:
+        raise TrainingError(
+            f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
+        )
+    for leftover in run.glob(f".{STATE}.*"):
+        leftover.unlink(missing_ok=True)
+    if not (run / STATE).exists():
+        return 0  # it was killed before it saved anything
+    progress = read_progress(run)
+    over = progress.stopped or progress.step >= config.train.steps
+    # Killed between its last step and its checkpoint, a run has the checkpoint still to write.
+    if over and any((run / name).exists() for name in ("checkpoint", "model")):
+        raise TrainingError(f"{run} is finished: {progress.step} of {config.train.steps} steps are done")
+    return progress.step
+
+
+def differences(
+    before: dict[str, Any], now: dict[str, Any], where: str = "", *, words: tuple[str, str] = ("was", "is")
+) -> list[str]:
+    """Each setting that differs between two nested mappings, with both values."""
+    found = []
+    for key in before.keys() | now.keys():
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{where}{key}.", words=words)
+        elif old != new:
+            found.append(f"{where}{key} {words[0]} {old!r}, {words[1]} {new!r}")
+    return sorted(found)
+
+
+def save_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Writes everything a resumed run needs, as one file under another name that is then renamed.
+
+    Raises:
+        OutputError: if it cannot be written; the state before it stays.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"weight/{name}": value for name, value in weights(module).items()}
+    tensors |= {f"best/{name}": value for name, value in progress.best.items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    plain = {x.name: getattr(progress, x.name) for x in fields(progress) if x.name != "best"}
+    temporary = run / f".{STATE}.{os.getpid()}"
+    try:
+        save_file(
+            {name: x.detach().cpu().contiguous() for name, x in tensors.items()},
+            temporary,
+            metadata={"progress": json.dumps(plain)},
+        )
+        os.replace(temporary, run / STATE)
+    except OSError as error:
+        raise OutputError(f"Cannot write {run / STATE}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_progress(run: Path) -> Progress:
+    """How far a saved run is, without its tensors.
+
+    Raises:
+        CheckpointError: if the state is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run / STATE, framework="pt") as file:
+            return Progress(**json.loads((file.metadata() or {})["progress"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
+
+
+def load_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Puts back what `save_state` wrote."""
+    progress = read_progress(run)
+    groups: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}, "optimizer": {}, "random": {}}
+    for name, value in read_tensors(run / STATE).items():
+        group, _, rest = name.partition("/")
+        groups[group][rest] = value
+    put_back(module, groups["weight"], run / STATE)
+    progress.best = groups["best"]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in groups["optimizer"].items():
+        number, _, key = name.partition("/")
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    torch.set_rng_state(groups["random"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in groups["random"]:
+        torch.cuda.set_rng_state(groups["random"]["cuda"])
+    return progress

@@ -1,0 +1,154 @@
+"""What a run shows while it runs: metrics.jsonl, TensorBoard, a tracker by name, a progress bar on a terminal.
+
+Knows rows of numbers. Knows no models; trackers are imported only where the settings name one.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from t2l.errors import ConfigError
+from t2l.files import write_text
+
+METRICS = "metrics.jsonl"
+
+
+class Watch(AbstractContextManager["Watch"]):
+    """Takes rows of numbers and passes them on.
+
+    Args:
+        run: The run's folder; `metrics.jsonl` and `tensorboard/` go there.
+        settings: The run's settings, for the tracker.
+        steps: Steps of the whole run.
+        first_step: Steps done before; later rows of an interrupted run are dropped, for they come again.
+        tensorboard: Whether to write event files, if TensorBoard is installed.
+        tracker: Name of the tracker to report to.
+        bar: Whether to draw a progress bar on standard error in place of a line for each row of numbers.
+        log: Where lines go.
+
+    Raises:
+        ConfigError: if the tracker is not installed.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        settings: dict[str, Any],
+        *,
+        steps: int,
+        first_step: int,
+        tensorboard: bool,
+        tracker: Literal["none", "wandb", "trackio"],
+        bar: bool,
+        log: Callable[[str], None],
+    ) -> None:
+        self.path, self.log = run / METRICS, log
+        kept = [row for row in read_metrics(run) if row["step"] <= first_step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.tracker = _tracker(tracker)
+        if self.tracker is not None:
+            self.tracker.init(project="t2l", name=run.name, config=settings)
+        self.events = _tensorboard(run / "tensorboard", first_step, log) if tensorboard else None
+        self.facts: dict[str, Any] = {}
+        self.bar = _bar(steps, first_step) if bar else None
+
+    def __enter__(self) -> "Watch":
+        if self.bar is not None:
+            self.bar.start()
+            self.log = self.bar.console.print
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if self.events is not None:
+            self.events.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def record(self, row: dict[str, Any]) -> None:
+        """One row of numbers, its `step` among them."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {key: value for key, value in row.items() if key != "step"}
+        if self.events is not None:
+            for key, value in numbers.items():
+                self.events.add_scalar(key, value, row["step"])
+        if self.tracker is not None:
+            self.tracker.log(numbers, step=row["step"])
+        if self.bar is None:
+            self.log("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            return
+        margins = [value for key, value in row.items() if key.endswith("margin")]
+        self.facts |= {key: row[key] for key in ("loss", "tokens_per_second", "memory_gb") if key in row}
+        self.facts |= {"margin": margins[-1]} if margins else {}
+        units = {"loss": "", "margin": "", "tokens_per_second": " tokens/s", "memory_gb": " GB"}
+        words = [
+            (f"{key} " if not units[key] else "") + f"{self.facts[key]:.4g}" + units[key]
+            for key in units
+            if key in self.facts
+        ]
+        self.bar.update(self.bar.task_ids[0], facts="  ".join(words))
+
+    def step(self, done: int) -> None:
+        """So many steps are done."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run so far; a last line that was cut off in writing is left out."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory used so far: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak if sys.platform == "darwin" else peak * 1024) / 1e9
+
+
+def _bar(steps: int, first_step: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+    bar = Progress(*columns, console=Console(stderr=True, highlight=False, markup=False))
+    bar.add_task("train", total=steps, completed=first_step, facts="")
+    return bar
+
+
+def _tensorboard(folder: Path, first_step: int, log: Callable[[str], None]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log("TensorBoard is not installed (pip install 't2l[train]'); metrics.jsonl has everything it would show")
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+
+def _tracker(name: Literal["none", "wandb", "trackio"]) -> Any:
+    if name == "none":
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"train.tracker is {name}, which is not installed: pip install {name}") from error
