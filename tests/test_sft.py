@@ -877,6 +877,20 @@ def test_vector_quantizer_learns_its_codes() -> None:
     assert torch.equal(quantizer.codes, before)
 
 
+@pytest.mark.parametrize("config", [{"codebook": "vq"}, {"codebook": "softmax"}, {"max_change": 0.01}], ids=str)
+def test_mixed_precision_trains_every_part(config: dict[str, Any], tiny_config: Any) -> None:
+    """As on a GPU: weights in float32, products in bfloat16, averages in float32."""
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
+    hypernet = make_hypernet(spec, **config).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        lora = hypernet(torch.randn(3, 32), None, torch.tensor([0.0, 1.0, 0.5]))
+        loss = sum(x.float().square().mean() for x in (*lora.a, *lora.b))
+    (loss if hypernet.commitment is None else loss + hypernet.commitment).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in hypernet.parameters())
+    assert all(torch.equal(x[0], offset) for x, offset in zip(lora.b, hypernet.offset.b, strict=True))
+    assert all(x.dtype == torch.float32 for x in hypernet.state_dict().values())
+
+
 def test_cap_on_the_change_scales_it_down(tiny_config: Any) -> None:
     spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
     free = make_hypernet(spec)
