@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,19 +83,19 @@ class Task:
     n_test: int
 
 
-def seeded_order(text: str) -> str:
+def seeded_order(text: str, seed: int = SEED) -> str:
     """A sort key that shuffles by the seed and depends on no library's random numbers."""
-    return hashlib.sha256(f"{SEED}:{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
-def share_seats(sizes: dict[str, int], seats: int, cap: int) -> dict[str, int]:
+def share_seats(sizes: dict[str, int], seats: int, cap: int, seed: int = SEED) -> dict[str, int]:
     """Sainte-Laguë: each seat goes to the stratum with the highest size / (2 * seats so far + 1)."""
     given = dict.fromkeys(sizes, 0)
     for _ in range(seats):
         open_strata = [name for name in sizes if given[name] < min(cap, sizes[name])]
         if not open_strata:
             raise DataError(f"{seats} test tasks are wanted, but the candidates give only {sum(given.values())}.")
-        best = min(open_strata, key=lambda name: (-sizes[name] / (2 * given[name] + 1), seeded_order(name)))
+        best = min(open_strata, key=lambda name: (-sizes[name] / (2 * given[name] + 1), seeded_order(name, seed)))
         given[best] += 1
     return given
 
@@ -225,18 +225,27 @@ def read_examples(folder: Path) -> Iterable[tuple[str, str, bool]]:
 
 def build_document(folder: Path) -> str:
     """The text of the split file."""
-    names = [TASKS_FILE, *EXAMPLE_FILES.values(), BENCHMARKS_FILE]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"{folder} has no {', '.join(missing)}; give the folder of the packed data with --data.")
     document = {
         "format_version": FORMAT_VERSION,
         "seed": SEED,
         "rule": RULE,
-        "data": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names},
+        "data": data_checksums(folder),
         **make_split(read_tasks(folder), build_corpus(read_examples(folder))),
     }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def data_checksums(folder: Path) -> dict[str, str]:
+    """The sha256 of every data file.
+
+    Raises:
+        DataError: if one is missing.
+    """
+    names = [TASKS_FILE, *EXAMPLE_FILES.values(), BENCHMARKS_FILE]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{folder} has no {', '.join(missing)}; give the folder of the packed data with --data.")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 def differences(path: Path, text: str) -> str:
@@ -248,16 +257,19 @@ def differences(path: Path, text: str) -> str:
     return "".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the frozen split of tasks, or check the committed one.")
+def write_or_check(
+    description: str, out: Path, build: Callable[[Path], str], parts: Sequence[str], arguments: Sequence[str] | None
+) -> int:
+    """The command line of a script that freezes a list: ``build`` gives the file's text from the data folder."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=os.environ.get("T2L_DATA"), help="data folder (default: T2L_DATA)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="split file (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=out, help="file to write (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 with a diff if the file differs")
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("no data folder: give --data or set T2L_DATA")
     try:
-        text = build_document(options.data)
+        text = build(options.data)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -267,10 +279,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if changes else 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
-    split = json.loads(text)
-    parts = ("train", "test", "test_unseen_category", "validation", "excluded")
-    print(", ".join(f"{part}: {len(split[part])}" for part in parts))
+    document = json.loads(text)
+    print(", ".join(f"{part}: {len(document[part])}" for part in parts))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parts = ("train", "test", "test_unseen_category", "validation", "excluded")
+    description = "Write the frozen split of tasks, or check the committed one."
+    return write_or_check(description, DEFAULT_OUT, build_document, parts, arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROWS: dict[str, int] = {
     "errors": 0,
     "config": 1,
+    "endpoint": 1,
     "files": 1,
     "spec": 1,
     "lora": 2,
@@ -25,6 +26,7 @@ ROWS: dict[str, int] = {
     "peft_io": 3,
     "apply": 4,
     "checkpoint": 4,
+    "library": 4,
     "generate": 5,
     "tasks": 5,
     "compat": 6,

@@ -658,6 +658,19 @@ def test_names_are_read_only_of_tasks_that_are_trained_on(packed: Callable[..., 
         assert data.texts[batch.descriptions[row]] == data.train.pools[own].name
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_run_is_nearly_the_plain_one(config: SftConfig, tmp_path: Path) -> None:
+    config = replace(config, hypernet=replace(config.hypernet, dropout=0.0, token_dropout=0.0))
+    rows = []
+    for compile_ in (False, True):
+        run = tmp_path / str(compile_)
+        train(shorter(config, compile=compile_, contrast=0.5), run, device="cpu", log=quiet)
+        rows.append([row["loss"] for row in metrics(run) if "loss" in row])
+    assert len(rows[0]) == config.train.steps
+    assert rows[1] == pytest.approx(rows[0], rel=1e-3)
+
+
 # ------------------------------------------------------------------------------------------ losses and settings
 
 

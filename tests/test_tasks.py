@@ -65,7 +65,7 @@ def test_many_refused_tasks_are_counted() -> None:
 
 
 def test_default_training_reads_only_training_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sni` asks for the training tasks and, to watch, for the validation tasks: never for a test task or example."""
+    """`sni` asks for training tasks and, to watch, for those that settings are chosen on: never for what is tested."""
     calls: list[tuple[set[str], tuple[str, ...]]] = []
 
     def load(names: Any, *, splits: tuple[str, ...]) -> list[Task]:
@@ -75,7 +75,10 @@ def test_default_training_reads_only_training_tasks(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(data, "load_sni", load)
     data.load_tasks(DataConfig())
     split = load_splits()
-    assert calls == [(set(split.train), ("train", "val")), (set(split.validation), ("val",))]
+    assert calls == [
+        (set(split.train - split.held_back), ("train", "val")),
+        (set(split.validation | split.held_back), ("val",)),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- own tasks

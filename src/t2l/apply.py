@@ -29,11 +29,33 @@ class HasLora(Protocol):
 
 
 class LiveAdapters:
-    """The hooks on a model. `lora` may be set again at any time; None means the plain base model."""
+    """The hooks on a model. `lora` may be set again at any time; None means the plain base model.
 
-    def __init__(self) -> None:
-        self.lora: LoraTensors | None = None
+    Each hooked module carries its own A and B for as long as the hooks are on: all layers then run one and the same
+    code on their own tensors, so that `torch.compile` of a decoder layer compiles once for all of them.
+    """
+
+    def __init__(self, modules: Sequence[tuple[int, int, nn.Linear]], attribute: str) -> None:
+        self._modules, self._attribute = modules, attribute
+        self._lora: LoraTensors | None = None
+
+    @property
+    def lora(self) -> LoraTensors | None:
         """A single adapter for every sequence, or a batch with one adapter per sequence."""
+        return self._lora
+
+    @lora.setter
+    def lora(self, lora: LoraTensors | None) -> None:
+        self._lora = lora
+        if lora is None:
+            for _, _, module in self._modules:
+                setattr(module, self._attribute, None)
+            return
+        # Scaled, transposed and cut into layers once, not at every token: for each module (…, I, R) and (…, R, O).
+        a = [x.mT.unbind(-3) for x in lora.a]
+        b = [(x * lora.scaling).mT.unbind(-3) for x in lora.b]
+        for m, layer, module in self._modules:
+            setattr(module, self._attribute, (a[m][layer], b[m][layer]))
 
 
 @contextmanager
@@ -47,16 +69,23 @@ def live(model: nn.Module, spec: AdapterSpec) -> Iterator[LiveAdapters]:
     Raises:
         SpecMismatchError: if the model lacks a target module or its sizes differ.
     """
-    slots = LiveAdapters()
     modules = _target_modules(model, spec)
+    depth = 0
+    while any(hasattr(module, f"_t2l_lora_{depth}") for _, _, module in modules):
+        depth += 1
+    attribute = f"_t2l_lora_{depth}"
+    slots = LiveAdapters(modules, attribute)
     handles = []
     try:
-        for m, layer, module in modules:
-            handles.append(module.register_forward_hook(_hook(slots, m, layer)))
+        slots.lora = None
+        for _, _, module in modules:
+            handles.append(module.register_forward_hook(_hook(attribute)))
         yield slots
     finally:
         for handle in handles:
             handle.remove()
+        for _, _, module in modules:
+            delattr(module, attribute)
 
 
 @contextmanager
@@ -83,7 +112,8 @@ def applied(
         raise AdapterNotAppliedError("No adapter given: `applied` needs at least one")
     spec = listed[0].spec
     for other in listed[1:]:
-        spec.require_same_shape(other.spec, this="The first adapter", that="another one in the batch")
+        if other.spec is not spec:
+            spec.require_same_shape(other.spec, this="The first adapter", that="another one in the batch")
     if len(listed) == 1 and rows is None:
         lora = listed[0].lora
     else:
@@ -98,6 +128,28 @@ def applied(
     with live(model, spec) as slots:
         slots.lora = lora
         yield model
+
+
+@contextmanager
+def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
+    """Runs the decoder layers compiled for the length of a `with` block: one graph for all of them.
+
+    Layer by layer, compiling takes seconds where the whole model takes minutes, and runs as fast where a step's
+    work hides the launches. Enter it inside `live`: hooks that come later are not seen.
+
+    Args:
+        model: The base model.
+        spec: Its layers' place is read from the targets' paths.
+    """
+    (path,) = {target.path.split("{layer}")[0].rstrip(".") for target in spec.targets}
+    layers = list(model.get_submodule(path).children())
+    try:
+        for layer in layers:
+            layer.compile(fullgraph=True, dynamic=False)
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def _target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, nn.Linear]]:
@@ -126,23 +178,22 @@ def _target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int,
     return modules
 
 
-def _hook(slots: LiveAdapters, m: int, layer: int) -> Any:
+def _hook(attribute: str) -> Any:
+    """The hook of all modules at one depth of nesting."""
+
     def add_lora(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        lora = slots.lora
+        lora = getattr(module, attribute)
         if lora is None:
             return None
-        (x_BTI,) = inputs
-        a, b = lora.a[m], lora.b[m]
-        if a.dim() == 3:  # one adapter for all: (R, I) and (O, R)
-            a, b = a[layer], b[layer]
-        else:  # one per sequence: (B, R, I) and (B, O, R)
-            a, b = a[:, layer], b[:, layer]
-            if x_BTI.dim() != 3 or x_BTI.shape[0] != a.shape[0]:
-                raise AdapterNotAppliedError(
-                    f"{a.shape[0]} adapters for a batch of {x_BTI.shape[0]} sequences: give one adapter, one per "
-                    "sequence, or `rows` that says which sequence uses which"
-                )
-        update = (x_BTI @ a.mT.to(x_BTI.dtype)) @ b.mT.to(x_BTI.dtype)
-        return output + update * lora.scaling
+        (x,) = inputs
+        a, b = (part.to(x.dtype) for part in lora)
+        if a.dim() == 2:  # one adapter for all
+            return output + (x @ a) @ b
+        if x.dim() != 3 or x.shape[0] != a.shape[0]:
+            raise AdapterNotAppliedError(
+                f"{a.shape[0]} adapters for a batch of {x.shape[0]} sequences: give one adapter, one per sequence, or "
+                "`rows` that says which sequence uses which"
+            )
+        return torch.baddbmm(output, torch.bmm(x, a), b)
 
     return add_lora

@@ -71,6 +71,9 @@ class HypernetConfig:
     larger change is scaled down to it. Null means none."""
     train_offset: bool = True
     """Whether the offset (the LoRA that every description's adapter starts from) is trained along."""
+    own_units: bool = False
+    """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
+    to the elements' standard deviations over the library."""
 
     def __post_init__(self) -> None:
         if self.width % 4:

@@ -51,3 +51,7 @@ class AdapterNotAppliedError(T2LError, RuntimeError):
 
 class TrainingError(T2LError, RuntimeError):
     """Training cannot go on: a non-finite loss, a resume under another config."""
+
+
+class SandboxError(T2LError, RuntimeError):
+    """Code of a model is not run: nobody allowed it, or this system cannot isolate it."""

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,12 +73,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, "Tensor"]:
+def read_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]] | None = None, *, rows: Sequence[int] | None = None
+) -> dict[str, "Tensor"]:
     """Reads a safetensors file whose content is checked before anything is allocated.
 
     Args:
         path: The file.
         expected: Names and shapes the file must hold, no more and no fewer.
+        rows: Positions in the first dimension of every tensor; only these are read, in this order.
 
     Raises:
         CheckpointError: if the file is absent, pickled, truncated, holds other names, shapes or types than
@@ -100,7 +103,11 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
                     raise CheckpointError(f"{path}: tensor {name} has type {piece.get_dtype()}; only floats are read")
             if expected is not None:
                 _compare(path, found, expected)
-            tensors = {name: file.get_tensor(name) for name in found}
+            if rows is None:
+                tensors = {name: file.get_tensor(name) for name in found}
+            else:
+                pieces = {name: file.get_slice(name) for name in found}
+                tensors = {name: torch.stack([piece[row] for row in rows]) for name, piece in pieces.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({error}); fetch or write it again"
@@ -109,6 +116,26 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinite values")
     return tensors
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        CheckpointError: if the file is absent, pickled or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    _refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); fetch or write it again"
+        ) from error
 
 
 def _refuse_pickle(path: Path) -> None:

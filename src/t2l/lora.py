@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from t2l.errors import SpecMismatchError
+
 
 @dataclass(frozen=True)
 class LoraTensors:
@@ -61,3 +63,163 @@ class LoraTensors:
         """
         grams = [(b.mT @ b) * (a @ a.mT) for a, b in zip(self.a, self.b, strict=True)]
         return [self.scaling * g.sum((-2, -1)).clamp_min(0).sqrt() for g in grams]
+
+    def inner(self, other: "LoraTensors") -> list[Tensor]:
+        """Frobenius inner product of ΔW with another adapter's for each target, (…, L).
+
+        ⟨BA, B'A'⟩ = trace(AᵀBᵀB'A') = sum((BᵀB') ∘ (AA'ᵀ)).
+        """
+        factor = self.scaling * other.scaling
+        return [
+            factor * ((b.mT @ other_b) * (a @ other_a.mT)).sum((-2, -1))
+            for a, b, other_a, other_b in zip(self.a, self.b, other.a, other.b, strict=True)
+        ]
+
+    def squared_distances(self, other: "LoraTensors") -> list[Tensor]:
+        """‖ΔW - ΔW'‖² for each target, (…, L), of adapters with one scaling.
+
+        BA - B'A' = (B - B')A + B'(A - A') is one product of rank 2R. Its norm by `norms`' identity stays exact for
+        adapters that are almost equal, where ‖BA‖² - 2⟨BA, B'A'⟩ + ‖B'A'‖² would leave nothing but rounding.
+        """
+        assert self.scaling == other.scaling, "distances are between adapters with one scaling"
+        found = []
+        for a, b, other_a, other_b in zip(self.a, self.b, other.a, other.b, strict=True):
+            left, right = torch.cat([b - other_b, other_b], dim=-1), torch.cat([a, a - other_a], dim=-2)
+            gram = (left.mT @ left) * (right @ right.mT)
+            found.append(self.scaling**2 * gram.sum((-2, -1)).clamp_min(0))
+        return found
+
+    def singular_values(self) -> list[Tensor]:
+        """The R largest singular values of ΔW for each target, (…, L, R), descending, from R×R products only.
+
+        With AAᵀ = CCᵀ (Cholesky) they are the roots of the eigenvalues of Cᵀ(BᵀB)C. Values under a thousandth of the
+        largest are rounding. Differentiable.
+        """
+        found = []
+        for a, b in zip(self.a, self.b, strict=True):
+            gram = a @ a.mT
+            # An A with dependent rows has no Cholesky factor but with a trifle on its diagonal.
+            trifle = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * 1e-6 + 1e-30
+            factor = torch.linalg.cholesky(gram + trifle * torch.eye(gram.shape[-1], device=a.device, dtype=a.dtype))
+            eigenvalues = torch.linalg.eigvalsh(factor.mT @ (b.mT @ b) @ factor).flip(-1)
+            largest = eigenvalues[..., :1].detach()
+            # The root's slope at zero is infinite, hence a floor.
+            found.append(self.scaling * eigenvalues.clamp_min(0).add(1e-7 * largest + 1e-30).sqrt())
+        return found
+
+    def canonical(self) -> "LoraTensors":
+        """The same ΔW in a form that is one for all A and B with this product: from its singular value decomposition.
+
+        The singular values, descending, are shared evenly, A = √S Vᵀ and B = U √S, and signs are such that the largest
+        entry of each row of A is positive. Computed in float64.
+        """
+        new_a, new_b = [], []
+        for a, b in zip(self.a, self.b, strict=True):
+            right, left = _cut(a.double(), b.double(), a.shape[-2])
+            largest = right.gather(-1, right.abs().argmax(-1, keepdim=True))
+            sign = torch.where(largest < 0, -1.0, 1.0).to(right.dtype)
+            new_a.append((sign * right).to(a.dtype))
+            new_b.append((left * sign.mT).to(b.dtype))
+        return LoraTensors(tuple(new_a), tuple(new_b), self.scaling)
+
+
+def merge(adapters: Sequence[LoraTensors], rank: int) -> LoraTensors:
+    """The adapter of the given rank whose ΔW is nearest to the mean ΔW of several, in Frobenius norm.
+
+    The mean is exact in the sum of their ranks (A stacked, B side by side); an SVD then cuts it, through QR
+    factors, so that nothing of size O×I is built (Eckart–Young).
+
+    Args:
+        adapters: K adapters, or K batches, of the same targets, layers and sizes; ranks and scalings may differ.
+        rank: R of the result; higher than the mean needs, the rest is zero.
+
+    Returns:
+        A (…, L, rank, I) and B (…, L, O, rank), sharing each singular value evenly, with the first one's scaling, type
+        and device.
+
+    Raises:
+        SpecMismatchError: if there is none, if sizes differ, or if the rank is below 1.
+    """
+    if not adapters or rank < 1:
+        raise SpecMismatchError(f"Merging needs an adapter and a rank of 1 or more, got {len(adapters)} and {rank}")
+    first = adapters[0]
+    for number, other in enumerate(adapters):
+        if _sizes(other) != _sizes(first):
+            raise SpecMismatchError(
+                f"Adapter {number} has targets of sizes {_sizes(other)}, the first has {_sizes(first)}; only adapters "
+                "of one base, with the same targets and layers, can be merged"
+            )
+    merged = []
+    for m in range(len(first.a)):
+        a = torch.cat([x.a[m].float() for x in adapters], dim=-2)
+        shares = [x.scaling / (first.scaling * len(adapters)) for x in adapters]
+        b = torch.cat([x.b[m].float() * share for x, share in zip(adapters, shares, strict=True)], dim=-1)
+        merged.append(_cut(a, b, rank))
+    return LoraTensors(
+        tuple(a.to(x.dtype) for (a, _), x in zip(merged, first.a, strict=True)),
+        tuple(b.to(x.dtype) for (_, b), x in zip(merged, first.b, strict=True)),
+        first.scaling,
+    )
+
+
+def _sizes(lora: LoraTensors) -> list[tuple[tuple[int, ...], int, int]]:
+    """For each target: batch and layers, I, O."""
+    return [(tuple(a.shape[:-2]), a.shape[-1], b.shape[-2]) for a, b in zip(lora.a, lora.b, strict=True)]
+
+
+def _cut(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (…, K, I) and B (…, O, K) as A (…, rank, I) and B (…, O, rank) whose product is nearest to B·A."""
+    left, core_left = torch.linalg.qr(b)
+    right, core_right = torch.linalg.qr(a.mT)
+    u, s, vh = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
+    kept = min(rank, s.shape[-1])
+    root = s[..., :kept].sqrt()
+    b_cut = left @ (u[..., :kept] * root.unsqueeze(-2))
+    a_cut = (right @ (vh.mT[..., :kept] * root.unsqueeze(-2))).mT
+    empty = rank - kept
+    return torch.nn.functional.pad(a_cut, (0, 0, 0, empty)), torch.nn.functional.pad(b_cut, (0, empty))
+
+
+def interpolate(start: LoraTensors, end: LoraTensors, weight_N: Tensor) -> LoraTensors:
+    """Adapters on the way from `start` (weight 0) to `end` (weight 1), A and B each on a straight line.
+
+    With a checkpoint's offset as the start, this scales what the description changes and leaves the multi-task LoRA.
+
+    Args:
+        start: One adapter: (L, R, I) and (L, O, R).
+        end: N adapters of the same shape and scaling.
+        weight_N: One weight for each of them.
+
+    Raises:
+        SpecMismatchError: if the adapters' shapes or scalings differ.
+    """
+    start_shapes = [tuple(x.shape) for x in (*start.a, *start.b)]
+    end_shapes = [tuple(x.shape[1:]) for x in (*end.a, *end.b)]
+    if start_shapes != end_shapes or start.scaling != end.scaling:
+        raise SpecMismatchError(
+            f"Only adapters of one shape and scaling can be interpolated; got shapes {start_shapes} and {end_shapes}, "
+            f"scalings {start.scaling} and {end.scaling}"
+        )
+
+    def mix(one: Tensor, other: Tensor) -> Tensor:
+        return torch.lerp(one.to(other.dtype), other, weight_N.to(other)[:, None, None, None])
+
+    return LoraTensors(tuple(map(mix, start.a, end.a)), tuple(map(mix, start.b, end.b)), end.scaling)
+
+
+def trust(emb_NE: Tensor, known_KE: Tensor, *, low: float, high: float) -> Tensor:
+    """How far to follow a description, by its cosine similarity to the nearest description trained on.
+
+    Args:
+        emb_NE: Embeddings of the descriptions.
+        known_KE: Embeddings of those trained on, by the same encoder.
+        low: Similarity up to which a description is not followed at all, such as random text's.
+        high: Similarity from which it is followed in full.
+
+    Returns:
+        (N,), in [0, 1], for `interpolate`; linear between the bounds.
+    """
+    assert -1 <= low < high <= 1, f"bounds of a cosine must rise, got {low} and {high}"
+    unit_NE, unit_KE = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (emb_NE, known_KE))
+    nearest_N = (unit_NE @ unit_KE.mT).amax(-1)
+    return ((nearest_N - low) / (high - low)).clamp(0, 1)

@@ -5,17 +5,20 @@ Shape letters as in `spec.py`. PEFT stores A as (R, I) and B as (O, R), as LoraT
 """
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from t2l.errors import CheckpointError, SpecMismatchError, TensorMismatchError
-from t2l.files import new_folder, read_json, read_tensors
+from t2l.files import new_folder, read_json, read_shapes, read_tensors
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 
 
 def tensor_name(target: Target, layer: int, part: str) -> str:
@@ -96,6 +99,64 @@ def save_adapter(
         (temporary / CARD).write_text(card, encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class PeftFacts:
+    """What a PEFT LoRA folder says of itself; its tensors are not read."""
+
+    base_model: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    modules: dict[str, tuple[int, int]]
+    """Path of each adapted module to its (in, out) features, such as `model.layers.0.self_attn.q_proj`."""
+
+
+def read_facts(folder: Path) -> PeftFacts:
+    """Reads a PEFT LoRA folder's settings and the names and shapes of its tensors.
+
+    Raises:
+        CheckpointError: if files are missing, damaged or pickled, the folder is not a plain LoRA, a module lacks A or
+            B, or a tensor's rank is not the folder's own.
+    """
+    config = _plain_lora(folder)
+    rank, alpha, base = config.get("r"), config.get("lora_alpha"), config.get("base_model_name_or_path")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(base, str):
+        raise CheckpointError(f"{folder / CONFIG} lacks r, lora_alpha or base_model_name_or_path")
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in read_shapes(folder / WEIGHTS).items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None or len(shape) != 2:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} holds {name} {shape}, which is no LoRA matrix of a linear module"
+            )
+        found.setdefault(match["path"], {})[match["part"]] = shape
+    modules = {}
+    for path, parts in found.items():
+        if parts.keys() != {"A", "B"}:
+            raise CheckpointError(f"{folder / WEIGHTS}: {path} has only {', '.join(parts)} of A and B")
+        if parts["A"][0] != rank or parts["B"][1] != rank:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {path} has rank {parts['A'][0]} in A and {parts['B'][1]} in B, "
+                f"{CONFIG} says {rank}"
+            )
+        modules[path] = (parts["A"][1], parts["B"][0])
+    if not modules:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no tensors")
+    return PeftFacts(base, rank, float(alpha), bool(config.get("use_rslora", False)), modules)
+
+
+def _plain_lora(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, only 'LORA' is read")
+    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise CheckpointError(f"{folder / CONFIG}: {key} is {config[key]!r}; only plain LoRA is read")
+    if config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
+        raise CheckpointError(f"{folder / CONFIG}: bias or fan_in_fan_out is set; only plain LoRA is read")
+    return config
+
+
 def load_adapter(folder: Path, spec: AdapterSpec) -> LoraTensors:
     """Reads a PEFT LoRA folder that has exactly the spec's shape.
 
@@ -110,12 +171,7 @@ def load_adapter(folder: Path, spec: AdapterSpec) -> LoraTensors:
         CheckpointError: if files are missing, damaged or pickled, or the folder is not a plain LoRA.
         SpecMismatchError: if rank, scaling, targets or sizes differ; both values are named.
     """
-    config = read_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, only 'LORA' is read")
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise CheckpointError(f"{folder / CONFIG}: {key} is {config[key]!r}; only plain LoRA is read")
+    config = _plain_lora(folder)
     for key, mine in (("r", spec.rank), ("lora_alpha", spec.alpha), ("use_rslora", spec.use_rslora)):
         theirs = config.get(key, False if key == "use_rslora" else None)
         if theirs != mine:

@@ -3,6 +3,7 @@
 Knows files of tasks and the frozen split. Knows nothing of training, evaluation or models.
 """
 
+import hashlib
 import json
 import os
 from collections import defaultdict
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from t2l.encoder import check_description
 from t2l.errors import DataError, DescriptionError
@@ -51,13 +52,46 @@ class Splits:
     test: frozenset[str]
     excluded: dict[str, str]
     """Task to reason."""
+    held_back: frozenset[str]
+    """Those of `train` that a hypernetwork is not trained on, so that settings can be chosen on them; see
+    docs/zero_shot_protocol.md. They are no test: a library of oracle adapters may hold them."""
 
 
 @cache
 def load_splits() -> Splits:
     """Reads the frozen split that ships with the package."""
-    data = json.loads(resources.files("t2l.data").joinpath("splits.json").read_text(encoding="utf-8"))
-    return Splits(frozenset(data["train"]), frozenset(data["validation"]), frozenset(data["test"]), data["excluded"])
+    data = _frozen("splits")
+    return Splits(
+        train=frozenset(data["train"]),
+        validation=frozenset(data["validation"]),
+        test=frozenset(data["test"]),
+        excluded=data["excluded"],
+        held_back=frozenset(_frozen("held_back")["held_back"]),
+    )
+
+
+def written_descriptions(what: Literal["benchmarks", "test"]) -> dict[str, tuple[str, ...]]:
+    """Reads the descriptions that were written by hand for judging and are never trained on.
+
+    Args:
+        what: `test` for the frozen split's test tasks, `benchmarks` for the ten benchmarks.
+
+    Returns:
+        Task or benchmark to its three descriptions: a short one, a usual one, a detailed one.
+
+    Raises:
+        DataError: if `what` is neither.
+    """
+    files = {"benchmarks": "benchmark_descriptions", "test": "test_descriptions"}
+    if what not in files:
+        raise DataError(f"There are written descriptions of {' and '.join(files)}, not of {what!r}")
+    return {name: tuple(texts) for name, texts in _frozen(files[what]).items()}
+
+
+def _frozen(name: str) -> dict[str, Any]:
+    """A JSON file that ships with the package."""
+    data: dict[str, Any] = json.loads(resources.files("t2l.data").joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    return data
 
 
 def require_trainable(names: Iterable[str]) -> None:
@@ -150,6 +184,15 @@ def held_out_descriptions(task: Task, number: int) -> tuple[tuple[str, ...], tup
     if number == 0 or keep < 2 * number:
         return task.descriptions, ()
     return task.descriptions[:keep], task.descriptions[keep:]
+
+
+def drawn_descriptions(task: Task, number: int = 3) -> tuple[str, ...]:
+    """The descriptions by which a task without written ones is judged: the same `number` (or all) in every run.
+
+    Only for tasks that are not trained on: any of their descriptions may be drawn.
+    """
+    order = sorted(task.descriptions, key=lambda text: hashlib.sha256(f"{task.name}:{text}".encode()).hexdigest())
+    return tuple(order[:number])
 
 
 def load_jsonl(path: Path) -> list[Task]:

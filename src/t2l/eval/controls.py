@@ -76,7 +76,9 @@ def random_text(draw: random.Random) -> str:
 def sni_suites(*, per_task: int, held_out: int, seed: int) -> list[Question]:
     """New instances of tasks seen in training, with descriptions not seen, and the validation tasks."""
     splits = load_splits()
-    seen = [t for t in load_sni(splits.train, splits=("test",)) if held_out_descriptions(t, held_out)[1]]
+    seen = [
+        t for t in load_sni(splits.train - splits.held_back, splits=("test",)) if held_out_descriptions(t, held_out)[1]
+    ]
     validation = load_sni(splits.validation, splits=("test",))
     more = max(1, 200 // len(validation))
     return [

@@ -52,9 +52,10 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     """
     if config.tasks == "sni":
         splits = load_splits()
-        names = sorted(splits.train)
+        names = sorted(splits.train - splits.held_back)
         require_trainable(names)
-        train, held_out = load_sni(names, splits=("train", "val")), load_sni(splits.validation, splits=("val",))
+        chosen_on = splits.validation | splits.held_back
+        train, held_out = load_sni(names, splits=("train", "val")), load_sni(chosen_on, splits=("val",))
     else:
         tasks = load_own(config.tasks)
         require_trainable(task.name for task in tasks)

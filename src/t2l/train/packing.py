@@ -1,0 +1,270 @@
+"""Tokenised documents of many tasks, packed into rows of one static shape; built for whole runs of steps at once.
+
+A document is a prompt with its answer. Several stand in a row one after another, kept apart by document numbers.
+Knows tasks and tokenizers; knows no models. Shape letters: B rows, T tokens of a row, A answer tokens of a row.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2l.config import PromptConfig
+from t2l.errors import DataError
+from t2l.prompt import render, token_ids
+from t2l.tasks import Example, Task
+
+
+class Rows(NamedTuple):
+    """Packed rows; the first five are what `answer_losses` reads."""
+
+    tokens: Tensor
+    """(B, T)"""
+    positions: Tensor
+    """(B, T), starting again at 0 in each document."""
+    documents: Tensor
+    """(B, T) number of the document in its row, -1 for padding."""
+    label_positions: Tensor
+    """(B, A) position in the row whose next token is the label."""
+    labels: Tensor
+    """(B, A)"""
+    label_documents: Tensor
+    """(B, A) document of each label, -1 for padding."""
+    weights: Tensor
+    """(B, A), summing to 1 over the rows of a group: its documents weigh the same, a document's tokens too."""
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same on another device."""
+        return Rows(*(x.to(device, non_blocking=True) for x in self))
+
+    def part(self, start: int, stop: int) -> "Rows":
+        """Rows `start` to `stop` (views)."""
+        return Rows(*(x[start:stop] for x in self))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One task's documents, end to end in one array. Those that fit into no row are left out."""
+
+    pool: np.ndarray
+    """Prompt and answer tokens of every document."""
+    start: np.ndarray
+    """(D,) where each document starts in `pool`."""
+    prompt: np.ndarray
+    """(D,) prompt tokens."""
+    answer: np.ndarray
+    """(D,) answer tokens, the end of the sequence among them."""
+    variants: tuple[tuple[int, ...], ...]
+    """For each example its documents, one for each of its right answers."""
+    ids: tuple[str, ...]
+    """For each example the id of it."""
+    too_long: int
+    """Examples left out."""
+
+
+def tokenize_examples(
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    prompt: PromptConfig,
+    *,
+    tokens: int,
+    answer_tokens: int,
+    seed: int,
+    first_answer: bool = False,
+) -> Documents:
+    """Renders and tokenises examples, each with one of the task's descriptions where the prompt holds one.
+
+    Args:
+        task: Whose descriptions stand in the prompts.
+        examples: What is rendered.
+        tokenizer: The base model's.
+        prompt: Whether the description stands in the prompt.
+        tokens: T.
+        answer_tokens: A.
+        seed: Of the choice of descriptions.
+        first_answer: Whether only the first right answer is kept, for judging.
+
+    Raises:
+        DataError: if the tokenizer has no end of sequence, or a description is wanted and the task has none.
+    """
+    if tokenizer.eos_token is None:
+        raise DataError("The base model's tokenizer has no end-of-sequence token, so answers could not end")
+    if prompt.description_in_prompt and not task.descriptions:
+        raise DataError(f"Task {task.name} has no description to stand in its prompts")
+    rng = np.random.default_rng((seed, 2, zlib.crc32(task.name.encode())))
+    texts = task.descriptions or ("",)
+    prompts = [render(tokenizer, texts[rng.integers(len(texts))], e.input, prompt) for e in examples]
+    outputs = [example.outputs[:1] if first_answer else example.outputs for example in examples]
+    flat = [answer.strip() + tokenizer.eos_token for found in outputs for answer in found]
+    prompt_ids = token_ids(tokenizer, prompts) if prompts else []
+    answer_ids = iter(token_ids(tokenizer, flat) if flat else [])
+    pieces: list[list[int]] = []
+    prompt_lengths, answer_lengths, variants, ids = [], [], [], []
+    for example, before, found in zip(examples, prompt_ids, outputs, strict=True):
+        mine = []
+        for _ in found:
+            after = next(answer_ids)
+            if len(before) + len(after) - 1 <= tokens and len(after) <= answer_tokens:
+                mine.append(len(pieces))
+                pieces.append(before + after)
+                prompt_lengths.append(len(before))
+                answer_lengths.append(len(after))
+        if mine:
+            variants.append(tuple(mine))
+            ids.append(example.id)
+    lengths = np.array(list(map(len, pieces)), dtype=np.int64)
+    return Documents(
+        pool=np.array([token for piece in pieces for token in piece], dtype=np.int64),
+        start=np.cumsum(lengths) - lengths,
+        prompt=np.array(prompt_lengths, dtype=np.int64),
+        answer=np.array(answer_lengths, dtype=np.int64),
+        variants=tuple(variants),
+        ids=tuple(ids),
+        too_long=len(examples) - len(variants),
+    )
+
+
+class Stream:
+    """Row after row of one task: its examples in shuffled order, each once before any comes again.
+
+    Nothing but the seed, the task's name and the number of rows taken decides what comes next, so a task sees the
+    same rows whichever tasks are trained beside it.
+
+    Args:
+        name: The task's.
+        documents: Its documents; there must be one.
+        tokens: T.
+        answer_tokens: A.
+        seed: Of the order.
+    """
+
+    def __init__(self, name: str, documents: Documents, *, tokens: int, answer_tokens: int, seed: int) -> None:
+        self.documents, self.tokens, self.answer_tokens = documents, tokens, answer_tokens
+        self.seed = (seed, 3, zlib.crc32(name.encode()))
+        self.seek(0, 0)
+
+    def seek(self, epoch: int, place: int) -> None:
+        """Goes to an example of an epoch."""
+        self.epoch, self.place = epoch, place
+        self.order = np.random.default_rng((*self.seed, epoch)).permutation(len(self.documents.variants))
+
+    def row(self) -> list[int]:
+        """Documents of the next row: as many of the next examples as fit."""
+        found: list[int] = []
+        used = answers = 0
+        while True:
+            if self.place == len(self.order):
+                self.seek(self.epoch + 1, 0)
+            variants = self.documents.variants[self.order[self.place]]
+            document = variants[self.epoch % len(variants)]
+            answer = int(self.documents.answer[document])
+            length = int(self.documents.prompt[document]) + answer - 1
+            if used + length > self.tokens or answers + answer > self.answer_tokens:
+                return found
+            # A row longer than the task itself would only repeat it.
+            if len(found) == len(self.order):
+                return found
+            found.append(document)
+            used, answers, self.place = used + length, answers + answer, self.place + 1
+
+
+def fixed_rows(documents: Documents, *, tokens: int, answer_tokens: int, limit: int | None = None) -> list[list[int]]:
+    """Rows that hold each example once, in order of length so that little is padding; at most `limit` rows.
+
+    With a limit, examples are thinned evenly over their lengths.
+    """
+    length = documents.prompt + documents.answer - 1
+    order = sorted((found[0] for found in documents.variants), key=lambda d: (int(length[d]), d))
+    while True:
+        rows: list[list[int]] = []
+        used = answers = 0
+        for document in order:
+            answer, size = int(documents.answer[document]), int(length[document])
+            if not rows or used + size > tokens or answers + answer > answer_tokens:
+                rows.append([])
+                used = answers = 0
+            rows[-1].append(document)
+            used, answers = used + size, answers + answer
+        if limit is None or len(rows) <= limit:
+            return rows
+        keep = max(1, min(len(order) - 1, len(order) * limit // len(rows)))
+        order = [order[i] for i in np.linspace(0, len(order) - 1, keep).round().astype(int)]
+
+
+def pack(
+    rows: Sequence[tuple[Documents, Sequence[int]]], *, tokens: int, answer_tokens: int, groups: Sequence[int]
+) -> Rows:
+    """Lays out rows of documents.
+
+    Args:
+        rows: For each row whose documents they are and which.
+        tokens: T.
+        answer_tokens: A.
+        groups: For each row the number of its group, whose weights sum to 1.
+    """
+    shape, answers = (len(rows), tokens), (len(rows), answer_tokens)
+    out_tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    documents = np.full(shape, -1, np.int64)
+    label_positions, labels = np.zeros(answers, np.int64), np.zeros(answers, np.int64)
+    label_documents, weights = np.full(answers, -1, np.int64), np.zeros(answers, np.float32)
+    listed = [(row, store, np.asarray(found, np.int64)) for row, (store, found) in enumerate(rows) if len(found)]
+    if listed:
+        counts = np.array([len(found) for *_, found in listed])
+        row = np.repeat([row for row, *_ in listed], counts)
+        prompt = np.concatenate([store.prompt[found] for _, store, found in listed])
+        answer = np.concatenate([store.answer[found] for _, store, found in listed])
+        # One array of all the tokens that are used, document after document.
+        pool = np.concatenate([_tokens(store, found) for _, store, found in listed])
+        whole = prompt + answer
+        pool_start = np.cumsum(whole) - whole
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        number = np.arange(len(row)) - first
+
+        length = whole - 1  # the last answer token is only ever a label
+        start = np.cumsum(length) - length
+        start_in_row = start - start[first]
+        inside = np.arange(length.sum()) - np.repeat(start, length)
+        where = (np.repeat(row, length), np.repeat(start_in_row, length) + inside)
+        out_tokens[where] = pool[np.repeat(pool_start, length) + inside]
+        positions[where] = inside
+        documents[where] = np.repeat(number, length)
+
+        label_start = np.cumsum(answer) - answer
+        inside = np.arange(answer.sum()) - np.repeat(label_start, answer)
+        where = (np.repeat(row, answer), np.repeat(label_start - label_start[first], answer) + inside)
+        labels[where] = pool[np.repeat(pool_start + prompt, answer) + inside]
+        label_positions[where] = np.repeat(start_in_row + prompt - 1, answer) + inside
+        label_documents[where] = np.repeat(number, answer)
+        group = np.asarray(groups)[row]
+        per_group = np.bincount(group)
+        weights[where] = np.repeat(1 / (answer * per_group[group]), answer)
+    arrays = (out_tokens, positions, documents, label_positions, labels, label_documents, weights)
+    return Rows(*map(torch.from_numpy, arrays))
+
+
+def _tokens(store: Documents, found: np.ndarray) -> np.ndarray:
+    """The documents' tokens, end to end."""
+    length = store.prompt[found] + store.answer[found]
+    start = np.cumsum(length) - length
+    return store.pool[np.repeat(store.start[found] - start, length) + np.arange(length.sum())]
+
+
+def document_scores(losses: Tensor, hits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """From (B, A) token losses and hits to documents.
+
+    Returns:
+        Each (B, A), one column a document of the row: mean loss of its answer tokens, whether all of them are the
+        model's first choice (teacher-forced exact match), and whether there is such a document.
+    """
+    index = rows.label_documents.clamp_min(0)
+    real = (rows.label_documents >= 0).to(losses.dtype)
+    zeros = torch.zeros_like(losses)
+    count = zeros.scatter_add(1, index, real)
+    wrong = zeros.scatter_add(1, index, real * (~hits).to(losses.dtype))
+    total = zeros.scatter_add(1, index, real * losses)
+    return total / count.clamp_min(1), (wrong == 0) & (count > 0), count > 0

@@ -1,0 +1,459 @@
+"""Oracle adapters: many at once are what each alone would be, and what PEFT with AdamW makes of the same rows."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_base
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from t2l import peft_io
+from t2l.config import LoraConfig
+from t2l.errors import ConfigError, DataError, TrainingError
+from t2l.library import AdapterLibrary
+from t2l.spec import AdapterSpec
+from t2l.tasks import Example, Task, load_splits
+from t2l.train.oracle import (
+    BROKEN,
+    OracleConfig,
+    OracleDataConfig,
+    OracleTrainConfig,
+    Slots,
+    StepSizes,
+    adamw,
+    load_tasks,
+    step_sizes,
+    tokenize_tasks,
+    train_oracles,
+)
+from t2l.train.packing import Stream
+from t2l.train.running import schedule
+
+ANSWERS = {"always_no": "no", "always_yes": "yes", "digit": "{n}", "shout": "Is it {n}!"}
+TOKENS, ANSWER_TOKENS = 110, 40
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four tasks with the same inputs; only the last has validation examples of its own."""
+    rows = [
+        {
+            "task": name,
+            "description": f"Do {name}.",
+            "input": f"Is it {n}?",
+            "output": answer.format(n=n),
+            "split": "val" if name == "shout" and n > 60 else "train",
+        }
+        for name, answer in ANSWERS.items()
+        for n in range(30, 70)
+    ]
+    path = tmp_path_factory.mktemp("tasks") / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(base_folder: Path, jsonl: Path) -> OracleConfig:
+    return OracleConfig(
+        base=str(base_folder),
+        seed=5,
+        lora=LoraConfig(targets=("q_proj", "v_proj", "down_proj"), rank=2, alpha=4),
+        data=OracleDataConfig(sources=(str(jsonl),), validation_examples=6),
+        train=OracleTrainConfig(
+            steps=16,
+            tasks_at_once=3,
+            sequence_tokens=TOKENS,
+            answer_tokens=ANSWER_TOKENS,
+            learning_rate=1e-2,
+            evaluate_every=4,
+            validation_rows=2,
+            patience=2,
+            save_minutes=1000.0,
+            tensorboard=False,
+        ),
+    )
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def changed(config: OracleConfig, **changes: Any) -> OracleConfig:
+    return replace(config, train=replace(config.train, **changes))
+
+
+def only(config: OracleConfig, *names: str) -> OracleConfig:
+    return replace(config, data=replace(config.data, tasks=names))
+
+
+def run(config: OracleConfig, folder: Path, **options: Any) -> AdapterLibrary:
+    return train_oracles(config, folder, device="cpu", log=quiet, **options)
+
+
+def largest_difference(one: AdapterLibrary, other: AdapterLibrary, name: str) -> float:
+    mine, theirs = one.stack([name]), other.stack([name])
+    pairs = zip((*mine.a, *mine.b), (*theirs.a, *theirs.b), strict=True)
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+@pytest.fixture(scope="module")
+def together(config: OracleConfig, tmp_path_factory: pytest.TempPathFactory) -> AdapterLibrary:
+    """All four tasks in three slots."""
+    return run(config, tmp_path_factory.mktemp("together") / "run")
+
+
+def test_many_at_once_are_what_each_alone_is(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+    """In other slots, beside other tasks, after others or first: the same adapter, steps and losses."""
+    assert together.names == tuple(sorted(ANSWERS))
+    for name in together.names:
+        alone = run(only(config, name), tmp_path / name)
+        assert largest_difference(alone, together, name) <= 1e-5
+        mine, theirs = alone.index[name], together.index[name]
+        assert {k: v for k, v in mine.items() if isinstance(v, str | list)} == {
+            k: v for k, v in theirs.items() if isinstance(v, str | list)
+        }
+        for key in ("steps", "stopped_at", "examples", "validation_examples", "loss", "base_loss", "exact_match"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-4)
+        assert mine["steps"] > 0 and mine["loss"] < mine["base_loss"]
+    adapters = together.stack()
+    assert (adapters.b[0][0] - adapters.b[0][1]).abs().max() > 1e-3  # and not all the same one
+
+
+def test_rows_of_one_task_share_its_adapter(config: OracleConfig, tmp_path: Path) -> None:
+    """Two rows a task and step: again the same together and alone, and other adapters than with one row."""
+    two = changed(config, rows_per_task=2, tasks_at_once=2, steps=8)
+    both = run(only(two, "digit", "shout"), tmp_path / "both")
+    alone = run(only(two, "shout"), tmp_path / "alone")
+    one_row = run(only(changed(config, steps=8), "shout"), tmp_path / "one")
+    assert largest_difference(both, alone, "shout") <= 1e-5
+    assert largest_difference(both, one_row, "shout") > 1e-3
+
+
+@pytest.mark.parametrize("in_prompt", [False, True])
+def test_peft_and_adamw_make_the_same_adapter(
+    in_prompt: bool,
+    config: OracleConfig,
+    tiny_config: LlamaConfig,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    """A plain loop over the same rows, document by document, with torch's optimiser, clipping and one adapter."""
+    config = replace(
+        only(config, "digit", "always_yes"), prompt=replace(config.prompt, description_in_prompt=in_prompt)
+    )
+    # All steps are taken and the last weights are the best, so there is nothing but the optimiser to compare.
+    rate = 1e-3  # Adam divides rounding by rounding where a gradient is nearly zero; that error grows with the rate
+    config = changed(config, steps=8, evaluate_every=8, max_gradient_norm=0.7, weight_decay=0.1, learning_rate=rate)
+    library = run(config, tmp_path / "run")
+    assert library.index["digit"]["steps"] == 8
+    train, data = config.train, tokenize_tasks(load_tasks(config), config, tiny_tokenizer)
+    for task in data:
+        name = task.task.name
+        model = get_peft_model(
+            make_base(tiny_config),
+            PeftLoraConfig(
+                r=2,
+                lora_alpha=4,
+                target_modules=["q_proj", "v_proj", "down_proj"],
+                lora_dropout=0,
+                task_type="CAUSAL_LM",
+            ),
+        )
+        slots = Slots(library.spec, 1, torch.device("cpu"))
+        slots.start(0, name, seed=5, shared=True)
+        start = {
+            key: slots.weights[m + 3 * (part == "B")][0, position]
+            for m, target in enumerate(library.spec.targets)
+            for position, layer in enumerate(library.spec.layers)
+            for part in "AB"
+            for key in [peft_io.tensor_name(target, layer, part)]
+        }
+        parameters = {k.replace(".default", ""): p for k, p in model.named_parameters() if p.requires_grad}
+        assert parameters.keys() == start.keys()
+        with torch.no_grad():
+            for key, value in start.items():
+                parameters[key].copy_(value)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, weight_decay=0.1)
+        stream = Stream(name, task.train, tokens=TOKENS, answer_tokens=ANSWER_TOKENS, seed=5)
+        store, clipped = task.train, 0
+        for step in range(8):
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, train)
+            losses = []
+            for document in stream.row():
+                begin, prompt, answer = (int(x[document]) for x in (store.start, store.prompt, store.answer))
+                tokens = torch.from_numpy(store.pool[begin : begin + prompt + answer])
+                logits = model(tokens[None, :-1]).logits[0, prompt - 1 :]
+                losses.append(F.cross_entropy(logits, tokens[prompt:]))
+            optimizer.zero_grad()
+            torch.stack(losses).mean().backward()
+            clipped += float(torch.nn.utils.clip_grad_norm_(parameters.values(), 0.7)) > 0.7
+            optimizer.step()
+        assert clipped > 0
+        trained = peft_io.to_state_dict(library.stack([name]).unbind()[0], library.spec)
+        assert max((trained[key] - parameters[key]).abs().max().item() for key in trained) <= 1e-5
+        assert max((trained[key] - start[key]).abs().max().item() for key in trained) > 1e-3
+
+
+def test_each_slot_is_clipped_and_stopped_on_its_own() -> None:
+    """Three adapters in one call of adamw: as torch's AdamW would each; one that breaks stays as it was, for good."""
+    torch.manual_seed(0)
+    start = [torch.randn(3, 2, 4, 5), torch.randn(3, 2, 6, 4)]
+    weights = [x.clone() for x in start]
+    mean, square = ([torch.zeros_like(x) for x in start] for _ in range(2))
+    alive = torch.ones(3, dtype=torch.bool)
+    rates = torch.tensor([1e-2, 3e-2, 1e-2])
+    gradients = [
+        [torch.randn_like(x) * torch.tensor([1.0, 0.01, 1.0])[:, None, None, None] for x in start] for _ in range(4)
+    ]
+    gradients[1][0][2, 0, 0, 0] = float("nan")
+    before_break = []
+    for t, given in enumerate(gradients, start=1):
+        count = torch.tensor([float(t)] * 3)
+        sizes = StepSizes(rates, 1 - 0.9**count, 1 - 0.999**count)
+        if t == 2:
+            before_break = [w[2].clone() for w in weights]
+        adamw(weights, [g.clone() for g in given], mean, square, alive, sizes, 0.1, 1.0)
+    assert alive.tolist() == [True, True, False]
+    for k, rate in ((0, 1e-2), (1, 3e-2)):
+        alone = [torch.nn.Parameter(x[k].clone()) for x in start]
+        optimizer = torch.optim.AdamW(alone, lr=rate, weight_decay=0.1)
+        for given in gradients:
+            for p, g in zip(alone, given, strict=True):
+                p.grad = g[k].clone()
+            torch.nn.utils.clip_grad_norm_(alone, 1.0)
+            optimizer.step()
+        for p, w in zip(alone, weights, strict=True):
+            assert (p - w[k]).abs().max() <= 1e-6
+    for old, w in zip(before_break, weights, strict=True):
+        assert torch.equal(old, w[2])
+
+
+def test_step_sizes_are_each_slots_own() -> None:
+    train = OracleTrainConfig(steps=100, warmup=0.1, learning_rate=2.0, evaluate_every=25)
+    sizes = step_sizes([[0, 50, None], [1, 51, None]], train, torch.device("cpu"))
+    expected = [[2 * schedule(t, train) for t in row] + [0.0] for row in ([0, 50], [1, 51])]
+    assert torch.allclose(sizes.rate, torch.tensor(expected))
+    count = torch.tensor([[1, 51], [2, 52]], dtype=torch.float64)
+    assert torch.allclose(sizes.correction1[:, :2], (1 - 0.9**count).float())
+    assert torch.allclose(sizes.correction2[:, :2], (1 - 0.999**count).float())
+
+
+# ----------------------------------------------------------------------------------------------- stopping early
+
+
+def contrary(jsonl: Path, folder: Path) -> Path:
+    """A task whose validation examples say the opposite of its training examples."""
+    rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    rows += [
+        {"task": "contrary", "description": "x", "input": f"Is it {n}?", "output": out, "split": split}
+        for split, out, numbers in (("train", "yes", range(30, 60)), ("val", "Is it", range(60, 66)))
+        for n in numbers
+    ]
+    path = folder / "contrary.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_early_stop_keeps_the_best_weights(config: OracleConfig, jsonl: Path, tmp_path: Path) -> None:
+    """A task that only gets worse stops after `patience` looks and keeps what it had; the others go on."""
+    own = replace(config, data=replace(config.data, sources=(str(contrary(jsonl, tmp_path)),)))
+    # Nothing is learned before it gets worse: the rate is at its peak from the first step.
+    library = run(changed(only(own, "contrary", "digit"), warmup=0.0, learning_rate=3e-2), tmp_path / "run")
+    bad, good = library.index["contrary"], library.index["digit"]
+    assert bad["stopped_by"] == "no better validation loss" and bad["stopped_at"] == bad["steps"] + 8
+    assert good["stopped_at"] == 16
+    if bad["steps"] == 0:  # then it is the adapter that does nothing
+        assert bad["loss"] == bad["base_loss"]
+        assert all(not b.any() for b in library.stack(["contrary"]).b)
+
+
+def test_a_task_that_breaks_is_left_out_and_named(
+    config: OracleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient is not finite from the first step; the library is without it, the others are as ever."""
+    from t2l.train import oracle
+
+    names = sorted(ANSWERS)
+    place = names.index("digit")
+
+    def breaking(weights: Any, gradients: Any, *rest: Any) -> None:
+        gradients[0][place] = float("nan")
+        adamw(weights, gradients, *rest)
+
+    together = run(changed(config, tasks_at_once=4), tmp_path / "sound")
+    monkeypatch.setattr(oracle, "adamw", breaking)
+    lines: list[str] = []
+    library = train_oracles(changed(config, tasks_at_once=4), tmp_path / "run", device="cpu", log=lines.append)
+    assert library.names == tuple(name for name in names if name != "digit")
+    assert any("left out" in line and line.endswith("digit") for line in lines)
+    assert json.loads((tmp_path / "run/finished/digit/facts.json").read_text())["stopped_by"] == BROKEN
+    for name in library.names:
+        assert largest_difference(library, together, name) == 0
+
+
+# ------------------------------------------------------------------------------------------ saving and resuming
+
+
+def same_but_for_time(one: AdapterLibrary, other: AdapterLibrary) -> bool:
+    def timeless(library: AdapterLibrary) -> dict[str, Any]:
+        return {name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in library.index.items()}
+
+    return one.checksum == other.checksum and timeless(one) == timeless(other)
+
+
+def test_stopped_by_the_clock_and_resumed(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+    """One segment a call: the library is the uninterrupted one's, bit for bit, and grows on the way."""
+    sizes = []
+    with pytest.raises(TrainingError, match=r"No adapter was finished within 0\.0 minutes; go on with --resume"):
+        run(config, tmp_path / "run", max_minutes=0.0)
+    for _ in range(20):
+        try:
+            library = run(config, tmp_path / "run", resume=True, max_minutes=0.0)
+        except TrainingError as error:
+            if "is finished: all 4" in str(error):
+                break
+            assert "No adapter was finished" in str(error)
+        else:
+            sizes.append(len(library.names))
+    assert sizes[0] < sizes[-1] == 4
+    assert same_but_for_time(library, together)
+
+
+def test_killed_between_saves_and_resumed(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+    """Work since the last state is done again, with the same result, also where an adapter was finished since."""
+
+    class Killed(Exception):
+        pass
+
+    def dying(after: int) -> Any:
+        def log(line: str) -> None:
+            nonlocal after
+            after -= line.startswith("step")
+            if not after:
+                raise Killed
+
+        return log
+
+    with pytest.raises(TrainingError, match="No adapter was finished"):
+        run(config, tmp_path / "run", max_minutes=0.0)
+    for after in (1, 3, 5):
+        with pytest.raises(Killed):
+            train_oracles(config, tmp_path / "run", resume=True, device="cpu", log=dying(after))
+    assert same_but_for_time(run(config, tmp_path / "run", resume=True), together)
+
+
+def test_a_run_is_not_mixed_with_another(config: OracleConfig, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds no saved state"):
+        run(config, tmp_path / "run", resume=True)
+    with pytest.raises(TrainingError, match="No adapter was finished"):
+        run(config, tmp_path / "run", max_minutes=0.0)
+    with pytest.raises(TrainingError, match="is not empty"):
+        run(config, tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"train\.steps was 16, is 20"):
+        run(changed(config, steps=20), tmp_path / "run", resume=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the data
+
+
+def write_task(folder: Path, name: str, **changes: Any) -> Path:
+    rows = [{"task": name, "description": "Do it.", "input": f"{n}", "output": "yes"} | changes for n in range(12)]
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_held_out_tasks_are_refused_unless_for_judging(config: OracleConfig, tmp_path: Path) -> None:
+    """Then the library says so."""
+    name = min(load_splits().test)
+    held_out = replace(config, data=OracleDataConfig(sources=(str(write_task(tmp_path, name)),)))
+    with pytest.raises(DataError, match=f"may not be trained on: {name} "):
+        run(held_out, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    marked = replace(changed(held_out, steps=4), oracle_for_judging=True)
+    assert run(marked, tmp_path / "run").purpose == "judging"
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"tasks": ("digit", "polka")}, DataError, r"data\.tasks: polka is not in"),
+        ({"sources": ("sni-everything",)}, ConfigError, "there is no 'sni-everything'; known are sni-paper, sni"),
+        ({"sources": ("benchmarks",)}, ConfigError, "this caller does not provide them"),
+    ],
+)
+def test_unknown_sources_and_tasks(
+    data: dict[str, Any], error: type, message: str, config: OracleConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run(replace(config, data=replace(config.data, **data)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_without_a_usable_example_are_named(config: OracleConfig, tmp_path: Path) -> None:
+    for name, change in (("wordy", {"input": "x" * 200}), ("tiny", {})):
+        write_task(tmp_path, name, **change)
+    lines = (tmp_path / "tiny.jsonl").read_text().splitlines()
+    (tmp_path / "tiny.jsonl").write_text("\n".join(lines[:4]))  # too few to keep a fifth for validation
+    own = replace(config, data=OracleDataConfig(sources=(str(tmp_path),)))
+    with pytest.raises(DataError) as caught:
+        run(own, tmp_path / "run")
+    assert "tiny (no validation example of 0), wordy (no training example of" in str(caught.value)
+
+
+@pytest.mark.skipif("T2L_DATA" not in os.environ, reason="T2L_DATA is not set")
+def test_the_papers_tasks_that_may_be_trained_on(config: OracleConfig) -> None:
+    """A task of the paper's 479 is there, one that only the frozen split added is not, nor one that overlaps."""
+    names = ("task050_multirc_answerability", "task1398_obqa_question_generation")
+    sni = replace(config, data=OracleDataConfig(sources=("sni-paper",), tasks=names[:1]))
+    (task,) = load_tasks(sni)
+    assert task.examples["train"] and task.examples["val"] and len(task.descriptions) > 100
+    for name in (names[1], min(load_splits().test)):
+        with pytest.raises(DataError, match=f"{name} is not in sni-paper"):
+            load_tasks(replace(sni, data=replace(sni.data, tasks=(name,))))
+    judged = replace(sni, data=OracleDataConfig(sources=("sni-test",), tasks=(min(load_splits().test),)))
+    with pytest.raises(DataError, match="zero-shot test task"):
+        load_tasks(judged)
+    assert len(load_tasks(replace(judged, oracle_for_judging=True))) == 1
+
+
+def test_benchmarks_come_from_the_caller(config: OracleConfig) -> None:
+    """Those without training data are passed over."""
+    examples = tuple(Example(str(n), f"{n}", ("yes",)) for n in range(5))
+    given = [Task("with", ("d",), {"train": examples}), Task("without", ("d",), {"test": examples})]
+    asked = replace(config, data=OracleDataConfig(sources=("benchmarks",)))
+    assert [task.name for task in load_tasks(asked, lambda: given)] == ["with"]
+
+
+def test_config_refuses_what_cannot_be() -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps \(10\) must be a multiple of train\.evaluate_every \(4\)"):
+        OracleTrainConfig(steps=10, evaluate_every=4)
+    with pytest.raises(ConfigError, match=r"train\.patience must be at least 1, got 0"):
+        OracleTrainConfig(patience=0)
+
+
+def test_shared_and_own_starts(tiny_config: LlamaConfig) -> None:
+    """Shared: every adapter begins with the same A; own: each with another. B is zero, so neither does anything yet."""
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
+    slots = Slots(spec, 3, torch.device("cpu"))
+    for slot, (name, shared) in enumerate((("x", True), ("y", True), ("y", False))):
+        slots.start(slot, name, seed=0, shared=shared)
+    a, b = slots.weights[:2], slots.weights[2:]
+    assert all(torch.equal(x[0], x[1]) and not torch.equal(x[1], x[2]) for x in a)
+    assert all(x.abs().max() <= 32**-0.5 and x.std() > 0.5 * 32**-0.5 for x in a)
+    assert not any(x.any() for x in b)
+
+
+def test_the_base_is_left_as_it_was(
+    config: OracleConfig, tiny_base: LlamaForCausalLM, together: AdapterLibrary
+) -> None:
+    fresh = LlamaForCausalLM.from_pretrained(config.base)
+    for one, other in zip(fresh.parameters(), tiny_base.parameters(), strict=True):
+        assert torch.equal(one, other)
