@@ -21,7 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2l.apply import LiveAdapters, live
+from t2l.apply import LiveAdapters, compiled, live
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig
 from t2l.encoder import Encoded
 from t2l.hypernet import Hypernet
@@ -265,7 +265,7 @@ def measure(trainer: Trainer, batch: Batch, *, warm_up: int, rounds: int, steps:
     return statistics.median(medians), max(medians) / min(medians), memory[0]
 
 
-def bench(shape: Shape, device: torch.device, *, compiled: bool, warm_up: int, rounds: int, steps: int) -> list[Row]:
+def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, rounds: int, steps: int) -> list[Row]:
     """All rows of one shape."""
     torch.manual_seed(0)
     base = make_base(shape, device)
@@ -296,9 +296,6 @@ def bench(shape: Shape, device: torch.device, *, compiled: bool, warm_up: int, r
             rows.append(Row(shape.name, name, None, 1.0, 0.0, tokens, parameters))
         print(format_row(rows[-1], rows), flush=True)
 
-    def compile_(function: Any) -> Any:
-        return torch.compile(function, dynamic=False) if compiled else function
-
     def trainer(network: Hypernet | None, write: Any, losses: Any, bank: DescriptionBank | None) -> Trainer:
         optimizer = make_optimizer(base if network is None else network, train)
         return Trainer(config, base, network, write, losses, bank, optimizer, device)
@@ -308,8 +305,8 @@ def bench(shape: Shape, device: torch.device, *, compiled: bool, warm_up: int, r
         if checkpointing:
             _checkpoint_layers(base)
         suffix = " checkpoint" if checkpointing else ""
-        with live(base, spec) as slots:
-            losses = compile_(answer_losses(base, slots, keep=checkpointing and not compiled))
+        with live(base, spec) as slots, compiled(base, spec) if compile_ else nullcontext():
+            losses = answer_losses(base, slots, keep=checkpointing, fuse=compile_)
             one = hypernet("sentence", variant="none")
 
             def shared(*_: Any, one: Hypernet = one) -> LoraTensors:
@@ -319,8 +316,9 @@ def bench(shape: Shape, device: torch.device, *, compiled: bool, warm_up: int, r
             add("lora" + suffix, trainer(one, shared, losses, None), batch)
             for kind, encoder in encoders.items():
                 network = hypernet(kind)
+                write = torch.compile(network, dynamic=False) if compile_ else network
                 bank = DescriptionBank(encoder, texts)
-                add(f"t2l {kind}{suffix}", trainer(network, compile_(network), losses, bank), batch)
+                add(f"t2l {kind}{suffix}", trainer(network, write, losses, bank), batch)
     for layer in base.model.layers:
         layer.gradient_checkpointing = False
 
@@ -334,7 +332,7 @@ def bench(shape: Shape, device: torch.device, *, compiled: bool, warm_up: int, r
 
     settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     peft.get_peft_model(base, settings)
-    slots = LiveAdapters()
+    slots = LiveAdapters((), "unused")
     add("peft eager", trainer(None, None, answer_losses(base, slots), None), batch)
     return rows
 
@@ -375,7 +373,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for shape in shapes:
-        rows += bench(shape, device, compiled=device.type == "cuda", **effort)
+        rows += bench(shape, device, compile_=device.type == "cuda", **effort)
         torch.compiler.reset()
     if arguments.out:
         record = {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
