@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from t2l import cli
+from t2l import cli, endpoint
 from t2l.errors import ConfigError, DataError, DownloadError, OutputError
 from t2l.tasks import Example, Task, load_descriptions, load_own, load_sni, load_splits
 
@@ -108,7 +108,7 @@ def write_benchmarks(folder: Path) -> None:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     monkeypatch.delenv("T2L_DATA", raising=False)
-    monkeypatch.delenv(describe.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -718,7 +718,7 @@ def own(tmp_path: Path) -> Path:
 def test_describe_writes_a_line_for_each_task(
     stub: Stub, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(describe.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
     stub.answers = [FRESH]
     out = tmp_path / "new" / "more.jsonl"
     command = ("data", "describe", own, "--out", out, "--n", 4, "--endpoint", stub.url + "/v1", "--model", "tiny")
@@ -741,24 +741,24 @@ def test_describe_writes_a_line_for_each_task(
 
 def test_unusable_answers_are_asked_again_and_named(stub: Stub, own: Path, tmp_path: Path) -> None:
     (task, *_) = load_own(own)
-    endpoint = describe.open_endpoint(stub.url, "tiny")
+    opened = endpoint.open_endpoint(stub.url, "tiny")
     mixed = json.dumps(["say YES or no!", "Good one.", "good  one", " ", "x" * 1001, "Another."])
     stub.answers = [says("I cannot do that."), says(mixed), says('["Third."]')]
     said: list[str] = []
-    describe.describe([task], tmp_path / "a.jsonl", endpoint, number=3, say=said.append)
+    describe.describe([task], tmp_path / "a.jsonl", opened, number=3, say=said.append)
     assert load_descriptions(tmp_path / "a.jsonl")["one"] == ("Good one.", "Another.", "Third.")
     assert "no JSON list: “I cannot do that.”" in said[0]
     assert "Write 1 further" in stub.requests[2][2]["messages"][1]["content"]
 
     stub.answers = [says('[{"a": 1}]')]
     with pytest.raises(DataError, match=r"one: no usable descriptions after 3 answers: the answer is no JSON list"):
-        describe.describe([task], tmp_path / "b.jsonl", endpoint, number=3)
+        describe.describe([task], tmp_path / "b.jsonl", opened, number=3)
     stub.answers = [(200, {}, '{"error": "no such model"}')]
-    with pytest.raises(DownloadError, match=r"does not answer like a chat endpoint .*no such model"):
-        describe.describe([task], tmp_path / "b.jsonl", endpoint)
+    with pytest.raises(DownloadError, match=r"does not answer like a completion endpoint .*no such model"):
+        describe.describe([task], tmp_path / "b.jsonl", opened)
     assert not (tmp_path / "b.jsonl").exists()
     stub.answers = [says('["Only one."]')]
-    describe.describe([task], tmp_path / "c.jsonl", endpoint, number=3, say=said.append)
+    describe.describe([task], tmp_path / "c.jsonl", opened, number=3, say=said.append)
     assert said[-2] == "one: only 1 of 3 descriptions could be used"
 
 
@@ -766,26 +766,26 @@ def test_limits_and_failures_are_waited_out(stub: Stub, own: Path, tmp_path: Pat
     (task, *_) = load_own(own)
     stub.answers = [(429, {"Retry-After": "7"}, "slow down"), (503, {}, "busy"), "hang up", FRESH]
     pauses: list[float] = []
-    endpoint = describe.open_endpoint(stub.url, "tiny")
-    describe.describe([task], tmp_path / "a.jsonl", endpoint, number=4, sleep=pauses.append)
+    opened = endpoint.open_endpoint(stub.url, "tiny")
+    describe.describe([task], tmp_path / "a.jsonl", opened, number=4, sleep=pauses.append)
     assert pauses == [7.0, 4.0, 8.0]
     stub.answers = [(500, {}, "broken")]
     with pytest.raises(DownloadError, match=r"no answer after 6 attempts: HTTP 500: broken"):
-        describe.describe([task], tmp_path / "b.jsonl", endpoint, sleep=pauses.append)
+        describe.describe([task], tmp_path / "b.jsonl", opened, sleep=pauses.append)
 
 
 def test_a_server_that_dies_midway_and_resume(stub: Stub, own: Path, tmp_path: Path) -> None:
     out = tmp_path / "more.jsonl"
     tasks = load_own(own)
     stub.answers = [FRESH, FRESH, "hang up"]
-    endpoint = describe.open_endpoint(stub.url, "tiny")
+    opened = endpoint.open_endpoint(stub.url, "tiny")
     with pytest.raises(DownloadError, match=r"two: .* 2 of 3 tasks are in .*; go on with --resume"):
-        describe.describe(tasks, out, endpoint, number=4, sleep=lambda _: None)
+        describe.describe(tasks, out, opened, number=4, sleep=lambda _: None)
     before = out.read_bytes()
     with out.open("ab") as file:
         file.write(b'{"task": "two", "descr')  # as a crash in the middle of a line leaves it
     stub.answers = [FRESH]
-    assert describe.describe(tasks, out, endpoint, number=4, resume=True) == 1
+    assert describe.describe(tasks, out, opened, number=4, resume=True) == 1
     assert out.read_bytes().startswith(before) and list(load_descriptions(out)) == ["one", "three", "two"]
 
 
@@ -793,10 +793,10 @@ def test_time_outs(stub: Stub, own: Path, tmp_path: Path) -> None:
     (task, *_) = load_own(own)
     waiting = threading.Event()
     stub.answers = [says(lambda *_: str(waiting.wait(5)))]
-    endpoint = describe.open_endpoint(stub.url, "tiny", timeout=0.05)
+    opened = endpoint.open_endpoint(stub.url, "tiny", timeout=0.05)
     try:
         with pytest.raises(DownloadError, match=r"after 6 attempts: TimeoutError"):
-            describe.describe([task], tmp_path / "a.jsonl", endpoint, sleep=lambda _: None)
+            describe.describe([task], tmp_path / "a.jsonl", opened, sleep=lambda _: None)
     finally:
         waiting.set()
 
@@ -805,7 +805,7 @@ def test_time_outs(stub: Stub, own: Path, tmp_path: Path) -> None:
 def test_the_key_stays_where_it_is(
     status: int, stub: Stub, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(describe.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
     quoting = (status, {"Location": stub.url + "/elsewhere"}, lambda _, headers: "Bad key: " + headers["Authorization"])
     stub.answers = [quoting]
     out = tmp_path / "more.jsonl"
@@ -813,21 +813,21 @@ def test_the_key_stays_where_it_is(
     assert result.exit_code == 1 and f"HTTP {status}: Bad key: Bearer [key]" in result.stderr
     assert KEY not in result.output and not out.exists()
     assert [path for path, _, _ in stub.requests] == ["/v1/chat/completions"]  # no redirect was followed
-    assert KEY not in repr(describe.open_endpoint(stub.url, "tiny"))
+    assert KEY not in repr(endpoint.open_endpoint(stub.url, "tiny"))
 
 
 def test_endpoints_that_would_give_the_key_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert describe.open_endpoint("http://example.org", "m").url == "http://example.org/v1/chat/completions"
-    assert describe.open_endpoint("https://h/x/chat/completions/", "m").url == "https://h/x/chat/completions"
+    assert endpoint.open_endpoint("http://example.org", "m").root == "http://example.org/v1"
+    assert endpoint.open_endpoint("https://h/x/chat/completions/", "m").root == "https://h/x"
     for url in ("ftp://h", "h:80", f"https://me:{KEY}@h/v1", "https://h/v1?key=x"):
         with pytest.raises(ConfigError, match="--endpoint"):
-            describe.open_endpoint(url, "m")
-    monkeypatch.setenv(describe.KEY_VARIABLE, KEY)
+            endpoint.open_endpoint(url, "m")
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
     with pytest.raises(ConfigError, match=r"unencrypted to example\.org"):
-        describe.open_endpoint("http://example.org", "m")
-    monkeypatch.setenv(describe.KEY_VARIABLE, KEY + "\nX-Other: 1")
+        endpoint.open_endpoint("http://example.org", "m")
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY + "\nX-Other: 1")
     with pytest.raises(ConfigError) as caught:
-        describe.open_endpoint("https://example.org", "m")
+        endpoint.open_endpoint("https://example.org", "m")
     assert KEY not in str(caught.value)
 
 

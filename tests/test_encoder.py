@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DESCRIPTIONS
+from conftest import DESCRIPTIONS, make_base, make_config
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -152,6 +152,13 @@ def test_encoding_leaves_no_gradient_and_runs_no_head(tokens: TokenEncoder, tiny
     finally:
         handle.remove()
     assert not states.requires_grad and not calls
+
+
+def test_encoding_leaves_no_hook(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also not the one that Transformers leaves where hidden states are asked for: it breaks compiled layers."""
+    base = make_base(make_config())
+    TokenEncoder(base, tiny_tokenizer, layers=(1, 3), max_tokens=32).encode(["Add."])
+    assert not any(module._forward_hooks for module in base.modules())
 
 
 # --------------------------------------------------------------------------------------------------- loading

@@ -34,7 +34,7 @@ from t2l.train.oracle import (
     train_oracles,
 )
 from t2l.train.packing import Stream
-from t2l.train.running import linear_schedule
+from t2l.train.running import schedule
 
 ANSWERS = {"always_no": "no", "always_yes": "yes", "digit": "{n}", "shout": "Is it {n}!"}
 TOKENS, ANSWER_TOKENS = 110, 40
@@ -76,6 +76,7 @@ def config(base_folder: Path, jsonl: Path) -> OracleConfig:
             validation_rows=2,
             patience=2,
             save_minutes=1000.0,
+            tensorboard=False,
         ),
     )
 
@@ -183,7 +184,7 @@ def test_peft_and_adamw_make_the_same_adapter(
         stream = Stream(name, task.train, tokens=TOKENS, answer_tokens=ANSWER_TOKENS, seed=5)
         store, clipped = task.train, 0
         for step in range(8):
-            optimizer.param_groups[0]["lr"] = rate * linear_schedule(step, 8, train.warmup)
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, train)
             losses = []
             for document in stream.row():
                 begin, prompt, answer = (int(x[document]) for x in (store.start, store.prompt, store.answer))
@@ -237,7 +238,7 @@ def test_each_slot_is_clipped_and_stopped_on_its_own() -> None:
 def test_step_sizes_are_each_slots_own() -> None:
     train = OracleTrainConfig(steps=100, warmup=0.1, learning_rate=2.0, evaluate_every=25)
     sizes = step_sizes([[0, 50, None], [1, 51, None]], train, torch.device("cpu"))
-    expected = [[2 * linear_schedule(t, 100, 0.1) for t in row] + [0.0] for row in ([0, 50], [1, 51])]
+    expected = [[2 * schedule(t, train) for t in row] + [0.0] for row in ([0, 50], [1, 51])]
     assert torch.allclose(sizes.rate, torch.tensor(expected))
     count = torch.tensor([[1, 51], [2, 52]], dtype=torch.float64)
     assert torch.allclose(sizes.correction1[:, :2], (1 - 0.9**count).float())
@@ -334,7 +335,7 @@ def test_killed_between_saves_and_resumed(config: OracleConfig, together: Adapte
     def dying(after: int) -> Any:
         def log(line: str) -> None:
             nonlocal after
-            after -= line.startswith("done")
+            after -= line.startswith("step")
             if not after:
                 raise Killed
 

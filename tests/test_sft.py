@@ -2,9 +2,17 @@
 
 import json
 import math
+import os
+import random
+import re
 import shutil
+import signal
+import sys
+import time
+import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +20,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tokenizer, random_lora
+from conftest import make_base, make_hypernet, make_tokenizer, random_lora, randomise_head
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import TextToLora
 from t2l.apply import applied, live
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, build, to_plain
-from t2l.encoder import TokenEncoder
-from t2l.errors import ConfigError, DataError, TrainingError
+from t2l.encoder import Encoded, TokenEncoder, load_encoder
+from t2l.errors import CheckpointError, ConfigError, DataError, TrainingError
 from t2l.generate import Adapter
+from t2l.hypernet import Hypernet, VectorQuantizer
 from t2l.lora import LoraTensors
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
@@ -30,7 +39,7 @@ from t2l.train import data as train_data
 from t2l.train.batches import Batch, Batches, Pool
 from t2l.train.data import DescriptionBank, RunData, prepare_data
 from t2l.train.settings import DataConfig, SftConfig, TrainConfig
-from t2l.train.sft import answer_losses, train
+from t2l.train.sft import Trainer, _checkpoint_layers, answer_losses, make_optimizer, neftune_noise, train
 from t2l.train.state import read_progress
 
 VERBS = ("Say", "Answer", "Reply", "Write", "Always", "Just")
@@ -70,6 +79,7 @@ def config(base_folder: Path, jsonl: Path) -> SftConfig:
             log_every=1,
             evaluate_every=1000,
             save_every=3,
+            tensorboard=False,
         ),
     )
 
@@ -638,3 +648,469 @@ def test_names_are_read_only_of_tasks_that_are_trained_on(packed: Callable[..., 
     for row in range(4):
         own = data.train.task_of_row(0, row)
         assert data.texts[batch.descriptions[row]] == data.train.pools[own].name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_run_is_nearly_the_plain_one(config: SftConfig, tmp_path: Path) -> None:
+    config = replace(config, hypernet=replace(config.hypernet, dropout=0.0, token_dropout=0.0))
+    rows = []
+    for compile_ in (False, True):
+        run = tmp_path / str(compile_)
+        train(shorter(config, compile=compile_, contrast=0.5), run, device="cpu", log=quiet)
+        rows.append([row["loss"] for row in metrics(run) if "loss" in row])
+    assert len(rows[0]) == config.train.steps
+    assert rows[1] == pytest.approx(rows[0], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ losses and settings
+
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer() -> Iterator[MakeTrainer]:
+    """Builds trainers as `train` does, their heads filled so that everything has a gradient."""
+    with ExitStack() as stack:
+
+        def make(config: SftConfig, base: Any, data: RunData) -> Trainer:
+            encoder = load_encoder(config.encoder, config.base, base=(base, make_tokenizer()))
+            spec = AdapterSpec.from_config(base.config, config.base, config.lora)
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                sizes = {"embedding_size": encoder.embedding_size, "kind": encoder.kind}
+                hypernet = Hypernet(spec, **sizes, config=config.hypernet)
+                randomise_head(hypernet)
+            slots = stack.enter_context(live(base, spec))
+            losses = answer_losses(base, slots, keep=config.train.gradient_checkpointing)
+            bank = None if config.blind else DescriptionBank(encoder, data.texts)
+            optimizer = make_optimizer(hypernet, config.train)
+            return Trainer(config, base, hypernet, hypernet, losses, bank, optimizer, torch.device("cpu"))
+
+        yield make
+
+
+@pytest.fixture
+def own_base(tiny_config: Any) -> LlamaForCausalLM:
+    """A base that may be hooked and left so."""
+    return make_base(tiny_config)
+
+
+@pytest.fixture
+def still(config: SftConfig) -> SftConfig:
+    """Without dropout, so that two passes are the same."""
+    return replace(config, hypernet=replace(config.hypernet, dropout=0.0, token_dropout=0.0))
+
+
+def prepared(config: SftConfig) -> tuple[RunData, Batch]:
+    data = prepare_data(config, make_tokenizer(), lengths)
+    return data, data.train[0]
+
+
+def test_label_smoothing_is_torchs_and_only_in_training(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    smooth = shorter(still, label_smoothing=0.1)
+    data, batch = prepared(smooth)
+    trainer = make_trainer(smooth, own_base, data)
+    plain = make_trainer(still, make_base(own_base.config), data)
+    with torch.no_grad():
+        learning = trainer.forward(batch, batch.descriptions, batch.partners, learning=True)[0]
+        judging = trainer.forward(batch, batch.descriptions, batch.partners, learning=False)[0]
+        expected, _, lora = plain.forward(batch, batch.descriptions, batch.partners, learning=True)
+    assert torch.equal(judging, expected)
+    with torch.no_grad():
+        row, own = 0, batch.label_documents[0] == 0
+        length = int((batch.documents[0] == 0).sum())
+        adapter = Adapter(lora.unbind()[row], trainer_spec(trainer), "", {})
+        with applied(make_base(own_base.config), adapter) as model:
+            logits = model(batch.tokens[:1, :length]).logits[0][batch.label_positions[row][own]]
+    reference = F.cross_entropy(logits, batch.labels[row][own], reduction="none", label_smoothing=0.1)
+    assert (learning[row][own] - reference).abs().max() <= 1e-4
+    assert (learning[row][own] - expected[row][own]).abs().max() > 1e-2
+
+
+def trainer_spec(trainer: Trainer) -> AdapterSpec:
+    return AdapterSpec.from_config(trainer.base.config, trainer.config.base, trainer.config.lora)
+
+
+def test_l2_is_the_mean_square_of_what_is_written(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    data, batch = prepared(still)
+    plain = make_trainer(still, own_base, data).loss(batch)
+    trainer = make_trainer(shorter(still, l2=0.5), make_base(own_base.config), data)
+    lora = trainer.adapters(batch.descriptions, batch.partners, learning=True)
+    squares = [torch.stack([x.square().mean() for x in part]).mean() for part in (lora.a, lora.b)]
+    assert (trainer.loss(batch) - plain - 0.5 * (squares[0] + squares[1])).abs() <= 1e-5
+    assert 0.5 * (squares[0] + squares[1]) > 1e-2
+
+
+def test_neftune_noise_is_scaled_by_each_documents_length() -> None:
+    """Uniform in ± alpha / sqrt(T·E): a packed document gets what it would get alone."""
+    documents = torch.tensor([[0] * 4 + [1] * 36 + [-1] * 10])
+    noise = neftune_noise(documents, 400, 5.0)[0]
+    for part, length in ((noise[:4], 4), (noise[4:40], 36)):
+        bound = 5 / math.sqrt(length * 400)
+        assert part.abs().max() <= bound
+        assert part.abs().max() > 0.99 * bound
+        assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert abs(part.mean().item()) < 0.05 * bound
+    assert not neftune_noise(documents, 400, 0.0).any()
+
+
+def test_neftune_disturbs_training_alone(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    noisy = shorter(still, neftune_alpha=5.0)
+    data, batch = prepared(noisy)
+    trainer = make_trainer(noisy, own_base, data)
+    plain = make_trainer(still, make_base(own_base.config), data)
+    with torch.no_grad():
+        one, other, judged = (
+            trainer.forward(batch, batch.descriptions, batch.partners, learning=learning)[0]
+            for learning in (True, True, False)
+        )
+        expected = plain.forward(batch, batch.descriptions, batch.partners, learning=False)[0]
+    assert torch.equal(judged, expected)
+    assert not torch.equal(one, other) and not torch.equal(one, expected)
+
+
+def test_dropped_descriptions_leave_the_offset(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    dropping = shorter(still, description_dropout=0.5)
+    data, batch = prepared(dropping)
+    trainer = make_trainer(dropping, own_base, data)
+    offset = trainer.hypernet.offset.b[0]
+    seen = set()
+    for _ in range(8):
+        written = trainer.adapters(batch.descriptions, batch.partners, learning=True).b[0]
+        whole = trainer.adapters(batch.descriptions, batch.partners, learning=False).b[0]
+        for row in range(4):
+            kept, dropped = torch.allclose(written[row], whole[row]), torch.equal(written[row], offset)
+            assert kept is not dropped
+            seen.add(kept)
+    assert seen == {True, False}
+
+
+def test_encodings_are_disturbed_in_training_alone(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, sentence_folder: Path
+) -> None:
+    """Noise in proportion to the encoding, blends on the line between two descriptions of one task."""
+    sentence = replace(still, encoder=EncoderConfig(kind="sentence", model=str(sentence_folder), max_tokens=96))
+    data, batch = prepared(shorter(sentence, tasks_per_step=16))
+    trainer = make_trainer(shorter(sentence, mix_descriptions=0.5), own_base, data)
+    bank = trainer.bank
+    one, other = bank[batch.descriptions].states, bank[batch.partners].states
+    mixed = trainer._disturbed(Encoded(one), bank, batch.partners).states
+    # How far along the line from one to the other, and how far off it.
+    line = other - one
+    share = ((mixed - one) * line).sum(-1) / line.square().sum(-1).clamp_min(1e-9)
+    assert (mixed - one - share[:, None] * line).abs().max() <= 1e-5
+    assert 0 < (share > 1e-6).sum() < 16 and share.max() <= 1 + 1e-5
+    trainer = make_trainer(shorter(still, encoding_noise=0.1), make_base(own_base.config), data)
+    encoded = trainer.bank[batch.descriptions]
+    noisy = trainer._disturbed(encoded, trainer.bank, batch.partners).states
+    assert torch.equal(noisy[~encoded.mask], encoded.states[~encoded.mask])
+    ratio = (noisy - encoded.states)[encoded.mask].square().mean().sqrt() / encoded.states[
+        encoded.mask
+    ].square().mean().sqrt()
+    assert ratio.item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    """The layers run again in the backward pass, under the same adapters."""
+    data, batch = prepared(still)
+    runs = []
+    for checkpointing in (False, True):
+        base, calls = make_base(own_base.config), []
+        config = shorter(still, gradient_checkpointing=checkpointing)
+        trainer = make_trainer(config, base, data)
+        if checkpointing:
+            _checkpoint_layers(base)
+        base.model.layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.loss(batch).backward()
+        runs.append((len(calls), [p.grad for p in trainer.hypernet.parameters()]))
+    assert [calls for calls, _ in runs] == [1, 2]
+    pairs = list(zip(runs[0][1], runs[1][1], strict=True))
+    assert all((x - y).abs().max() <= 1e-6 * x.abs().max().clamp_min(1) for x, y in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks at it
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+def test_compiled_step_is_the_same_step(
+    make_trainer: MakeTrainer, checkpointing: bool, contrast: float, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    """Traced whole, with nothing left to Python: what the GPU's compiler is given has no breaks."""
+    config = shorter(
+        still, contrast=contrast, neftune_alpha=0.0, label_smoothing=0.1, gradient_checkpointing=checkpointing
+    )
+    data, batch = prepared(config)
+    eager = make_trainer(config, own_base, data)
+    base = make_base(own_base.config)
+    compiled = make_trainer(shorter(config, gradient_checkpointing=False), base, data)
+    if checkpointing:
+        _checkpoint_layers(base)
+    compiled.losses = torch.compile(compiled.losses, dynamic=False, backend="aot_eager", fullgraph=True)
+    compiled.write = torch.compile(compiled.hypernet, dynamic=False, backend="aot_eager", fullgraph=True)
+    for trainer in (eager, compiled):
+        trainer.loss(batch).backward()
+    for (name, one), other in zip(eager.hypernet.named_parameters(), compiled.hypernet.parameters(), strict=True):
+        assert (one.grad - other.grad).abs().max() <= 1e-4 * one.grad.abs().max().clamp_min(1), name
+
+
+def test_vector_quantizer_learns_its_codes() -> None:
+    """Codes move to the middle of what is near to them; the gradient passes through to what is quantised."""
+    quantizer = VectorQuantizer(4, 3, decay=0.5).train()
+    points = torch.tensor([[4.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0]])
+    quantizer.codes.copy_(points * 0.5)
+    for _ in range(40):
+        noise = 0.1 * torch.randn(30, 4)
+        x = (points.repeat(10, 1) + noise).requires_grad_()
+        found = quantizer(x)
+    assert (quantizer.codes - points).abs().max() < 0.15
+    assert len(found.detach().round(decimals=5).unique(dim=0)) == 3
+    (found * torch.arange(4.0)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(4.0).expand(30, 4))
+    assert quantizer.commitment.item() == pytest.approx(0.01, rel=0.5)
+    before = quantizer.codes.clone()
+    quantizer.eval()(x)
+    assert torch.equal(quantizer.codes, before)
+
+
+def test_cap_on_the_change_scales_it_down(tiny_config: Any) -> None:
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
+    free = make_hypernet(spec)
+    capped = make_hypernet(spec, max_change=0.01)
+    states = torch.randn(3, 32)
+    for name in ("a", "b"):
+        pairs = zip(getattr(free(states), name), getattr(capped(states), name), getattr(free.offset, name), strict=True)
+        for one, other, offset in pairs:
+            change, small = one - offset, other - offset
+            size = small.square().mean((-2, -1)).sqrt()
+            assert (change.square().mean((-2, -1)).sqrt() > 0.01).all()
+            assert (size - 0.01).abs().max() <= 1e-5
+            assert F.cosine_similarity(change.flatten(1), small.flatten(1)).min() > 0.9
+    fresh = make_hypernet(spec, max_change=0.01, randomise=False).train()
+    sum(x.square().sum() + x.sum() for x in fresh(states).b).backward()
+    assert all(linear.weight.grad.isfinite().all() and linear.weight.grad.any() for linear in fresh.head.write)
+
+
+# ------------------------------------------------------------------------------------------- when runs stop
+
+
+def test_loss_that_is_not_finite_stops_before_the_weights_change(
+    config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third loss is NaN, found out later; the state on disk and the weights in memory are those before it."""
+    original, kept = Trainer.loss, {}
+
+    def loss(self: Trainer, batch: Batch) -> torch.Tensor:
+        kept["trainer"] = self
+        kept["calls"] = kept.get("calls", 0) + 1
+        if kept["calls"] == 3:
+            kept["before"] = {name: x.detach().clone() for name, x in self.trained.named_parameters()}
+        return original(self, batch) * (float("nan") if kept["calls"] == 3 else 1)
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    with pytest.raises(
+        TrainingError, match=r"Step 2: loss nan.*the batch is item 2 of seed 0, of tasks (no, yes|yes, no)\."
+    ):
+        train(shorter(config, log_every=6, save_every=2), tmp_path / "run", device="cpu", log=quiet)
+    assert kept["calls"] == 4, "found out when the state was to be saved"
+    after = dict(kept["trainer"].trained.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in kept["before"].items())
+    assert read_progress(tmp_path / "run").step == 2
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("metric", ["margin", "loss"])
+def test_early_stopping_keeps_the_best(
+    metric: str, config: SftConfig, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations get better once, then worse twice: the run ends, and the checkpoint is of the best one."""
+    from t2l.train import sft
+
+    scores = [1.0, 3.0, 2.0, 1.5, 9.0]
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
+        seen.append({name: x.detach().clone() for name, x in trainer.trained.named_parameters()})
+        value = scores[len(seen) - 1]
+        return {
+            "seen/adapter/margin": 50.0,
+            "validation/adapter/margin": value - 1,
+            "validation/adapter+prompt/margin": value + 1,
+            "validation/adapter/loss": -value,
+        }
+
+    monkeypatch.setattr(sft, "evaluate", evaluate)
+    rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    rows += [row | {"task": f"{row['task']}2", "split": "val", "description": f"2 {row['task']}"} for row in rows[:80]]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = replace(
+        shorter(config, early_stop=metric, patience=2, evaluate_every=1, steps=6, save_every=1),
+        data=replace(config.data, tasks=str(tmp_path / "own.jsonl")),
+    )
+    folder = train(config, tmp_path / "run", device="cpu", log=quiet)
+    assert len(seen) == 4
+    saved = load_file(folder / "hypernet.safetensors")
+    assert all(torch.equal(saved[name], value.half()) for name, value in seen[1].items())
+    training = TextToLora.from_pretrained(str(folder)).config.training
+    assert (training["steps"], training["chosen_by"], training["chosen_at"]) == (2, metric, 3.0)
+    with pytest.raises(TrainingError, match="is finished: 4 of 6"):
+        train(config, tmp_path / "run", resume=True, device="cpu", log=quiet)
+
+
+def test_early_stopping_survives_an_interruption(config: SftConfig, tmp_path: Path) -> None:
+    """What was best so far is part of the state: resumed runs choose what the whole run chose."""
+    stopping = shorter(config, early_stop="loss", patience=9, evaluate_every=1, steps=6, save_every=1)
+    train(stopping, tmp_path / "whole", device="cpu", log=quiet)
+    for _ in range(4):
+        train(
+            stopping, tmp_path / "parts", resume=(tmp_path / "parts").exists(), max_minutes=0, device="cpu", log=quiet
+        )
+    train(stopping, tmp_path / "parts", resume=True, device="cpu", log=quiet)
+    name = "checkpoint/hypernet.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_run_killed_before_its_checkpoint_can_still_write_it(
+    config: SftConfig, whole_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "checkpoint")
+    train(config, run, resume=True, device="cpu", log=quiet)
+    name = "checkpoint/hypernet.safetensors"
+    assert (whole_run / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_damaged_state_is_refused(config: SftConfig, whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "checkpoint")
+    (run / "state.safetensors").write_bytes((whole_run / "state.safetensors").read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is damaged"):
+        train(config, run, resume=True, device="cpu", log=quiet)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_time_a_run_goes_on_bit_for_bit(config: SftConfig, tmp_path: Path) -> None:
+    """SIGKILL at random moments, whatever the process is doing; what is left in the end is an uninterrupted run's."""
+    long = shorter(config, steps=24, save_every=3, evaluate_every=5, early_stop="loss", patience=99)
+
+    def start() -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                train(long, tmp_path / "run", resume=(tmp_path / "run").exists(), device="cpu", log=quiet)
+                code = 0
+            finally:
+                os._exit(code)
+        return child
+
+    def steps() -> int:
+        state = tmp_path / "run" / "state.safetensors"
+        return read_progress(tmp_path / "run").step if state.exists() else 0
+
+    whole = train(long, tmp_path / "whole", device="cpu", log=quiet)
+    draw, killed, reached = random.Random(0), 0, []
+    for goal in (1, 6, 12, 18):
+        child = start()
+        deadline = time.monotonic() + 60
+        while steps() < goal and os.waitpid(child, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+        reached.append(steps())
+    assert killed >= 3 and len(set(reached)) >= 3, (killed, reached)
+    _, status = os.waitpid(start(), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    one, other = (load_file(run / "state.safetensors") for run in (tmp_path / "whole", tmp_path / "run"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert (whole / "hypernet.safetensors").read_bytes() == (
+        tmp_path / "run" / "checkpoint" / "hypernet.safetensors"
+    ).read_bytes()
+    rows = [[r["loss"] for r in metrics(tmp_path / name) if "gradient_norm" in r] for name in ("whole", "run")]
+    assert len(rows[0]) == 24 and rows[0] == rows[1]
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == []
+
+
+# ------------------------------------------------------------------------------------------------ what is seen
+
+
+def test_run_is_seen_in_events_a_tracker_and_a_page(
+    config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers everywhere; the page needs no other file; the tracker is told the settings."""
+    told: list[tuple[str, Any]] = []
+    tracker = types.ModuleType("trackio")
+    tracker.init = lambda **values: told.append(("init", values))
+    tracker.log = lambda row, step: told.append(("log", (step, row)))
+    tracker.finish = lambda: told.append(("finish", None))
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    watched = shorter(config, tensorboard=True, tracker="trackio", evaluate_every=3)
+    train(watched, tmp_path / "run", device="cpu", log=quiet)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert {"loss", "gradient_norm", "tokens_per_second", "minutes_left", "memory_gb"} <= rows[0].keys()
+    assert rows[0]["memory_gb"] > 0.05 and rows[-2]["minutes_left"] == 0
+    assert [what for what, _ in told] == ["init", *["log"] * 8, "finish"]
+    assert told[0][1]["project"] == "t2l" and told[0][1]["config"]["seed"] == 0
+    assert all({"step": step, **row} == rows[n] for n, (_, (step, row)) in enumerate(told[1:-1]))
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(
+        [r["loss"] for r in rows if "loss" in r], rel=1e-6
+    )
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg") == 6
+    assert "seen/adapter+prompt/margin" in page and "&quot;seed&quot;: 0" in page
+    assert not re.search(r"(src|href)=\"(?!#)", page), "the page must not need other files"
+
+
+def test_missing_companions_are_named(config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracker that was asked for is an error before the first step; TensorBoard and matplotlib are said once."""
+    for name in ("wandb", "tensorboard", "torch.utils.tensorboard", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"train\.tracker is wandb, which is not installed: pip install wandb"):
+        train(shorter(config, tracker="wandb"), tmp_path / "one", device="cpu", log=quiet)
+    assert metrics(tmp_path / "one") == []
+    lines: list[str] = []
+    train(shorter(config, tensorboard=True, steps=2), tmp_path / "two", device="cpu", log=lines.append)
+    for what in ("TensorBoard is not installed", "needs matplotlib"):
+        assert sum(what in line for line in lines) == 1
+    assert (tmp_path / "two" / "checkpoint").exists()
+
+
+def test_no_tracker_is_imported_unasked(config: SftConfig, tmp_path: Path) -> None:
+    train(shorter(config, steps=1), tmp_path / "run", device="cpu", log=quiet)
+    assert not {"wandb", "trackio"} & sys.modules.keys()
+
+
+def test_bar_shows_numbers_in_place_of_lines(
+    config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    lines: list[str] = []
+    train(shorter(config, evaluate_every=3), tmp_path / "run", device="cpu", bar=True, log=lines.append)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "6/6" in shown and "tokens/s" in shown and "GB" in shown
+    assert re.search(r"loss \d", shown) and re.search(r"margin -?\d", shown)
+    assert not any(line.startswith("step ") for line in lines)

@@ -5,6 +5,7 @@ Knows dataclasses and plain values. Knows no tensors, no models and no files oth
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,9 @@ class HypernetConfig:
     larger change is scaled down to it. Null means none."""
     train_offset: bool = True
     """Whether the offset (the LoRA that every description's adapter starts from) is trained along."""
+    own_units: bool = False
+    """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
+    to the elements' standard deviations over the library."""
 
     def __post_init__(self) -> None:
         if self.width % 4:
@@ -186,6 +190,8 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _build(typing.cast(type, hint), value, where, problems)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
+        return float(value)  # YAML 1.1 takes 1e-3 for text: it wants 1.0e-3
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         problems.append(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

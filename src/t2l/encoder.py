@@ -175,6 +175,13 @@ class TokenEncoder:
         if not layers or min(layers) < 1 or max(layers) > depth:
             raise ConfigError(f"encoder.layers must lie in 1..{depth} for this encoder, got {list(layers)}")
         self.model = model.base_model
+        lists = [x for x in self.model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == depth]
+        if len(lists) != 1:
+            raise ConfigError(
+                f"encoder.kind 'tokens' cannot tell which modules of a {type(self.model).__name__} are its {depth} "
+                f"blocks ({len(lists)} lists have that length); use another encoder"
+            )
+        (self.blocks,) = lists
         self.tokenizer, self.layers, self.max_tokens = tokenizer, tuple(layers), max_tokens
         self.embedding_size = int(model.config.get_text_config().hidden_size) * len(self.layers)
         bos = tokenizer.bos_token_id
@@ -185,12 +192,34 @@ class TokenEncoder:
         """States (N, S, E) and mask (N, S); S is the longest description's length."""
         ids = tokenize(self.tokenizer, descriptions, self.max_tokens, prefix=self.prefix)
         tokens, mask = _pad(ids, next(self.model.parameters()).device)
-        states = self.model(
-            input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
-        ).hidden_states
+        states = self._states(tokens, mask)
         # Without affine parameters: it only brings layers whose scales differ by orders of magnitude to one.
         tapped = [F.layer_norm(states[layer].float(), states[layer].shape[-1:]) for layer in self.layers]
         return Encoded(torch.cat(tapped, dim=-1) * mask[..., None], mask)
+
+    def _states(self, tokens: Tensor, mask: Tensor) -> dict[int, Tensor]:
+        """The tapped blocks' outputs, (N, S, hidden) each; the last block's after the model's own last norm.
+
+        As `output_hidden_states` has them. That leaves its hooks on the model for good, and a base model that also
+        serves as encoder could then not be compiled in one piece.
+        """
+        found: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                found[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self.blocks[layer - 1].register_forward_hook(keep(layer)) for layer in self.layers]
+        try:
+            output = self.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(self.blocks) in found:
+            found[len(self.blocks)] = output.last_hidden_state
+        return found
 
 
 class OneHotEncoder:

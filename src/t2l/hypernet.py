@@ -13,6 +13,7 @@ After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix;
 Knows tensors only. Knows no text, no module names and no files. Shape letters as in `spec.py`; D is the head size.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -44,6 +45,7 @@ class Hypernet(nn.Module):
         self.scaling, self.max_change = spec.scaling, config.max_change
         self.offset = Offset(sizes, num_layers=grid[0], rank=spec.rank, trainable=config.train_offset)
         self.trunk: SentenceTrunk | TokenTrunk | None = None
+        self.units = Units(sizes, num_layers=grid[0], rank=spec.rank) if config.own_units else None
         self.head: HeadL | HeadM | HeadS | None = None
         if config.variant != "none":
             if kind == "tokens" and config.codebook != "none":
@@ -97,8 +99,8 @@ class Hypernet(nn.Module):
             factor = scale[:, None, None, None]
             change_a, change_b = [factor * x for x in change_a], [factor * x for x in change_b]
         return LoraTensors(
-            tuple(o + c for o, c in zip(offset_a, change_a, strict=True)),
-            tuple(o + c for o, c in zip(offset_b, change_b, strict=True)),
+            _added(offset_a, change_a, None if self.units is None else self.units.a),
+            _added(offset_b, change_b, None if self.units is None else self.units.b),
             self.scaling,
         )
 
@@ -145,6 +147,22 @@ class Offset(nn.Module):
     def forward(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A (L, R, I) and B (L, O, R) for each target."""
         return tuple(self.a), tuple(self.b)
+
+
+class Units(nn.Module):
+    """The size of 1 in what the head writes, for every element of A and B: constants, saved with the weights."""
+
+    def __init__(self, sizes: list[tuple[int, int]], *, num_layers: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.ParameterList(torch.ones(num_layers, rank, i) for i, _ in sizes).requires_grad_(False)
+        self.b = nn.ParameterList(torch.ones(num_layers, o, rank) for _, o in sizes).requires_grad_(False)
+
+
+def _added(offset: Sequence[Tensor], change: Sequence[Tensor], unit: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
+    """offset + unit · change, for each target."""
+    if unit is None:
+        return tuple(o + c for o, c in zip(offset, change, strict=True))
+    return tuple(o + u * c for o, u, c in zip(offset, unit, change, strict=True))
 
 
 def _capped(change: Tensor, limit: float) -> Tensor:

@@ -64,6 +64,64 @@ class LoraTensors:
         grams = [(b.mT @ b) * (a @ a.mT) for a, b in zip(self.a, self.b, strict=True)]
         return [self.scaling * g.sum((-2, -1)).clamp_min(0).sqrt() for g in grams]
 
+    def inner(self, other: "LoraTensors") -> list[Tensor]:
+        """Frobenius inner product of ΔW with another adapter's for each target, (…, L).
+
+        ⟨BA, B'A'⟩ = trace(AᵀBᵀB'A') = sum((BᵀB') ∘ (AA'ᵀ)).
+        """
+        factor = self.scaling * other.scaling
+        return [
+            factor * ((b.mT @ other_b) * (a @ other_a.mT)).sum((-2, -1))
+            for a, b, other_a, other_b in zip(self.a, self.b, other.a, other.b, strict=True)
+        ]
+
+    def squared_distances(self, other: "LoraTensors") -> list[Tensor]:
+        """‖ΔW - ΔW'‖² for each target, (…, L), of adapters with one scaling.
+
+        BA - B'A' = (B - B')A + B'(A - A') is one product of rank 2R. Its norm by `norms`' identity stays exact for
+        adapters that are almost equal, where ‖BA‖² - 2⟨BA, B'A'⟩ + ‖B'A'‖² would leave nothing but rounding.
+        """
+        assert self.scaling == other.scaling, "distances are between adapters with one scaling"
+        found = []
+        for a, b, other_a, other_b in zip(self.a, self.b, other.a, other.b, strict=True):
+            left, right = torch.cat([b - other_b, other_b], dim=-1), torch.cat([a, a - other_a], dim=-2)
+            gram = (left.mT @ left) * (right @ right.mT)
+            found.append(self.scaling**2 * gram.sum((-2, -1)).clamp_min(0))
+        return found
+
+    def singular_values(self) -> list[Tensor]:
+        """The R largest singular values of ΔW for each target, (…, L, R), descending, from R×R products only.
+
+        With AAᵀ = CCᵀ (Cholesky) they are the roots of the eigenvalues of Cᵀ(BᵀB)C. Values under a thousandth of the
+        largest are rounding. Differentiable.
+        """
+        found = []
+        for a, b in zip(self.a, self.b, strict=True):
+            gram = a @ a.mT
+            # An A with dependent rows has no Cholesky factor but with a trifle on its diagonal.
+            trifle = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * 1e-6 + 1e-30
+            factor = torch.linalg.cholesky(gram + trifle * torch.eye(gram.shape[-1], device=a.device, dtype=a.dtype))
+            eigenvalues = torch.linalg.eigvalsh(factor.mT @ (b.mT @ b) @ factor).flip(-1)
+            largest = eigenvalues[..., :1].detach()
+            # The root's slope at zero is infinite, hence a floor.
+            found.append(self.scaling * eigenvalues.clamp_min(0).add(1e-7 * largest + 1e-30).sqrt())
+        return found
+
+    def canonical(self) -> "LoraTensors":
+        """The same ΔW in a form that is one for all A and B with this product: from its singular value decomposition.
+
+        The singular values, descending, are shared evenly, A = √S Vᵀ and B = U √S, and signs are such that the largest
+        entry of each row of A is positive. Computed in float64.
+        """
+        new_a, new_b = [], []
+        for a, b in zip(self.a, self.b, strict=True):
+            right, left = _cut(a.double(), b.double(), a.shape[-2])
+            largest = right.gather(-1, right.abs().argmax(-1, keepdim=True))
+            sign = torch.where(largest < 0, -1.0, 1.0).to(right.dtype)
+            new_a.append((sign * right).to(a.dtype))
+            new_b.append((left * sign.mT).to(b.dtype))
+        return LoraTensors(tuple(new_a), tuple(new_b), self.scaling)
+
 
 def merge(adapters: Sequence[LoraTensors], rank: int) -> LoraTensors:
     """The adapter of the given rank whose ΔW is nearest to the mean ΔW of several, in Frobenius norm.

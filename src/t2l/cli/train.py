@@ -1,5 +1,6 @@
 """`t2l train`."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,7 @@ def train_sft(
         resume=resume,
         max_minutes=max_minutes,
         device=None if device is None else device.value,
+        bar=sys.stderr.isatty(),
         log=say,
     )
     if as_json:

@@ -1,146 +1,37 @@
 """Asks a chat endpoint for further descriptions of tasks, and writes them down task by task.
 
-Knows tasks and one HTTP request. The key comes from the environment and goes nowhere but into that request's header.
+Knows tasks and one question to an endpoint.
 """
 
-import http.client
-import ipaddress
 import json
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from t2l.encoder import check_description
-from t2l.errors import ConfigError, DataError, DescriptionError, DownloadError, OutputError
+from t2l.endpoint import Endpoint, Say, call, choice, short
+from t2l.errors import DataError, DescriptionError, DownloadError, OutputError
 from t2l.tasks import Task, load_descriptions
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+TEMPERATURE = 1.0
 MAX_CHARACTERS = 1000
 """A longer text is no description but an answer that went astray."""
-MAX_ANSWER = 2_000_000
 SHOWN_DESCRIPTIONS, SHOWN_EXAMPLES, SHOWN_CHARACTERS = 6, 4, 600
 ROUNDS = 3
 """How often a task is asked about before too few usable descriptions are an error or are accepted."""
-ATTEMPTS = 6
-TRANSIENT = (408, 409, 429)
-
-Say = Callable[[str], None]
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another address."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Never."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible chat endpoint."""
-
-    url: str
-    model: str
-    key: str | None = None
-    timeout: float = 120.0
-    temperature: float = 1.0
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self.url}, {self.model})"
-
-
-def open_endpoint(url: str, model: str, *, timeout: float = 120.0) -> Endpoint:
-    """An endpoint with the key of the environment.
-
-    Raises:
-        ConfigError: if the address cannot be one, holds a password, or would take the key unencrypted elsewhere.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--endpoint must be an http or https address such as http://localhost:8000, got {url!r}")
-    if parts.username or parts.password or parts.query:
-        raise ConfigError(f"--endpoint must hold no user name, password or query; put the key into {KEY_VARIABLE}")
-    key = os.environ.get(KEY_VARIABLE, "").strip() or None
-    if key is not None and re.fullmatch(r"[!-~]+", key) is None:
-        raise ConfigError(f"{KEY_VARIABLE} holds spaces or signs that cannot stand in a header")
-    if key is not None and parts.scheme == "http" and not _is_here(parts.hostname):
-        raise ConfigError(f"{KEY_VARIABLE} would go unencrypted to {parts.hostname}; give an https address")
-    path = parts.path.rstrip("/")
-    if not path.endswith("/chat/completions"):
-        path += "/chat/completions" if path.endswith("/v1") else "/v1/chat/completions"
-    return Endpoint(f"{parts.scheme}://{parts.netloc}{path}", model, key, timeout)
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-# ------------------------------------------------------------------------------------------------ the request
 
 
 def ask(endpoint: Endpoint, messages: list[dict[str, str]], *, say: Say, sleep: Callable[[float], None]) -> str:
-    """The text of the answer, after as many attempts as are worth making.
+    """The text of the answer.
 
     Raises:
-        DownloadError: if the endpoint refuses, is not there, or answers with something else.
+        DownloadError: as in `t2l.endpoint.call`.
     """
-    body = json.dumps({"model": endpoint.model, "messages": messages, "temperature": endpoint.temperature}).encode()
-    headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "t2l"}
-    if endpoint.key is not None:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
-    opener = urllib.request.build_opener(_NoRedirects)
-    for attempt in range(1, ATTEMPTS + 1):
-        request = urllib.request.Request(endpoint.url, data=body, headers=headers, method="POST")
-        delay: float | None = None
-        try:
-            with opener.open(request, timeout=endpoint.timeout) as response:
-                answer = response.read(MAX_ANSWER)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(2000).decode("utf-8", errors="replace")
-                asked = error.headers.get("Retry-After", "")
-            reason, again = f"HTTP {error.code}: {_short(said, endpoint)}", error.code in TRANSIENT or error.code >= 500
-            delay = float(asked) if asked.isdecimal() else None
-        except (OSError, http.client.HTTPException) as error:  # no connection, reset, time-out, half an answer
-            inner = getattr(error, "reason", error)
-            reason, again = f"{type(inner).__name__}: {_short(str(inner), endpoint)}", True
-        else:
-            return _content(answer, endpoint)
-        if not again or attempt == ATTEMPTS:
-            tries = f" after {attempt} attempts" if attempt > 1 else ""
-            raise DownloadError(f"{endpoint.url} gave no answer{tries}: {reason}")
-        delay = min(300.0, 2.0**attempt if delay is None else delay)
-        say(f"{endpoint.url}: {reason}; trying again in {delay:.0f} s")
-        sleep(delay)
-    raise AssertionError("unreachable")
-
-
-def _short(text: str, endpoint: Endpoint) -> str:
-    """What a server said, on one line, and never the key, which some servers quote."""
-    if endpoint.key is not None:
-        text = text.replace(endpoint.key, "[key]")
-    return " ".join(text.split())[:300]
-
-
-def _content(body: bytes, endpoint: Endpoint) -> str:
-    try:
-        answer = json.loads(body)
-        content = answer["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise DownloadError(
-            f"{endpoint.url} does not answer like a chat endpoint (no choices[0].message.content): "
-            f"{_short(body[:200].decode('utf-8', errors='replace'), endpoint)}"
-        ) from error
-    return content if isinstance(content, str) else ""
+    body = {"model": endpoint.model, "messages": messages, "temperature": TEMPERATURE}
+    return choice(call(endpoint, "chat/completions", body, say=say, sleep=sleep), endpoint, "message", "content")
 
 
 def make_messages(task: Task, known: Sequence[str], number: int) -> list[dict[str, str]]:
@@ -284,12 +175,12 @@ def _ask_until_enough(
             new = read_answer(content, [*known, *found])
         except DataError as error:
             problem = error
-            say(f"{task.name}: {_short(str(error), endpoint)}; asking again")
+            say(f"{task.name}: {short(str(error), endpoint)}; asking again")
             continue
         found = [*found, *new][:number]
         if len(found) == number:
             return found
     if not found:
-        why = _short(str(problem), endpoint) if problem else "all descriptions were blank, too long or there already"
+        why = short(str(problem), endpoint) if problem else "all descriptions were blank, too long or there already"
         raise DataError(f"no usable descriptions after {ROUNDS} answers: {why}")
     return found

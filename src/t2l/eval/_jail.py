@@ -141,10 +141,7 @@ def run_init(wanted: dict[str, Any], uid: int, gid: int, alive: int) -> NoReturn
     """Process 1 of the namespace: mounts, gives up every privilege, runs the program and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would let the program signal its init
     python = build_root(wanted["folder"], uid, gid, wanted["disk_bytes"])
-    if os.geteuid() == 0:
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-    drop_capabilities()
+    drop_privileges(uid, gid)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -224,11 +221,14 @@ def bind(path: str, jail: str) -> None:
     mount(path, inside, None, MS_BIND | MS_REC)
 
 
-def drop_capabilities() -> None:
-    """None are left, and none can be had by running a file."""
+def drop_privileges(uid: int, gid: int) -> None:
+    """No capability is left, and none can be had by running a file."""
     number = 0
     while libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0) == 0:
         number += 1
+    if os.geteuid() == 0:
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     check(libc.capset(header, (ctypes.c_uint32 * 6)()), "dropping capabilities")
 

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, require_trainable
 from t2l.train.packing import Documents, Rows, Stream, document_scores, fixed_rows, pack, tokenize_examples
-from t2l.train.running import begin_run, check_run, linear_schedule, load_state, record, save_state, versions
+from t2l.train.running import begin_run, check_run, load_state, save_state, schedule, versions
 from t2l.train.sft import answer_losses
+from t2l.train.watch import Watch, memory_gb
 
 BROKEN = "a gradient that was not finite"
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -87,6 +88,10 @@ class OracleTrainConfig:
     """Compile the step: a minute at the start, then much faster on a GPU."""
     save_minutes: float = 2.0
     """Minutes between two saved states."""
+    tensorboard: bool = True
+    """Write TensorBoard files too, if it is installed."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Report to this tracker too."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "tasks_at_once", "rows_per_task", "evaluate_every", "validation_rows", "patience"):
@@ -346,7 +351,7 @@ def adamw(
 
 def step_sizes(steps: Sequence[Sequence[int | None]], train: OracleTrainConfig, device: torch.device) -> StepSizes:
     """For every step of a segment and every slot, (E, K), from the slots' own step numbers; None for an empty slot."""
-    rate = [[0.0 if t is None else linear_schedule(t, train.steps, train.warmup) for t in row] for row in steps]
+    rate = [[0.0 if t is None else schedule(t, train) for t in row] for row in steps]
     count = torch.tensor([[1 if t is None else t + 1 for t in row] for row in steps], dtype=torch.float64)
     tables = (torch.tensor(rate) * train.learning_rate, 1 - BETAS[0] ** count, 1 - BETAS[1] ** count)
     return StepSizes(*(x.float().to(device) for x in tables))
@@ -408,12 +413,14 @@ class OracleTrainer:
         """Name to why it ended."""
         self.update: Callable[..., None] = adamw
         self.losses: Callable[..., tuple[Tensor, Tensor]] = _not_hooked
+        self.steps = 0
+        """Taken so far, each with a batch for all slots."""
         self.tokens = 0
         """Trained on so far, padding not counted."""
         self.looks: tuple[list[str | None], list[Rows]] = ([], [])
         """The slots' tasks, and their validation rows on the device."""
 
-    def train(self, *, started: float, max_minutes: float | None) -> bool:
+    def train(self, watch: Watch, *, started: float, max_minutes: float | None) -> bool:
         """Trains until all tasks are done or time is up; returns whether all are done."""
         train = self.config.train
         saved = time.monotonic()
@@ -433,7 +440,8 @@ class OracleTrainer:
                 for e in range(train.evaluate_every):
                     total_K += self.step(rows.part(e * per_step, (e + 1) * per_step), StepSizes(*(x[e] for x in sizes)))
                 self._look(clock)
-                self._report(total_K, (self.tokens - tokens) / (time.monotonic() - clock), started)
+                self.steps += train.evaluate_every
+                watch.record(self._row(total_K, (self.tokens - tokens) / (time.monotonic() - clock), started))
                 out_of_time = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
                 if out_of_time or time.monotonic() - saved > 60 * train.save_minutes:
                     self.save()
@@ -611,16 +619,18 @@ class OracleTrainer:
             (temporary / "facts.json").write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
         self.finished[name], self.running[slot] = why, None
 
-    def _report(self, total_K: Tensor, tokens_per_second: float, started: float) -> None:
-        row = {
+    def _row(self, total_K: Tensor, tokens_per_second: float, started: float) -> dict[str, Any]:
+        """What is worth watching after a segment."""
+        return {
+            "step": self.steps,
             "done": len(self.finished),
             "running": sum(running is not None for running in self.running),
             "waiting": len(self.waiting),
             "loss": float(total_K.sum()) / self.config.train.evaluate_every / self.slots.number,
             "tokens_per_second": tokens_per_second,
+            "memory_gb": memory_gb(self.device),
             "minutes": (time.monotonic() - started) / 60,
         }
-        record(self.run, row, self.log)
 
     # ---------------------------------------------------------------------------------- saving and resuming
 
@@ -630,6 +640,7 @@ class OracleTrainer:
             "running": [None if running is None else running.plain() for running in self.running],
             "waiting": self.waiting,
             "finished": self.finished,
+            "steps": self.steps,
         }
         tensors = (
             self.slots.tensors() if any(self.running) or self.waiting else {"alive": self.slots.alive.to(torch.uint8)}
@@ -646,6 +657,7 @@ class OracleTrainer:
             raise TrainingError(f"{self.run} is finished: all {len(facts['finished'])} adapters are done")
         self.slots.load({name: x.to(self.device) for name, x in load_state(self.run).items()})
         self.waiting, self.finished = list(facts["waiting"]), dict(facts["finished"])
+        self.steps = facts["steps"]
         train = self.config.train
         for slot, plain in enumerate(facts["running"]):
             if plain is None:
@@ -707,7 +719,7 @@ def train_oracles(
 
     Args:
         config: Settings.
-        run: Folder for `config.json`, `metrics.jsonl`, `finished/`, `state/` and, at the end, `library/`.
+        run: Folder for `config.json`, `metrics.jsonl`, `finished/`, the state and, at the end, `library/`.
         resume: Go on from the folder's state.
         max_minutes: Wall time after which the state is saved and the run stops.
         device: `cuda`, `cpu`; the GPU if there is one.
@@ -740,7 +752,18 @@ def train_oracles(
         trainer.load(state)
         log(f"resumed: {len(trainer.finished)} of {len(data)} done")
     log(f"ready after {time.monotonic() - started:.0f} s: {trainer.slots.number} adapters at once")
-    complete = trainer.train(started=started, max_minutes=max_minutes)
+    watch = Watch(
+        run,
+        plain,
+        steps=0,
+        first_step=trainer.steps,
+        tensorboard=config.train.tensorboard,
+        tracker=config.train.tracker,
+        bar=False,
+        log=log,
+    )
+    with watch:
+        complete = trainer.train(watch, started=started, max_minutes=max_minutes)
     if complete:
         trainer.save()
     if not trainer.finished:

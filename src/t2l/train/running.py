@@ -1,26 +1,39 @@
-"""What every run needs and no loop: its folder, schedule, record, states saved whole. Knows no tasks and no models."""
+"""What runs of any kind need: schedule, folder, a state of plain tensors saved whole, versions. Knows no tasks."""
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from t2l.errors import TrainingError
-from t2l.files import new_folder, read_json, read_tensors, write_text
+from t2l.errors import CheckpointError, OutputError, TrainingError
+from t2l.files import read_json, read_tensors, write_text
+from t2l.train.state import STATE, differences
 
 
-def linear_schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate at a step: linear rise over the share `warmup`, then linear fall to zero."""
-    rising = max(1, round(warmup * steps))
+class Scheduled(Protocol):
+    """Settings with a schedule."""
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+
+    @property
+    def warmup(self) -> float:
+        """Share of them over which the learning rate rises."""
+
+
+def schedule(step: int, train: Scheduled) -> float:
+    """Share of the peak learning rate at a step: linear rise, then linear fall to zero."""
+    rising = max(1, round(train.warmup * train.steps))
     if step < rising:
         return (step + 1) / rising
-    return max(0.0, (steps - step) / max(1, steps - rising))
+    return max(0.0, (train.steps - step) / max(1, train.steps - rising))
 
 
-def check_run(run: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+def check_run(run: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
     """Checks a run's folder before anything is loaded.
 
     Args:
@@ -38,14 +51,16 @@ def check_run(run: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[s
         if run.exists() and any(run.iterdir()):
             raise TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
         return None
-    if not (run / "state" / "state.json").exists():
+    if not (run / STATE).exists():
         raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
-    changed = _differences(read_json(run / "config.json"), settings)
+    changed = differences(read_json(run / "config.json"), settings)
     if changed:
         raise TrainingError(
             f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
         )
-    return read_json(run / "state" / "state.json")
+    for leftover in run.glob(f".{STATE}.*"):
+        leftover.unlink(missing_ok=True)
+    return _facts(run)
 
 
 def begin_run(run: Path, settings: Mapping[str, Any]) -> None:
@@ -54,51 +69,39 @@ def begin_run(run: Path, settings: Mapping[str, Any]) -> None:
     write_text(run / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
-    found = []
-    for key in before.keys() | now.keys():
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{where}{key}.")
-        elif old != new:
-            found.append(f"{where}{key} was {old!r}, is {new!r}")
-    return sorted(found)
-
-
 def save_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes what a resumed run needs into `run/state`, whole or not at all."""
+    """Writes what a resumed run needs as one file, under another name that is then renamed.
+
+    Raises:
+        OutputError: if it cannot be written; the state before it stays.
+    """
     from safetensors.torch import save_file
 
-    with new_folder(run / "state", overwrite=True) as temporary:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(dict(facts)) + "\n", encoding="utf-8")
+    temporary = run / f".{STATE}.{os.getpid()}"
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    try:
+        save_file(plain, temporary, metadata={"facts": json.dumps(dict(facts))})
+        os.replace(temporary, run / STATE)
+    except OSError as error:
+        raise OutputError(f"Cannot write {run / STATE}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run / STATE, framework="pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
+    return found
 
 
 def load_state(run: Path) -> dict[str, Tensor]:
     """The tensors that `save_state` wrote."""
-    return read_tensors(run / "state" / "state.safetensors")
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's random generators, as tensors to save."""
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random/cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `random_state` gave."""
-    torch.set_rng_state(tensors["random/cpu"])
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-
-
-def record(run: Path, row: Mapping[str, Any], log: Callable[[str], None]) -> None:
-    """Appends a row to `metrics.jsonl` and says it."""
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    log("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    return read_tensors(run / STATE)
 
 
 def versions() -> dict[str, str]:

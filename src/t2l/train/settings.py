@@ -12,8 +12,8 @@ class DataConfig:
     """What is trained on."""
 
     tasks: str = "sni"
-    """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`; or own tasks as `t2l.tasks.load_own` reads them:
-    a JSONL file, a folder of such files, or `hf:NAME`."""
+    """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`; or own tasks as
+    `t2l.tasks.load_own` reads them: a JSONL file, a folder of such files, or `hf:NAME`."""
     only: tuple[str, ...] = ()
     """Names of the training tasks that are used; none means all. Other held-out tasks are then not judged."""
     descriptions: str = "own"
@@ -91,7 +91,7 @@ class TrainConfig:
     patience: int = 3
     """Evaluations in a row without a better one after which early stopping ends the run."""
     compile: bool = False
-    """Compile the base model's step: a minute at the start, then much faster on a GPU."""
+    """Compile the base model layer by layer: some seconds at the start, then much faster on a GPU."""
     gradient_checkpointing: bool = False
     """Compute the base's layers a second time in the backward pass: less memory, about a third more time."""
     workers: int = 0

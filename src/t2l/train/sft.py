@@ -12,7 +12,9 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2l import models
-from t2l.apply import LiveAdapters, live
+from t2l.apply import LiveAdapters, compiled, live
 from t2l.checkpoint import load_checkpoint, save_checkpoint, settings
 from t2l.config import to_plain
 from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
@@ -33,6 +35,7 @@ from t2l.spec import AdapterSpec
 from t2l.train.batches import Batch
 from t2l.train.curves import write_report
 from t2l.train.data import DescriptionBank, RunData, prepare_data
+from t2l.train.running import schedule, versions
 from t2l.train.settings import SftConfig, TrainConfig
 from t2l.train.state import (
     Progress,
@@ -51,14 +54,18 @@ COMMITMENT = 0.25
 # -------------------------------------------------------------------------------------------------- one step
 
 
-def answer_losses(base: Any, slots: LiveAdapters, *, keep: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function that is compiled: a packed batch under adapters, one a row, to losses and hits, (B, A) each.
+def answer_losses(
+    base: Any, slots: LiveAdapters, *, keep: bool = False, fuse: bool = False
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function from a packed batch under adapters, one a row, to losses and hits, (B, A) each.
 
     Args:
         base: The base model.
         slots: Where its adapters go.
         keep: Leave them there, for gradient checkpointing, which runs the layers once more in the backward pass.
+        fuse: Compile the losses' part; the layers are compiled apart, see `t2l.apply.compiled`.
     """
+    measure = torch.compile(_losses_and_hits, dynamic=False) if fuse else _losses_and_hits
 
     def function(
         tokens: Tensor,
@@ -86,13 +93,19 @@ def answer_losses(base: Any, slots: LiveAdapters, *, keep: bool = False) -> Call
             slots.lora = None
         # Only answer tokens meet the vocabulary.
         index = label_positions[..., None].expand(-1, -1, hidden.shape[-1])
-        logits = base.lm_head(hidden.gather(1, index)).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-        if smoothing is not None:
-            losses = torch.lerp(losses, logits.logsumexp(-1) - logits.mean(-1), smoothing)
-        return losses, logits.argmax(-1) == labels
+        return measure(base.lm_head, hidden.gather(1, index), labels, smoothing)
 
     return function
+
+
+def _losses_and_hits(
+    lm_head: nn.Module, hidden: Tensor, labels: Tensor, smoothing: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    logits = lm_head(hidden).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    if smoothing is not None:
+        losses = torch.lerp(losses, logits.logsumexp(-1) - logits.mean(-1), smoothing)
+    return losses, logits.argmax(-1) == labels
 
 
 def neftune_noise(documents: Tensor, width: int, alpha: float) -> Tensor:
@@ -246,14 +259,6 @@ def require_finite(losses: list[float], norms: list[float], first: int, data: Ru
                 f"item {step} of seed {config.seed}, of tasks {', '.join(names[:8])}{more}. Lower train.learning_rate "
                 "or look at its data"
             )
-
-
-def schedule(step: int, train: TrainConfig) -> float:
-    """Share of the peak learning rate at a step: linear rise, then linear fall to zero."""
-    warmup = max(1, round(train.warmup * train.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (train.steps - step) / max(1, train.steps - warmup))
 
 
 def make_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
@@ -419,14 +424,11 @@ def train(
         bar=bar,
         log=log,
     )
-    with live(base, spec) as slots, watch:
-        # A compiled step keeps what it needs by itself.
-        keep = config.train.gradient_checkpointing and not config.train.compile
-        losses: Callable[..., Any] = answer_losses(base, slots, keep=keep)
+    with live(base, spec) as slots, watch, compiled(base, spec) if config.train.compile else nullcontext():
+        losses = answer_losses(base, slots, keep=config.train.gradient_checkpointing, fuse=config.train.compile)
         write: Callable[..., Any] = hypernet if hypernet is not None else _nothing
-        if config.train.compile:
-            losses = torch.compile(losses, dynamic=False)
-            write = torch.compile(hypernet, dynamic=False) if hypernet is not None else write
+        if config.train.compile and hypernet is not None:
+            write = torch.compile(hypernet, dynamic=False)
         trainer = Trainer(config, base, hypernet, write, losses, bank, optimizer, chosen)
         _loop(trainer, data, run, progress, watch, started, max_minutes)
 
@@ -438,7 +440,7 @@ def train(
         "planned_steps": config.train.steps,
         "data": data.summary,
         "settings": _portable(config, origin),
-        "versions": _versions(),
+        "versions": versions(),
     }
     if progress.best:
         provenance |= {"chosen_by": config.train.early_stop, "chosen_at": abs(progress.best_value)}
@@ -605,13 +607,21 @@ def _portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any
 
 
 def _checkpoint_layers(base: Any) -> None:
-    """Switches gradient checkpointing on in the decoder layers alone, which Transformers ties to training mode."""
+    """Switches gradient checkpointing on in the decoder layers alone.
+
+    Not by the model's own switch: that makes the embeddings ask for a gradient, so that the backward pass would run
+    through layers below the first adapter.
+    """
+    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    base.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in base.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # not what is inside it: dropout stays off
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(f"train.gradient_checkpointing: {type(base).__name__} has no layers that know how to")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.training = True  # checkpointing is tied to it; what is inside stays as it is, dropout off
 
 
 def _nothing(*_: Any) -> LoraTensors:
@@ -634,18 +644,6 @@ def _save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, A
         record = provenance | {"weights_sha256": weights_sha256}
         (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("t2l", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # t2l itself, run from a source tree that is not installed
-            found[name] = "not installed"
-    return found
 
 
 def _card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:

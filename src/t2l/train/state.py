@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from t2l.config import to_plain
 from t2l.errors import CheckpointError, OutputError, TrainingError
 from t2l.files import read_json, read_tensors
-from t2l.train.settings import SftConfig
 
 STATE = "state.safetensors"
 
@@ -61,7 +60,7 @@ def put_back(module: nn.Module, values: dict[str, Tensor], where: Path) -> None:
             value.copy_(values[name])
 
 
-def first_step(config: SftConfig, run: Path, *, resume: bool) -> int:
+def first_step(config: Any, run: Path, *, resume: bool) -> int:
     """Checks the run's folder before anything is loaded; returns the step to begin with.
 
     Raises:

@@ -1,0 +1,333 @@
+"""Who answers prompts under adapters: an engine in this process (vLLM) or an OpenAI-compatible server.
+
+Adapters leave as PEFT folders and are addressed by their content, so that no engine can mistake one for another. vLLM
+is imported only where it is chosen. Knows adapters, engines and one HTTP client. Knows no tasks, rows or scores.
+"""
+
+import hashlib
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Protocol
+
+from t2l import models, peft_io
+from t2l.apply import HasLora
+from t2l.endpoint import Endpoint, Say, call, choice
+from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
+from t2l.prompt import token_ids
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for `max_lora_rank`."""
+SAME = 1e-3
+"""Log-probabilities closer than this come from one distribution; engines repeat themselves to about 1e-5."""
+Server = Literal["vllm", "sglang", "llama.cpp"]
+
+
+class Backend(Protocol):
+    """Answers prompts greedily, each under its own adapter or none."""
+
+    def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
+        """The answers, in the order of the prompts, without special tokens, white space as it came.
+
+        Args:
+            prompts: As `t2l.prompt.render` writes them, special tokens spelt out.
+            adapters: One for each prompt; None is the plain base.
+            max_new_tokens: Limit of an answer.
+        """
+
+
+def adapter_name(adapter: HasLora) -> str:
+    """`t2l-` and 16 hexadecimal digits of everything that an adapter does: its tensors, scaling, places and base."""
+    digest = hashlib.sha256(json.dumps(peft_io.adapter_config(adapter.spec), sort_keys=True).encode())
+    for tensor in (*adapter.lora.a, *adapter.lora.b):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return f"t2l-{digest.hexdigest()[:16]}"
+
+
+class _Folders:
+    """Adapters written as PEFT folders, each once, under their names."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()  # engines want absolute paths
+
+    def path(self, name: str, adapter: HasLora) -> Path:
+        folder = self.root / name
+        if not folder.exists():
+            card = f"---\nbase_model: {adapter.spec.base_model}\nlibrary_name: peft\n---\n\nWritten for evaluation.\n"
+            peft_io.save_adapter(folder, adapter.lora, adapter.spec, card=card)
+        return folder
+
+
+def _named(adapters: Sequence[HasLora | None], name: Callable[[HasLora], str]) -> list[str | None]:
+    """The name of each prompt's adapter; one that stands there often is hashed once."""
+    distinct = {id(adapter): adapter for adapter in adapters if adapter is not None}
+    names = {key: name(adapter) for key, adapter in distinct.items()}
+    return [None if adapter is None else names[id(adapter)] for adapter in adapters]
+
+
+def _check(prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> None:
+    if len(prompts) != len(adapters):
+        raise ConfigError(f"{len(prompts)} prompts for {len(adapters)} adapters: give one, or None, for each prompt")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+
+def _require_effect(with_adapter: Any, without: Any, name: str, engine: str) -> None:
+    """Compares log-probabilities of a next token, in whatever form an engine gives them.
+
+    Raises:
+        AdapterNotAppliedError: if none differs: the engine answers from the base, which its texts need not show.
+    """
+    one, other = dict(_numbers(with_adapter)), dict(_numbers(without))
+    if one and one.keys() == other.keys() and all(abs(one[key] - other[key]) < SAME for key in one):
+        raise AdapterNotAppliedError(
+            f"{engine} gives the same log-probabilities with adapter {name} as without (all within {SAME:g}): "
+            "it does not apply adapters, or this one is empty"
+        )
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield place, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(inner, f"{place}/{inner.get('token', key) if isinstance(inner, dict) else key}")
+
+
+# --------------------------------------------------------------------------------------------------------- vLLM
+
+
+class VLLMBackend:
+    """vLLM in this process (`vllm.LLM`, offline inference), one `LoRARequest` for each adapter.
+
+    Use it in a `with` block, or call `close`: the folders of its adapters go then. Its answers need not equal those
+    of Transformers token for token: kernels and batches differ.
+
+    Args:
+        base: Model reference of the base.
+        rank: Largest rank of the adapters.
+        adapters_at_once: Adapters of one batch; more cost memory, fewer cost time.
+        engine: Further arguments of `vllm.LLM`, such as `dtype` or `gpu_memory_utilization`.
+
+    Raises:
+        ConfigError: if vLLM is not installed, or takes no adapters of this rank.
+    """
+
+    def __init__(
+        self, base: str, *, rank: int, adapters_at_once: int = 16, engine: dict[str, Any] | None = None
+    ) -> None:
+        fitting = [size for size in VLLM_RANKS if size >= rank]
+        if not fitting:
+            raise ConfigError(f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, these have {rank}")
+        try:
+            import vllm
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise ConfigError(
+                f"This backend needs vLLM, which cannot be imported ({error}): pip install vllm"
+            ) from error
+        self._sampling, self._request = vllm.SamplingParams, LoRARequest
+        settings: dict[str, Any] = {
+            "model": str(models.resolve(base)),
+            "enable_lora": True,
+            "max_lora_rank": fitting[0],
+            "max_loras": adapters_at_once,
+            # Blocks of one adapter have been served to another; what is shared here is not worth that.
+            "enable_prefix_caching": False,
+            "seed": 0,
+        }
+        self._engine = vllm.LLM(**(settings | (engine or {})))
+        self._temporary = tempfile.TemporaryDirectory(prefix="t2l-vllm-")
+        self._folders = _Folders(Path(self._temporary.name))
+        self._requests: dict[str, Any] = {}
+        self._checked = False
+
+    def __enter__(self) -> "VLLMBackend":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the adapters' folders."""
+        self._temporary.cleanup()
+
+    def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
+        """As `Backend.answers`.
+
+        Raises:
+            ConfigError: if there are not as many adapters as prompts.
+            AdapterNotAppliedError: if the first adapter changes no log-probability.
+        """
+        _check(prompts, adapters, max_new_tokens)
+        # As tokens: the prompt has its special tokens, and vLLM would add one to a text.
+        ids = token_ids(self._engine.get_tokenizer(), list(prompts)) if prompts else []
+        names = _named(adapters, adapter_name)
+        plain = [i for i, name in enumerate(names) if name is None]
+        adapted = [(i, self._request_for(name, adapters[i])) for i, name in enumerate(names) if name is not None]
+        if adapted and not self._checked:
+            (i, request), sampling = adapted[0], self._sampling(temperature=0.0, max_tokens=1, logprobs=5)
+            one, other = (self._generate([ids[i]], sampling, lora)[0].logprobs[0] for lora in ([request], None))
+            found = [{str(token): given[token].logprob for token in given} for given in (one, other)]
+            _require_effect(found[0], found[1], request.lora_name, "vLLM")
+            self._checked = True
+        sampling = self._sampling(temperature=0.0, max_tokens=max_new_tokens)
+        answers = [""] * len(prompts)
+        # Two calls, because by the published signature a list of requests may not hold None.
+        for chosen, lora in ((plain, None), ([i for i, _ in adapted], [request for _, request in adapted])):
+            if chosen:
+                outputs = self._generate([ids[i] for i in chosen], sampling, lora)
+                for i, output in zip(chosen, outputs, strict=True):
+                    answers[i] = output.text
+        return answers
+
+    def _generate(self, ids: Sequence[Sequence[int]], sampling: Any, requests: list[Any] | None) -> list[Any]:
+        prompts = [{"prompt_token_ids": list(row)} for row in ids]
+        return [o.outputs[0] for o in self._engine.generate(prompts, sampling, use_tqdm=False, lora_request=requests)]
+
+    def _request_for(self, name: str, adapter: HasLora | None) -> Any:
+        if name not in self._requests and adapter is not None:
+            folder = self._folders.path(name, adapter)
+            number = len(self._requests) + 1  # vLLM caches adapters by this number, for as long as the engine lives
+            self._requests[name] = self._request(lora_name=name, lora_int_id=number, lora_path=str(folder))
+        return self._requests[name]
+
+
+# ------------------------------------------------------------------------------------------------------- a server
+
+
+class ServerBackend:
+    """An OpenAI-compatible server: `completions` with the rendered prompt, several requests at a time.
+
+    How an adapter is addressed: vLLM by its name as `model`; SGLang by `base:name`; llama.cpp by its number in
+    `GET /lora-adapters`, where the file of the adapter is called by the name. A server that lacks an adapter is given
+    it through `folder` (vLLM, SGLang); llama.cpp loads adapters when it starts.
+
+    Args:
+        endpoint: The server and its name of the base model, see `t2l.endpoint.open_endpoint`.
+        server: Which of the conventions it follows.
+        folder: A folder that the server sees under the same path; adapters that it lacks are written there and loaded
+            into it, which vLLM allows with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 only.
+        name: An adapter's name on the server, `adapter_name` by default.
+        concurrency: Requests at a time.
+        say: Receives what the user should know, such as waiting times.
+        sleep: Pauses between attempts.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        server: Server = "vllm",
+        folder: Path | None = None,
+        name: Callable[[HasLora], str] | None = None,
+        concurrency: int = 8,
+        say: Say = lambda text: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if concurrency < 1:
+            raise ConfigError(f"concurrency must be at least 1, got {concurrency}")
+        if server == "llama.cpp" and folder is not None:
+            raise ConfigError("llama.cpp loads adapters when it starts (--lora), so it cannot be given a folder")
+        self._endpoint, self._server, self._concurrency = endpoint, server, concurrency
+        self._folders = None if folder is None else _Folders(folder)
+        self._name, self._checked = name or adapter_name, False
+        self._say, self._sleep = say, sleep
+        self._fields: dict[str, dict[str, Any]] | None = None
+        """What a request must hold to be answered under an adapter, by its name."""
+
+    def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
+        """As `Backend.answers`. The first request that fails for good ends the others.
+
+        Raises:
+            ConfigError: if there are not as many adapters as prompts, or the server lacks an adapter.
+            DownloadError: if it refuses, is not there, or answers with something else.
+            AdapterNotAppliedError: if the first adapter changes no log-probability.
+        """
+        _check(prompts, adapters, max_new_tokens)
+        names = _named(adapters, self._name)
+        by_name = {name: adapter for name, adapter in zip(names, adapters, strict=True) if name and adapter}
+        self._require(by_name)
+        first = next((i for i, name in enumerate(names) if name), None)
+        if first is not None and not self._checked:
+            given = [self._complete(prompts[first], name, 1, logprobs=5) for name in (names[first], None)]
+            one, other = (answer["choices"][0].get("logprobs") for answer in given)
+            _require_effect(one, other, str(names[first]), self._endpoint.root)
+            self._checked = True
+        failed = threading.Event()
+
+        def ask(prompt: str, name: str | None) -> str:
+            if failed.is_set():
+                return ""
+            try:
+                return choice(self._complete(prompt, name, max_new_tokens), self._endpoint, "text")
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            return list(pool.map(ask, prompts, names))
+
+    def _complete(self, prompt: str, name: str | None, max_tokens: int, **more: Any) -> Any:
+        fields = self._plain() if name is None or self._fields is None else self._fields[name]
+        body = {"model": self._endpoint.model, "prompt": prompt, "max_tokens": max_tokens, **fields, **more}
+        answer = self._call("completions", body | {"temperature": 0, "stream": False})
+        choice(answer, self._endpoint, "text")
+        return answer
+
+    def _call(self, method: str, body: dict[str, Any] | None = None, *, as_json: bool = True) -> Any:
+        return call(self._endpoint, method, body, as_json=as_json, say=self._say, sleep=self._sleep)
+
+    def _plain(self) -> dict[str, Any]:
+        """What keeps a request off all adapters, and special tokens from being added to those in the prompt."""
+        if self._server == "llama.cpp":
+            return {"lora": [], "cache_prompt": False}  # its prompt cache does not tell adapters apart
+        return {"add_special_tokens": False}
+
+    def _require(self, adapters: dict[str, HasLora]) -> None:
+        """Sees to it that the server has the adapters."""
+        if adapters and self._fields is None:
+            self._fields = dict(self._served())
+        known = self._fields or {}
+        for name in [name for name in adapters if name not in known]:
+            if self._folders is None:
+                raise ConfigError(f"{self._endpoint.root} serves no adapter {name}; {self._way_out(known)}")
+            path = self._folders.path(name, adapters[name])
+            root = "load_lora_adapter" if self._server == "vllm" else "/load_lora_adapter"
+            try:
+                self._call(root, {"lora_name": name, "lora_path": str(path)}, as_json=False)
+            except DownloadError as error:
+                raise DownloadError(f"Adapter {name} cannot be loaded into the server: {error}") from error
+            known[name] = self._address(name)
+
+    def _served(self) -> Iterable[tuple[str, dict[str, Any]]]:
+        """Adapters that the server has by now."""
+        if self._server == "llama.cpp":
+            for entry in self._items(self._call("/lora-adapters"), "id", "path"):
+                fields = {"lora": [{"id": entry["id"], "scale": 1.0}]}
+                yield PurePosixPath(str(entry["path"]).replace("\\", "/")).stem, self._plain() | fields
+            return
+        listed = self._call("models")
+        for entry in self._items(listed.get("data") if isinstance(listed, dict) else listed, "id"):
+            name = str(entry["id"]).removeprefix(f"{self._endpoint.model}:")
+            yield name, self._address(name)
+
+    def _items(self, listed: Any, *keys: str) -> list[dict[str, Any]]:
+        if not isinstance(listed, list) or not all(isinstance(x, dict) and x.keys() >= set(keys) for x in listed):
+            raise DownloadError(
+                f"{self._endpoint.root} does not list its adapters as {self._server} does: {listed!r:.200}"
+            )
+        return listed
+
+    def _address(self, name: str) -> dict[str, Any]:
+        return self._plain() | {"model": name if self._server == "vllm" else f"{self._endpoint.model}:{name}"}
+
+    def _way_out(self, known: Iterable[str]) -> str:
+        has = ", ".join(sorted(known)[:5]) or "none"
+        if self._server == "llama.cpp":
+            return f"start it with --lora {{name}}.gguf, which names the file; it has: {has}"
+        return f"give a folder that it sees, or serve the adapter under that name; it has: {has}"

@@ -1,0 +1,512 @@
+"""Engines other than Transformers: each prompt under its own adapter, or a clear word why not."""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_lora
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from t2l import peft_io
+from t2l.apply import applied
+from t2l.config import LoraConfig, PromptConfig
+from t2l.endpoint import KEY_VARIABLE, open_endpoint
+from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
+from t2l.eval.backends import Backend, ServerBackend, VLLMBackend, adapter_name
+from t2l.generate import Adapter
+from t2l.lora import LoraTensors
+from t2l.prompt import render, token_ids
+from t2l.spec import AdapterSpec
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
+    return AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
+
+
+@pytest.fixture(scope="module")
+def adapters(spec: AdapterSpec) -> list[Adapter]:
+    return [Adapter(random_lora(spec, seed), spec, "a task", {}) for seed in range(3)]
+
+
+def empty(spec: AdapterSpec) -> Adapter:
+    return Adapter(random_lora(spec).map(torch.zeros_like), spec, "nothing", {})
+
+
+def greedy(model: Any, tokenizer: Any, ids: list[int], adapter: Any, number: int) -> tuple[str, torch.Tensor]:
+    """The answer and the log-probabilities of its first token, of one prompt."""
+    given = torch.tensor([ids])
+    with applied(model, adapter) if adapter else torch.no_grad(), torch.no_grad():
+        out = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=number)
+        logits = model(given).logits[0, -1]
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True), logits.log_softmax(-1)
+
+
+def test_a_name_tells_all_that_an_adapter_does(adapters: list[Adapter], spec: AdapterSpec) -> None:
+    first = adapters[0]
+    assert adapter_name(first) == adapter_name(Adapter(first.lora.map(torch.clone), spec, "other text", {"a": "b"}))
+    stronger = dataclasses.replace(spec, alpha=16.0)
+    others = [
+        *adapters[1:],
+        Adapter(LoraTensors(first.lora.a, first.lora.b, stronger.scaling), stronger, "", {}),
+        Adapter(first.lora, dataclasses.replace(spec, base_model="another"), "", {}),
+    ]
+    names = {adapter_name(adapter) for adapter in (first, *others)}
+    assert len(names) == 5
+    assert all(len(name) == 20 and name.startswith("t2l-") for name in names)
+
+
+# --------------------------------------------------------------------------------------------------------- vLLM
+
+
+@dataclass
+class LoRARequest:
+    """As published: name, number and path."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.lora_int_id >= 1 and Path(self.lora_path).is_absolute()
+
+
+@dataclass
+class SamplingParams:
+    n: int = 1
+    temperature: float = 1.0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    stop: list[str] = field(default_factory=list)
+
+
+class LLM:
+    """The published signatures, answered by the tiny base under adapters read from their folders."""
+
+    made: "list[LLM]" = []  # noqa: RUF012
+    deaf = False
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        seed: int = 0,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        **engine: Any,
+    ) -> None:
+        known = {"enable_lora", "max_lora_rank", "max_loras", "enable_prefix_caching", "max_model_len"}
+        assert engine.keys() <= known, "EngineArgs has no such field"
+        assert engine["enable_lora"] and engine["max_lora_rank"] in (8, 16, 32, 64, 128, 256, 320, 512)
+        self.engine, self.dtype, self.folder = engine, dtype, model
+        self.base, self.tokenizer = LLM.parts
+        self.loaded: dict[int, tuple[str, Adapter]] = {}
+        self.calls: list[int] = []
+        LLM.made.append(self)
+
+    parts: Any = None
+    spec: Any = None
+
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompts: list[dict[str, Any]],
+        /,
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: list[LoRARequest] | LoRARequest | None = None,
+    ) -> list[Any]:
+        assert isinstance(sampling_params, SamplingParams) and sampling_params.temperature == 0
+        requests: list[Any] = lora_request if isinstance(lora_request, list) else [lora_request] * len(prompts)
+        assert len(requests) == len(prompts)
+        assert lora_request is None or all(isinstance(request, LoRARequest) for request in requests)
+        self.calls.append(len(prompts))
+        outputs = []
+        for prompt, request in zip(prompts, requests, strict=True):
+            adapter = None if request is None or LLM.deaf else self._load(request)
+            ids = prompt["prompt_token_ids"]
+            text, scores = greedy(self.base, self.tokenizer, ids, adapter, sampling_params.max_tokens or 16)
+            top = scores.topk(sampling_params.logprobs or 1)
+            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            logprobs = [{token: types.SimpleNamespace(logprob=value) for token, value in pairs}]
+            outputs.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text, logprobs=logprobs)]))
+        return outputs
+
+    def _load(self, request: LoRARequest) -> Adapter:
+        path, adapter = self.loaded.setdefault(
+            request.lora_int_id,
+            (request.lora_path, Adapter(peft_io.load_adapter(Path(request.lora_path), LLM.spec), LLM.spec, "", {})),
+        )
+        assert path == request.lora_path, "one number for two adapters: vLLM would answer with the first"
+        return adapter
+
+
+@pytest.fixture
+def vllm(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    spec: AdapterSpec,
+) -> type[LLM]:
+    module, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
+    vars(module).update(LLM=LLM, SamplingParams=SamplingParams)
+    vars(request).update(LoRARequest=LoRARequest)
+    for name, made in (("vllm", module), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, made)
+    monkeypatch.setattr(LLM, "parts", (tiny_base, tiny_tokenizer))
+    monkeypatch.setattr(LLM, "spec", spec)
+    monkeypatch.setattr(LLM, "made", [])
+    monkeypatch.setattr(LLM, "deaf", False)
+    return LLM
+
+
+def test_vllm_answers_each_prompt_under_its_adapter(
+    vllm: type[LLM],
+    tiny_base: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    base_folder: Path,
+    adapters: list[Adapter],
+) -> None:
+    texts = ["one", "two", "three", "four", "five and more"]
+    prompts = [render(tiny_tokenizer, "", text, PromptConfig()) for text in texts]
+    chosen = [adapters[0], None, adapters[1], adapters[0], adapters[2]]
+    with VLLMBackend(str(base_folder), rank=4, engine={"dtype": "float32"}) as backend:
+        made: Backend = backend
+        found = made.answers(prompts, chosen, 6)
+        again = made.answers(prompts[:1], [adapters[2]], 6)
+        folders = {Path(path).parent for path, _ in vllm.made[0].loaded.values()}
+        assert len(folders) == 1 and len(list(folders.pop().iterdir())) == 3  # each adapter is written once
+        assert backend.answers([], [], 6) == []
+    ids = token_ids(tiny_tokenizer, prompts)
+    for i, adapter in enumerate(chosen):
+        assert found[i] == greedy(tiny_base, tiny_tokenizer, ids[i], adapter, 6)[0]
+    assert again == [greedy(tiny_base, tiny_tokenizer, ids[0], adapters[2], 6)[0]]
+    assert len(set(found)) == 5
+    engine = vllm.made[0]
+    assert engine.calls == [1, 1, 1, 4, 1]  # the check with and without, the plain prompt, the others, the second call
+    assert engine.engine["max_lora_rank"] == 8 and engine.engine["enable_prefix_caching"] is False
+    assert engine.dtype == "float32" and Path(engine.folder) == base_folder
+    assert not any(Path(path).exists() for path, _ in engine.loaded.values())
+
+
+def test_vllm_that_does_not_apply_adapters_is_found_out(
+    vllm: type[LLM], base_folder: Path, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LLM, "deaf", True)
+    with (
+        VLLMBackend(str(base_folder), rank=4) as backend,
+        pytest.raises(AdapterNotAppliedError, match=r"vLLM gives the same .* t2l-[0-9a-f]{16}"),
+    ):
+        backend.answers(["a"], [adapters[0]], 3)
+
+
+def test_an_adapter_without_effect_is_found_out(vllm: type[LLM], base_folder: Path, spec: AdapterSpec) -> None:
+    with VLLMBackend(str(base_folder), rank=4) as backend, pytest.raises(AdapterNotAppliedError, match="is empty"):
+        backend.answers(["a"], [empty(spec)], 3)
+
+
+def test_what_vllm_cannot_do_is_said(vllm: type[LLM], base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="up to rank 512, these have 513"):
+        VLLMBackend(str(base_folder), rank=513)
+    with VLLMBackend(str(base_folder), rank=4) as backend:
+        with pytest.raises(ConfigError, match="2 prompts for 1 adapters"):
+            backend.answers(["a", "b"], [None], 3)
+        with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, got 0"):
+            backend.answers(["a"], [None], 0)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match="pip install vllm"):
+        VLLMBackend(str(base_folder), rank=4)
+
+
+def test_the_real_vllm_answers_as_transformers_does(
+    tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, base_folder: Path, adapters: list[Adapter]
+) -> None:
+    if importlib.util.find_spec("vllm") is None or not torch.cuda.is_available():
+        pytest.skip("parity with vLLM is not tested here: vLLM is not installed, or there is no GPU")
+    import vllm as real
+    from vllm.lora.request import LoRARequest as RealRequest
+
+    assert {"lora_name", "lora_int_id", "lora_path"} <= set(inspect.signature(RealRequest).parameters)
+    assert {"use_tqdm", "lora_request"} <= set(inspect.signature(real.LLM.generate).parameters)
+    prompts = [render(tiny_tokenizer, "", text, PromptConfig()) for text in ("one", "two", "three")]
+    chosen = [adapters[0], None, adapters[1]]
+    engine = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.2}
+    with VLLMBackend(str(base_folder), rank=4, engine=engine) as backend:
+        found = backend.answers(prompts, chosen, 4)
+    for text, ids, adapter in zip(found, token_ids(tiny_tokenizer, prompts), chosen, strict=True):
+        assert text == greedy(tiny_base, tiny_tokenizer, ids, adapter, 4)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- servers
+
+KEY = "sk-very-secret-0123456789"
+
+
+class Server:
+    """A server on this machine that knows adapters by name, as vLLM, SGLang or llama.cpp would."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.names, self.deaf = kind, list[str](), False
+        self.requests: list[tuple[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.trouble: list[Callable[[BaseHTTPRequestHandler], bool]] = []
+        """What happens to the next completions in place of an answer."""
+        self.open, self.most, self.delay, self.lock = 0, 0, 0.0, threading.Lock()
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                stub.answer(self, None)
+
+            def do_POST(self) -> None:
+                stub.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def log_message(self, *_: Any) -> None:
+                """Quiet."""
+
+        class Quiet(ThreadingHTTPServer):
+            def handle_error(self, *_: Any) -> None:
+                """Clients may hang up."""
+
+        self.server = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
+        with self.lock:
+            self.requests.append((handler.path, body))
+            self.headers.append(dict(handler.headers))
+            self.open += 1
+            self.most = max(self.most, self.open)
+            trouble = self.trouble.pop(0) if self.trouble and handler.path == "/v1/completions" else None
+        time.sleep(self.delay)
+        try:
+            if trouble is None or not trouble(handler):
+                send(handler, *self.content(handler.path, body))
+        finally:
+            with self.lock:
+                self.open -= 1
+
+    def content(self, path: str, body: Any) -> tuple[int, Any]:
+        if path == "/v1/models":
+            spelt = [f"base:{name}" if self.kind == "sglang" else name for name in self.names]
+            return 200, {"object": "list", "data": [{"id": name} for name in ["base", *spelt]]}
+        if path == "/lora-adapters" and self.kind == "llama.cpp":
+            return 200, [{"id": i, "path": f"/x/{name}.gguf", "scale": 1.0} for i, name in enumerate(self.names)]
+        if path == {"vllm": "/v1/load_lora_adapter", "sglang": "/load_lora_adapter"}.get(self.kind):
+            if not (Path(body["lora_path"]) / "adapter_config.json").is_file():
+                return 400, {"error": {"message": "no adapter there"}}
+            self.names.append(body["lora_name"])
+            return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+        if path != "/v1/completions":
+            return 404, {"error": {"message": f"no {path}"}}
+        name = self.adapter_of(body)
+        if name is not None and name not in self.names:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        effect = 0.0 if name is None or self.deaf else 1.0 + self.names.index(name)
+        text = f"{None if self.deaf else name}|{body['prompt']}|{body['max_tokens']}"
+        scores = {"top_logprobs": [{" a": -0.5 - effect, " b": -1.5}]} if "logprobs" in body else None
+        return 200, {"choices": [{"index": 0, "text": text, "logprobs": scores, "finish_reason": "stop"}]}
+
+    def adapter_of(self, body: Any) -> str | None:
+        if self.kind == "llama.cpp":
+            assert body["model"] == "base" and body["cache_prompt"] is False
+            (number, *_) = [entry["id"] for entry in body["lora"]] or [None]
+            return None if number is None else self.names[number]
+        assert body["add_special_tokens"] is False and "lora" not in body
+        prefix = "base:" if self.kind == "sglang" else ""
+        return None if body["model"] == "base" else body["model"].removeprefix(prefix)
+
+    def completions(self) -> list[Any]:
+        return [body for path, body in self.requests if path == "/v1/completions"]
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> bool:
+    data = (content if isinstance(content, str) else json.dumps(content)).encode()
+    handler.send_response(status)
+    for name, value in (*headers, ("Content-Length", str(len(data)))):
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(data)
+    return True
+
+
+@pytest.fixture
+def make_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Server]]:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    made: list[Server] = []
+
+    def make(kind: str = "vllm") -> Server:
+        made.append(Server(kind))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp"])
+def test_each_request_names_its_adapter(
+    kind: Any, make_server: Callable[[str], Server], adapters: list[Adapter], spec: AdapterSpec
+) -> None:
+    server = make_server(kind)
+    server.names = ["other", *(adapter_name(adapter) for adapter in adapters)]
+    backend: Backend = ServerBackend(open_endpoint(server.url, "base"), server=kind, concurrency=3)
+    chosen = [adapters[1], None, adapters[0], adapters[2], adapters[1]] * 4
+    prompts = [f"prompt {i}" for i in range(20)]
+    found = backend.answers(prompts, chosen, 7)
+    names = [None if adapter is None else adapter_name(adapter) for adapter in chosen]
+    assert found == [f"{name}|{prompt}|7" for name, prompt in zip(names, prompts, strict=True)]
+    assert all(body["temperature"] == 0 and body["stream"] is False for body in server.completions())
+    assert backend.answers([], [], 7) == []
+    gets = [path for path, body in server.requests if body is None]
+    assert gets == ["/lora-adapters" if kind == "llama.cpp" else "/v1/models"]
+    assert len(server.completions()) == 22  # the first adapter was compared with the base, once
+    with pytest.raises(ConfigError, match=rf"serves no adapter {adapter_name(empty(spec))}; .* it has: .*other"):
+        backend.answers(["a"], [empty(spec)], 7)
+
+
+def test_a_server_without_adapters_needs_none(make_server: Callable[[str], Server]) -> None:
+    server = make_server("vllm")
+    assert ServerBackend(open_endpoint(server.url, "base")).answers(["a"], [None], 3) == ["None|a|3"]
+    assert [path for path, _ in server.requests] == ["/v1/completions"]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_adapters_that_are_missing_are_loaded(
+    kind: Any, make_server: Callable[[str], Server], adapters: list[Adapter], tmp_path: Path, spec: AdapterSpec
+) -> None:
+    server = make_server(kind)
+    server.names = [adapter_name(adapters[0])]
+    backend = ServerBackend(open_endpoint(server.url, "base"), server=kind, folder=tmp_path / "shared")
+    found = backend.answers(["a", "b", "c"], [adapters[0], adapters[1], adapters[1]], 2)
+    names = [adapter_name(adapter) for adapter in adapters]
+    assert found == [f"{names[0]}|a|2", f"{names[1]}|b|2", f"{names[1]}|c|2"]
+    (loaded,) = [body for path, body in server.requests if path.endswith("load_lora_adapter")]
+    assert loaded == {"lora_name": names[1], "lora_path": str(tmp_path / "shared" / names[1])}
+    saved = peft_io.load_adapter(tmp_path / "shared" / names[1], spec)
+    assert torch.equal(saved.a[0], adapters[1].lora.a[0])
+
+
+def test_names_of_the_user(make_server: Callable[[str], Server], adapters: list[Adapter]) -> None:
+    server = make_server("vllm")
+    server.names = ["sentiment"]
+    backend = ServerBackend(open_endpoint(server.url, "base"), name=lambda _: "sentiment")
+    assert backend.answers(["a"], [adapters[0]], 1) == ["sentiment|a|1"]
+
+
+def test_a_server_that_does_not_apply_adapters_is_found_out(
+    make_server: Callable[[str], Server], adapters: list[Adapter]
+) -> None:
+    server = make_server("vllm")
+    server.names, server.deaf = [adapter_name(adapters[0])], True
+    with pytest.raises(AdapterNotAppliedError, match="gives the same log-probabilities with adapter t2l-"):
+        ServerBackend(open_endpoint(server.url, "base")).answers(["a"], [adapters[0]], 3)
+
+
+def broken_off(handler: BaseHTTPRequestHandler) -> bool:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [{"te')
+    handler.close_connection = True
+    return True
+
+
+TROUBLES: dict[str, tuple[Callable[[BaseHTTPRequestHandler], bool], str]] = {
+    "429": (lambda h: send(h, 429, "slow down", (("Retry-After", "3"),)), "HTTP 429: slow down; trying again in 3 s"),
+    "500": (lambda h: send(h, 500, {"error": "broken"}), "HTTP 500: "),
+    "truncated JSON": (lambda h: send(h, 200, '{"choices": [{"te'), "no JSON or not all of it"),
+    "half a body": (broken_off, "no JSON or not all of it"),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_troubles_are_waited_out_or_named(name: str, make_server: Callable[[str], Server]) -> None:
+    trouble, message = TROUBLES[name]
+    server = make_server("vllm")
+    said, pauses = list[str](), list[float]()
+    endpoint = open_endpoint(server.url, "base")
+    backend = ServerBackend(endpoint, concurrency=1, say=said.append, sleep=pauses.append)
+    server.trouble = [trouble, trouble]
+    assert backend.answers(["a"], [None], 3) == ["None|a|3"]
+    assert len(pauses) == 2 and message in said[0]
+    server.trouble = [trouble] * 6
+    before = len(server.requests)
+    with pytest.raises(DownloadError, match="gave no answer after 6 attempts"):
+        backend.answers(["a", "b", "c"], [None] * 3, 3)
+    assert len(server.requests) == before + 6  # the other prompts were not sent any more
+
+
+def test_a_slow_server_times_out(make_server: Callable[[str], Server]) -> None:
+    server = make_server("vllm")
+    server.delay = 0.3
+    endpoint = open_endpoint(server.url, "base", timeout=0.05)
+    with pytest.raises(DownloadError, match="after 6 attempts: TimeoutError"):
+        ServerBackend(endpoint, sleep=lambda _: None).answers(["a"], [None], 3)
+
+
+def test_requests_run_side_by_side_up_to_the_limit(make_server: Callable[[str], Server]) -> None:
+    server = make_server("vllm")
+    server.delay = 0.05
+    ServerBackend(open_endpoint(server.url, "base"), concurrency=4).answers(["a"] * 16, [None] * 16, 3)
+    assert server.most == 4
+
+
+def test_another_form_of_answer_is_no_answer(
+    make_server: Callable[[str], Server], adapters: list[Adapter], tmp_path: Path
+) -> None:
+    server = make_server("vllm")
+    backend = ServerBackend(open_endpoint(server.url, "base"), sleep=lambda _: None)
+    server.trouble = [lambda h: send(h, 200, {"choices": []})]
+    with pytest.raises(DownloadError, match=r"does not answer like a completion endpoint .*text"):
+        backend.answers(["a"], [None], 3)
+    server.trouble = [lambda h: send(h, 404, {"error": {"message": "The model `base` does not exist."}})]
+    with pytest.raises(DownloadError, match=r"no answer: HTTP 404: .*does not exist"):
+        backend.answers(["a"], [None], 3)
+    server.kind = "one that loads nothing"
+    loads = ServerBackend(open_endpoint(server.url, "base"), folder=tmp_path, sleep=lambda _: None)
+    with pytest.raises(DownloadError, match=r"Adapter t2l-\w+ cannot be loaded into the server: .*HTTP 404"):
+        loads.answers(["a"], [adapters[0]], 3)
+    llama = ServerBackend(open_endpoint(server.url, "base"), server="llama.cpp", sleep=lambda _: None)
+    with pytest.raises(DownloadError, match="HTTP 404"):  # it has no list of adapters
+        llama.answers(["a"], [adapters[0]], 3)
+
+
+def test_the_key_goes_into_the_header_only(
+    make_server: Callable[[str], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server("vllm")
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    backend = ServerBackend(open_endpoint(server.url, "base"))
+    backend.answers(["a"], [None], 3)
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in json.dumps(server.requests)
+    server.trouble = [lambda h: send(h, 401, f"bad key {KEY}")]
+    with pytest.raises(DownloadError, match=r"HTTP 401: bad key \[key\]"):
+        backend.answers(["a"], [None], 3)
+
+
+def test_settings_that_cannot_be() -> None:
+    endpoint = open_endpoint("http://localhost:1", "base")
+    with pytest.raises(ConfigError, match="concurrency must be at least 1, got 0"):
+        ServerBackend(endpoint, concurrency=0)
+    with pytest.raises(ConfigError, match=r"llama\.cpp loads adapters when it starts"):
+        ServerBackend(endpoint, server="llama.cpp", folder=Path("x"))

@@ -1,0 +1,430 @@
+"""Reconstruction: losses on ΔW without a ΔW, statistics that are undone in the checkpoint, and that it learns."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_lora
+from transformers import LlamaConfig
+
+from t2l import TextToLora
+from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
+from t2l.errors import ConfigError, DataError, DescriptionError, TrainingError
+from t2l.library import AdapterLibrary, save_library
+from t2l.lora import LoraTensors
+from t2l.spec import AdapterSpec
+from t2l.tasks import load_splits
+from t2l.train.recon import (
+    Draws,
+    ReconConfig,
+    ReconDataConfig,
+    ReconLossConfig,
+    ReconTrainConfig,
+    angular_loss,
+    compare,
+    delta_loss,
+    factor_loss,
+    make_targets,
+    open_library,
+    spectral_loss,
+    train_reconstruction,
+)
+
+NAMES = ("add", "bark", "count", "dance", "echo", "fold")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
+    return AdapterSpec.from_config(
+        tiny_config, str(base_folder), LoraConfig(targets=("q_proj", "v_proj"), rank=4, alpha=6)
+    )
+
+
+def stacked(spec: AdapterSpec, number: int, seed: int = 0, size: float = 0.3) -> LoraTensors:
+    return LoraTensors.stack([random_lora(spec, 100 * seed + n, size) for n in range(number)])
+
+
+@pytest.fixture(scope="module")
+def library(spec: AdapterSpec, tmp_path_factory: pytest.TempPathFactory) -> AdapterLibrary:
+    """Six adapters that differ from a common start in a few directions, as training leaves them."""
+    start, ways = stacked(spec, 1), stacked(spec, 3, seed=1, size=0.1)
+    mix = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+
+    def combine(first: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        return first + torch.einsum("nk,k...->n...", mix, basis)
+
+    lora = LoraTensors(
+        tuple(combine(x, y) for x, y in zip(start.a, ways.a, strict=True)),
+        tuple(combine(x, y) for x, y in zip(start.b, ways.b, strict=True)),
+        spec.scaling,
+    )
+    facts = {
+        name: {
+            "descriptions": [f"{verb} {name}, {number} times." for verb in ("Do", "Please", "Now") for number in "12"]
+        }
+        for name in NAMES
+    }
+    return save_library(tmp_path_factory.mktemp("library") / "six", lora, spec, facts)
+
+
+@pytest.fixture(scope="module")
+def config(library: AdapterLibrary, sentence_folder: Path) -> ReconConfig:
+    return ReconConfig(
+        encoder=EncoderConfig(kind="sentence", model=str(sentence_folder), max_tokens=60),
+        hypernet=HypernetConfig(width=24, head_size=16, dropout=0.0),
+        prompt=PromptConfig(description_in_prompt=True),
+        data=ReconDataConfig(library=str(library.folder), held_out_descriptions=2),
+        train=ReconTrainConfig(
+            steps=12,
+            adapters_per_step=4,
+            learning_rate=5e-3,
+            log_every=3,
+            evaluate_every=6,
+            save_every=6,
+            tensorboard=False,
+        ),
+    )
+
+
+def changed(config: ReconConfig, **changes: Any) -> ReconConfig:
+    return replace(config, train=replace(config.train, **changes))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def run(config: ReconConfig, folder: Path, **options: Any) -> Path:
+    return train_reconstruction(config, folder, device="cpu", log=quiet, **options)
+
+
+# --------------------------------------------------------------------------------------- identities, against dense
+
+
+def dense(lora: LoraTensors) -> list[torch.Tensor]:
+    return [lora.delta(m) for m in range(len(lora.a))]
+
+
+def test_inner_products_and_distances_are_those_of_the_dense_products(spec: AdapterSpec) -> None:
+    one, other = (stacked(spec, 3, seed).map(torch.Tensor.double) for seed in (0, 1))
+    pairs = list(zip(dense(one), dense(other), strict=True))
+    for found, (x, y) in zip(one.inner(other), pairs, strict=True):
+        assert (found - (x * y).sum((-2, -1))).abs().max() <= 1e-10
+    for found, (x, y) in zip(one.squared_distances(other), pairs, strict=True):
+        assert (found - (x - y).square().sum((-2, -1))).abs().max() <= 1e-10
+    for found, (x, _) in zip(one.singular_values(), pairs, strict=True):
+        assert (found - torch.linalg.svdvals(x)[..., :4]).abs().max() <= 1e-4 * found.max()
+
+
+def test_a_small_distance_is_no_rounding(spec: AdapterSpec) -> None:
+    """In float32, of adapters a thousandth apart."""
+    one = stacked(spec, 3)
+    near = one.map(lambda x: x + 1e-4 * torch.randn_like(x))
+    for found, x, y in zip(near.squared_distances(one), dense(near), dense(one), strict=True):
+        exact = (x.double() - y.double()).square().sum((-2, -1))
+        assert (found / exact - 1).abs().max() <= 1e-2
+
+
+def test_losses_on_the_product_are_the_dense_ones(spec: AdapterSpec) -> None:
+    written, wanted = stacked(spec, 3), stacked(spec, 3, seed=1)
+    pairs = list(zip(dense(written), dense(wanted), strict=True))
+    every = [torch.arange(a.shape[-1]) for a in wanted.a]
+    size = [torch.tensor(2.0), torch.tensor(4.0)]
+    expected = sum((x - y).abs().mean() / s for (x, y), s in zip(pairs, size, strict=True)) / 2
+    assert delta_loss(written, wanted, every, size).item() == pytest.approx(expected.item(), rel=1e-5)
+    cosine = [torch.cosine_similarity(x.flatten(-2), y.flatten(-2), dim=-1).mean() for x, y in pairs]
+    assert angular_loss(written, wanted).item() == pytest.approx(1 - sum(cosine).item() / 2, rel=1e-5)
+    values = [[torch.linalg.svdvals(x)[..., :4] for x in pair] for pair in pairs]
+    expected = sum(((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in values) / 2
+    assert spectral_loss(written, wanted).item() == pytest.approx(expected.item(), rel=1e-3)
+    for loss in (angular_loss, spectral_loss):
+        assert loss(wanted, wanted).item() <= 1e-6
+
+
+def test_random_columns_estimate_without_bias(spec: AdapterSpec) -> None:
+    written, wanted = stacked(spec, 2), stacked(spec, 2, seed=1)
+    size = [torch.tensor(1.0)] * 2
+    every = [torch.arange(a.shape[-1]) for a in wanted.a]
+    exact = delta_loss(written, wanted, every, size).item()
+    draws = [delta_loss(written, wanted, [torch.randint(32, (4,)) for _ in wanted.a], size).item() for _ in range(400)]
+    deviation = torch.tensor(draws).std().item()
+    assert deviation > 0
+    assert abs(sum(draws) / 400 - exact) <= 4 * deviation / 20
+
+
+def test_losses_have_finite_gradients_where_nothing_differs(spec: AdapterSpec) -> None:
+    """And also where a product is of lower rank than R."""
+    wanted = stacked(spec, 2)
+    wanted = LoraTensors(wanted.a, tuple(b * torch.tensor([1.0, 1, 0, 0]) for b in wanted.b), wanted.scaling)
+    written = wanted.map(lambda x: x.clone().requires_grad_())
+    columns = [torch.arange(3)] * 2
+    total = angular_loss(written, wanted) + spectral_loss(written, wanted)
+    total = total + delta_loss(written, wanted, columns, [torch.tensor(1.0)] * 2)
+    for gradient in torch.autograd.grad(total, [*written.a, *written.b]):
+        assert gradient.isfinite().all()
+
+
+def test_canonical_factors_have_the_same_product_and_one_form(spec: AdapterSpec) -> None:
+    lora = stacked(spec, 2)
+    found = lora.canonical()
+    for x, y in zip(dense(found), dense(lora), strict=True):
+        assert (x - y).abs().max() <= 1e-5
+    # Other factors of the same product: the same canonical ones.
+    turn = torch.linalg.qr(torch.randn(4, 4)).Q * torch.tensor([3.0, -1, 0.5, -2])
+    other = LoraTensors(tuple(turn @ a for a in lora.a), tuple(b @ turn.inverse() for b in lora.b), lora.scaling)
+    again = other.canonical()
+    for x, y in zip((*again.a, *again.b), (*found.a, *found.b), strict=True):
+        assert (x - y).abs().max() <= 1e-3
+    for a, b in zip(found.a, found.b, strict=True):
+        lengths = a.norm(dim=-1)
+        assert torch.allclose(lengths, b.norm(dim=-2), rtol=1e-4)  # shared evenly
+        assert (lengths.diff(dim=-1) <= 1e-6).all()  # descending
+        assert (a.gather(-1, a.abs().argmax(-1, keepdim=True)) > 0).all()
+
+
+def test_errors_are_those_of_all_dense_products_together(spec: AdapterSpec) -> None:
+    written, wanted = stacked(spec, 3), stacked(spec, 3, seed=1)
+    errors = compare(written, wanted)
+    mine, theirs = (torch.cat([x.flatten(1) for x in dense(lora)], dim=1) for lora in (written, wanted))
+    assert errors.relative == pytest.approx(((mine - theirs).norm(dim=1) / theirs.norm(dim=1)).tolist(), rel=1e-5)
+    assert errors.cosine == pytest.approx(torch.cosine_similarity(mine, theirs).tolist(), rel=1e-4)
+    elements = [torch.cat([x.flatten(1) for x in (*lora.a, *lora.b)], dim=1) for lora in (written, wanted)]
+    assert errors.element_l1 == pytest.approx((elements[0] - elements[1]).abs().mean(1).tolist(), rel=1e-5)
+    zeros = compare(wanted.map(torch.zeros_like), wanted)
+    assert zeros.relative == pytest.approx([1] * 3) and zeros.cosine == [0] * 3
+
+
+# ---------------------------------------------------------------------------------------------------- the targets
+
+
+@pytest.mark.parametrize("canonical", [False, True])
+def test_targets_are_z_scored_and_restored(canonical: bool, spec: AdapterSpec) -> None:
+    lora = stacked(spec, 5)
+    lora.a[0][:, 0, 0, 0] = 0.25  # all agree
+    targets = make_targets(lora, NAMES[:5], canonical=canonical, device=CPU)
+    flat = torch.cat([z.flatten(1) for z in (*targets.z.a, *targets.z.b)], dim=1)
+    constant = (flat == 0).all(0)
+    assert int(constant.sum()) == (0 if canonical else 1)
+    assert flat.mean(0).abs().max() <= 1e-5
+    assert (flat[:, ~constant].std(0, correction=0) - 1).abs().max() <= 1e-4
+    back = targets.adapters(torch.tensor([3, 1]))
+    for m in range(2):
+        assert (back.delta(m) - lora.select(torch.tensor([3, 1])).delta(m)).abs().max() <= 1e-5
+        mean = lora.delta(m).abs().mean()
+        assert targets.size[m].item() == pytest.approx(mean.item(), rel=0.3)  # from every second column
+    plain = (back.a[0] - lora.a[0][[3, 1]]).abs().max()
+    assert plain > 0.1 if canonical else plain <= 1e-5
+
+
+def test_the_factor_loss_is_the_papers(spec: AdapterSpec) -> None:
+    """Mean absolute z-score difference: of writing the mean it is the mean absolute z-score."""
+    targets = make_targets(stacked(spec, 5), NAMES[:5], canonical=False, device=CPU)
+    everything = [*targets.z.a, *targets.z.b]
+    index = torch.tensor([4, 0])
+    loss = factor_loss([torch.zeros_like(x[:2]) for x in everything], everything, index)
+    expected = torch.cat([x[index].flatten() for x in everything]).abs().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert factor_loss([x[index] for x in everything], everything, index).item() == 0
+
+
+def test_draws_are_a_function_of_seed_and_step() -> None:
+    """Each adapter once before any again, with its own descriptions only, wherever one begins."""
+    own = [(0, 1, 2), (3,), (4, 5), (6, 7), (8,)]
+    adapters, texts = Draws(own, per_step=2, seed=1).steps(0, 20)
+    flat = adapters.flatten().tolist()
+    assert all(sorted(flat[i : i + 5]) == list(range(5)) for i in range(0, 40, 5))
+    assert all(t in own[n] for n, t in zip(flat, texts.flatten().tolist(), strict=True))
+    assert set(texts.flatten().tolist()) == set(range(9))
+    later = Draws(own, per_step=2, seed=1).steps(7, 20)
+    assert torch.equal(later[0], adapters[7:]) and torch.equal(later[1], texts[7:])
+    assert not torch.equal(Draws(own, per_step=2, seed=2).steps(0, 20)[0], adapters)
+    everyone, _ = Draws(own, per_step=9, seed=1).steps(0, 3)
+    assert everyone.shape == (3, 5) and all(sorted(row) == list(range(5)) for row in everyone.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------- the training
+
+
+@pytest.mark.parametrize(
+    ("variant", "loss", "limit"),
+    [
+        ("L", {}, 0.3),
+        ("M", {}, 0.3),
+        ("S", {}, 0.6),
+        ("L", {"factors": 0.0, "delta": 1.0}, 0.1),
+        ("L", {"factors": 0.0, "angular": 1.0, "spectral": 1.0}, 0.1),
+    ],
+)
+def test_a_library_is_reconstructed(
+    variant: str, loss: dict[str, float], limit: float, config: ReconConfig, library: AdapterLibrary, tmp_path: Path
+) -> None:
+    """From its description, through the saved checkpoint, each adapter comes back; another's text gives another."""
+    learning = changed(config, steps=600, adapters_per_step=6, log_every=100, evaluate_every=1000, save_every=1000)
+    learning = replace(
+        learning,
+        hypernet=replace(config.hypernet, variant=variant, width=32, head_size=48),
+        loss=ReconLossConfig(**loss),
+    )
+    folder = run(learning, tmp_path / "run")
+    t2l = TextToLora.from_pretrained(str(folder))
+    assert t2l.prompt.description_in_prompt
+    texts = [library.index[name]["descriptions"][0] for name in NAMES]
+    written = LoraTensors.stack([adapter.lora for adapter in t2l.generate(texts)])
+    errors = compare(written, library.stack())
+    assert max(errors.relative) < limit and min(errors.cosine) > 1 - limit / 2
+    swapped = compare(written.select(torch.arange(6).roll(1)), library.stack())
+    assert min(swapped.relative) > max(errors.relative)
+    # The checkpoint's own account is that of what was saved.
+    told = t2l.config.training["errors"]
+    assert told["trained/relative"] == pytest.approx(sum(errors.relative) / 6, rel=0.02)
+    assert t2l.config.training["adapters"] == list(NAMES)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] > 2 * rows[-2]["loss"] if loss == {} else rows[0]["loss"] > rows[-2]["loss"]
+
+
+def test_token_encoders_condition_too(config: ReconConfig, tmp_path: Path) -> None:
+    tokens = replace(
+        config,
+        encoder=EncoderConfig(kind="tokens", model="base", layers=(1, 3), max_tokens=60),
+        hypernet=HypernetConfig(
+            width=24, head_size=16, dropout=0.0, token_blocks=1, attention_heads=4, token_dropout=0.0
+        ),
+    )
+    folder = run(tokens, tmp_path / "run")
+    (adapter,) = TextToLora.from_pretrained(str(folder)).generate(["Do add, 1 times."])
+    assert adapter.lora.a[0].isfinite().all()
+
+
+def test_one_hot_conditioning_knows_names(config: ReconConfig, library: AdapterLibrary, tmp_path: Path) -> None:
+    """Descriptions are neither needed nor understood."""
+    bare = save_library(tmp_path / "bare", library.stack(), library.spec, {name: {} for name in NAMES})
+    onehot = replace(
+        changed(config, steps=300, adapters_per_step=6, log_every=100),
+        encoder=EncoderConfig(kind="onehot"),
+        hypernet=replace(config.hypernet, width=32, head_size=48),
+        data=ReconDataConfig(library=str(bare.folder)),
+    )
+    t2l = TextToLora.from_pretrained(str(run(onehot, tmp_path / "run")))
+    assert (t2l.config.reads, t2l.config.encoder.names) == ("task", NAMES)
+    written = LoraTensors.stack([adapter.lora for adapter in t2l.generate(NAMES[::-1])])
+    assert max(compare(written, bare.stack(NAMES[::-1])).relative) < 0.2
+    with pytest.raises(DescriptionError, match="knows tasks by their names only, not 'Do add"):
+        t2l.generate(["Do add, 1 times."])
+
+
+def test_held_out_descriptions_are_not_trained_on(config: ReconConfig, library: AdapterLibrary) -> None:
+    from t2l.train.recon import choose_descriptions
+
+    def lengths(texts: list[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+    chosen = choose_descriptions(library, NAMES, config, lengths)
+    for name, mine, other in zip(NAMES, chosen.trained, chosen.held_out, strict=True):
+        assert [chosen.texts[i] for i in mine] == library.index[name]["descriptions"][:4]
+        assert chosen.texts[other] == library.index[name]["descriptions"][4]
+    one = replace(config, data=replace(config.data, descriptions=1))
+    assert all(len(mine) == 1 for mine in choose_descriptions(library, NAMES, one, lengths).trained)
+
+
+def test_stopped_and_resumed_is_uninterrupted(config: ReconConfig, tmp_path: Path) -> None:
+    """Bit for bit, dropout and random columns included, also from a state older than the last step."""
+    config = replace(
+        config,
+        hypernet=replace(config.hypernet, dropout=0.1),
+        loss=ReconLossConfig(factors=1.0, delta=0.5, columns=4),
+    )
+    whole = run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", max_minutes=0.0)
+
+    class Killed(Exception):
+        pass
+
+    def dying(line: str) -> None:
+        if line.startswith("step 9  loss"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_reconstruction(config, tmp_path / "parts", resume=True, device="cpu", log=dying)
+    parts = run(config, tmp_path / "parts", resume=True)
+    assert (parts / "hypernet.safetensors").read_bytes() == (whole / "hypernet.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="is finished: 12 of 12"):
+        run(config, tmp_path / "parts", resume=True)
+    with pytest.raises(TrainingError, match=r"train\.steps was 12, is 13"):
+        run(changed(config, steps=13), tmp_path / "parts", resume=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    config: ReconConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2l.train import recon
+
+    calls = 0
+    trainers = []
+
+    def spoiled(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return factor_loss(*arguments) * (math.nan if calls == 8 else 1.0)
+
+    class Watched(recon.Trainer):
+        def step(self, step: int, index_n: torch.Tensor, texts_n: torch.Tensor) -> torch.Tensor:
+            trainers.append([x.clone() for x in self.parameters])
+            return super().step(step, index_n, texts_n)
+
+    monkeypatch.setattr(recon, "factor_loss", spoiled)
+    monkeypatch.setattr(recon, "Trainer", Watched)
+    with pytest.raises(TrainingError, match="between steps 6 and 9 was not finite"):
+        run(config, tmp_path / "run")
+    before, after = trainers[7], trainers[8]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(trainers[6], before, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_libraries_that_may_not_be_trained_on(config: ReconConfig, spec: AdapterSpec, tmp_path: Path) -> None:
+    one = stacked(spec, 1)
+    save_library(tmp_path / "judging", one, spec, {"x": {"descriptions": ["y"]}}, purpose="judging")
+    with pytest.raises(DataError, match="was trained for judging only"):
+        open_library(ReconDataConfig(library=str(tmp_path / "judging")))
+    name = min(load_splits().test)
+    save_library(tmp_path / "test", one, spec, {name: {"descriptions": ["y"]}})
+    with pytest.raises(DataError, match="zero-shot test task"):
+        run(replace(config, data=ReconDataConfig(library=str(tmp_path / "test"))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({}, r"has no description of x \(1 of 1 adapters\)"),
+        ({"descriptions": ["y" * 200]}, "No description of x fits into encoder.max_tokens"),
+        ({"descriptions": "text"}, "descriptions of x must be a list of texts"),
+    ],
+)
+def test_adapters_without_a_usable_description_are_named(
+    facts: dict[str, Any], message: str, config: ReconConfig, spec: AdapterSpec, tmp_path: Path
+) -> None:
+    save_library(tmp_path / "bare", stacked(spec, 1), spec, {"x": facts})
+    with pytest.raises(DataError, match=message):
+        run(replace(config, data=ReconDataConfig(library=str(tmp_path / "bare"))), tmp_path / "run")
+
+
+def test_settings_that_do_not_go_together(config: ReconConfig) -> None:
+    for change, message in (
+        ({"variant": "none"}, "reads no description"),
+        ({"max_change": 1.0}, "hypernet.max_change has no place"),
+        ({"codebook": "vq"}, "hypernet.codebook has no place"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(config, hypernet=replace(config.hypernet, **change))
+    with pytest.raises(ConfigError, match="one must be positive"):
+        ReconLossConfig(factors=0.0)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        ReconLossConfig(delta=-1.0)
