@@ -457,3 +457,23 @@ def test_the_base_is_left_as_it_was(
     fresh = LlamaForCausalLM.from_pretrained(config.base)
     for one, other in zip(fresh.parameters(), tiny_base.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.skipif("T2L_DATA" not in os.environ, reason="T2L_DATA is not set")
+def test_benchmark_oracles_learn_what_is_asked_when_judged(config: OracleConfig) -> None:
+    """Prompt and answer of a training example are the judged questions' in form, and no test item is among them."""
+    from t2l.eval.suites import benchmark_tasks, load_suite
+
+    asked = replace(config, data=OracleDataConfig(sources=("benchmarks",)))
+    tasks = {task.name: task for task in load_tasks(asked, benchmark_tasks)}
+    judged = {task.name: task for task in load_suite("benchmarks", per_task=None)}
+    assert sorted(tasks) == sorted(judged.keys() - {"hellaswag", "humaneval"})
+    for name, task in tasks.items():
+        texts = {item.text for item in judged[name].items}
+        assert len(task.examples["train"]) >= 300 and len(task.descriptions) == 3
+        assert not texts & {e.input for split in ("train", "val") for e in task.examples.get(split, ())}
+        assert texts == {e.input for e in task.examples["test"]}
+    piqa = tasks["piqa"].examples["train"][0]
+    assert piqa.outputs[0] in ("A", "B") and "\nA) " in piqa.input
+    assert tasks["gsm8k"].examples["train"][0].outputs[0].startswith("Let's think step by step. ")
+    assert set(tasks["arc_easy"].examples) == {"train", "val", "test"} and "val" not in tasks["piqa"].examples
