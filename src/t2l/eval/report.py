@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -577,9 +578,12 @@ def _facts_table(files: Sequence[AnswerFile]) -> Table:
 def markdown(
     files: Sequence[AnswerFile], *, compare: Sequence[tuple[str, str]] = (), without_controls: bool = False
 ) -> str:
-    """The report as Markdown; its first line names the files that it is computed from. Arguments as of `tables`."""
+    """The report as Markdown; its first line is the command that makes it again. Arguments as of `tables`."""
     _, found = tables(files, compare=compare, without_controls=without_controls)
-    parts = [f"<!-- t2l eval report {' '.join(file.path.name for file in files)} -->\n"]
+    command = ["t2l", "eval", "report", *(file.path.name for file in files)]
+    command += [part for pair in compare for part in ("--compare", ":".join(pair))]
+    command += ["--without-controls"] * without_controls
+    parts = [f"<!-- {shlex.join(command)} -->\n"]
     for table in found:
         head, *body = table.cells
         lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in body)]
