@@ -25,6 +25,7 @@ from t2l.train.oracle import (
     OracleConfig,
     OracleDataConfig,
     OracleTrainConfig,
+    OracleTrainer,
     Slots,
     StepSizes,
     adamw,
@@ -272,6 +273,20 @@ def test_early_stop_keeps_the_best_weights(config: OracleConfig, jsonl: Path, tm
     if bad["steps"] == 0:  # then it is the adapter that does nothing
         assert bad["loss"] == bad["base_loss"]
         assert all(not b.any() for b in library.stack(["contrary"]).b)
+
+
+def test_patience_begins_anew_with_every_better_look(
+    config: OracleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two bad looks in a row end it, not two in all; the first loss is the base's."""
+    script = iter((5.0, 4.0, 4.5, 3.0, 3.5, 3.6))
+
+    def scripted(self: OracleTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([next(script)]), torch.tensor([0.25])
+
+    monkeypatch.setattr(OracleTrainer, "_validate", scripted)
+    facts = run(changed(only(config, "digit"), steps=40), tmp_path / "run").index["digit"]
+    assert (facts["base_loss"], facts["loss"], facts["steps"], facts["stopped_at"]) == (5.0, 3.0, 12, 20)
 
 
 def test_a_task_that_breaks_is_left_out_and_named(
