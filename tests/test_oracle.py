@@ -477,3 +477,13 @@ def test_benchmark_oracles_learn_what_is_asked_when_judged(config: OracleConfig)
     assert piqa.outputs[0] in ("A", "B") and "\nA) " in piqa.input
     assert tasks["gsm8k"].examples["train"][0].outputs[0].startswith("Let's think step by step. ")
     assert set(tasks["arc_easy"].examples) == {"train", "val", "test"} and "val" not in tasks["piqa"].examples
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+    """The step and the optimiser, compiled, over changing tasks in the slots; one graph for all of it."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = run(changed(config, compile=True), tmp_path / "run")
+    for name in together.names:
+        assert largest_difference(compiled, together, name) <= 1e-4
