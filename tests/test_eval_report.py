@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from t2l.cli import app
 from t2l.errors import DataError, EvaluationError
 from t2l.eval import answers, report
-from t2l.eval.report import Scores, below_floor, difference, estimate, gather, markdown
+from t2l.eval.report import Options, Scores, below_floor, difference, estimate, gather, markdown
 from t2l.eval.rows import MINIMUM, ROWS
 
 RATES = {"base": 0.0, "multitask": 0.35, "t2l": 0.5, "t2l-wrong": 0.05, "t2l-random": 0.02}
@@ -194,7 +194,7 @@ def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
     file = save(made(rows=("base", "t2l", "t2l+description")))
     with pytest.raises(EvaluationError, match=r"suite test lacks base\+description, multitask, t2l-wrong, t2l-random"):
         markdown([file])
-    text = markdown([file], without_controls=True)
+    text = markdown([file], Options(without_controls=True))
     assert "Controls are missing" in text
     assert "T2L with another task's description (t2l-wrong)" in text
 
@@ -227,10 +227,10 @@ def test_compared_rows_must_have_seen_the_same_prompt(save: Any) -> None:
     changed = [line | {"prompt": "other"} if line["row"] == "t2l-wrong" else line for line in lines]
     with pytest.raises(DataError, match="t2l and t2l-wrong saw different prompts"):
         markdown([save(changed)])
-    text = markdown([save(lines)], compare=[("t2l+description", "base")])
+    text = markdown([save(lines)], Options(compare=(("t2l+description", "base"),)))
     assert "| t2l+description | base | **different prompts** |" in text
     with pytest.raises(DataError, match="no row 'best'"):
-        markdown([save(lines)], compare=[("t2l", "best")])
+        markdown([save(lines)], Options(compare=(("t2l", "best"),)))
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,15 @@ def test_floor_check_is_the_exact_binomial_one(save: Any) -> None:
     for right, low in ((0, True), (16, True), (17, False), (60, False)):
         (suite,) = gather([save(lines(right), suites=facts)], partial=True)
         assert bool(below_floor(suite)) == low
+
+
+def test_another_score_can_be_shown(save: Any) -> None:
+    lines = made(scores=lambda row, right: {"exact_match": float(right), "rouge_l": 0.25})
+    text = markdown([save(lines)], Options(score="rouge_l"))
+    assert "rouge l of the greedy answer" in text
+    assert text.count("0.250 [0.250, 0.250]") == len(MINIMUM)
+    with pytest.raises(DataError, match=r"no score 'bleu'; it has: exact_match, rouge_l"):
+        markdown([save(lines)], Options(score="bleu"))
 
 
 def test_csv_has_every_row_task_and_difference(save: Any) -> None:

@@ -102,6 +102,9 @@ def eval_report(
     compare: Annotated[
         list[str] | None, typer.Option(metavar="ROW:ROW", help="Further pair to compare; may be repeated.")
     ] = None,
+    score: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another score, such as rouge_l.", show_default=False)
+    ] = None,
     without_controls: Annotated[
         bool, typer.Option("--without-controls", help="Make a table that lacks control rows; it says so.")
     ] = False,
@@ -115,17 +118,18 @@ def eval_report(
             raise typer.BadParameter(f"--compare takes two rows, such as t2l:base+shots; got '{text}'")
         pairs.append((one, other))
     from t2l.eval.answers import read
-    from t2l.eval.report import document_for, markdown
+    from t2l.eval.report import Options, document_for, markdown
     from t2l.files import write_text
 
+    options = Options(compare=tuple(pairs), score=score, without_controls=without_controls)
     makers = [(path, document_for(path)) for path in out or ()]
     for path in out or ():
         try_writing(path.absolute().parent)
     found = [read(path) for path in files]
     if not makers:
-        print(markdown(found, compare=pairs, without_controls=without_controls), end="")
+        print(markdown(found, options), end="")
         return
-    texts = [(path, make(found, compare=pairs, without_controls=without_controls)) for path, make in makers]
+    texts = [(path, make(found, options)) for path, make in makers]
     for path, text in texts:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)

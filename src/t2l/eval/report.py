@@ -41,6 +41,20 @@ PAIRS = (
 )
 """Adapters whose rows are compared, in either form of the prompt."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a report shows beyond its rows."""
+
+    compare: tuple[tuple[str, str], ...] = ()
+    """Further pairs of rows; where their prompts differ, the table says so."""
+    score: str | None = None
+    """Such as `rouge_l`; each suite's first score if not given."""
+    without_controls: bool = False
+    """Whether a table may lack control rows; it then says which."""
+
+
+DEFAULT = Options()
 Scores = dict[str, dict[str, list[float]]]
 """Task to item to its scores, one a seed."""
 
@@ -232,11 +246,12 @@ BENCHMARK_ORDER = (
 )
 
 
-def gather(files: Sequence[AnswerFile], *, partial: bool = False) -> list[Suite]:
+def gather(files: Sequence[AnswerFile], *, score: str | None = None, partial: bool = False) -> list[Suite]:
     """Sorts answers by suite, row, task and item.
 
     Args:
         files: Files of answers of one table.
+        score: Which of the answers' scores; the first if not given.
         partial: Whether answers may be missing, as while a run is going on.
 
     Raises:
@@ -246,13 +261,14 @@ def gather(files: Sequence[AnswerFile], *, partial: bool = False) -> list[Suite]
     by_suite: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         by_suite[line["suite"]].append(line)
-    suites = [_suite(name, mine, files) for name, mine in by_suite.items()]
+    suites = [_suite(name, mine, files, score) for name, mine in by_suite.items()]
     for suite in suites if not partial else ():
         _require_complete(suite)
     return suites
 
 
-def _suite(name: str, lines: Sequence[Mapping[str, Any]], files: Sequence[AnswerFile]) -> Suite:
+def _suite(name: str, lines: Sequence[Mapping[str, Any]], files: Sequence[AnswerFile], score: str | None) -> Suite:
+    score = score or next(iter(lines[0]["scores"]))
     facts: dict[str, dict[str, float]] = {"chance": {}, "floor": {}}
     for file in files:
         found = file.header["suites"].get(name, {})
@@ -267,7 +283,9 @@ def _suite(name: str, lines: Sequence[Mapping[str, Any]], files: Sequence[Answer
         row, task = line["row"], line["task"]
         if row not in ROWS:
             raise DataError(f"There is no row '{row}'; there are: {', '.join(ROWS)}")
-        value = next(iter(line["scores"].values()))
+        if score not in line["scores"]:
+            raise DataError(f"Suite {name} has no score '{score}'; it has: {', '.join(line['scores'])}")
+        value = line["scores"][score]
         if value is None:
             unscored[task] += 1
             continue
@@ -280,7 +298,7 @@ def _suite(name: str, lines: Sequence[Mapping[str, Any]], files: Sequence[Answer
     return Suite(
         name=name,
         kind=kind,
-        score=next(iter(lines[0]["scores"])).replace("_", " "),
+        score=score.replace("_", " "),
         rows=kept,
         parsed={row: {task: float(np.mean(v)) for task, v in by_task.items()} for row, by_task in read.items()},
         prompts=dict(prompts),
@@ -382,23 +400,20 @@ class Table:
     cells: list[list[str]]
 
 
-def tables(
-    files: Sequence[AnswerFile], *, compare: Sequence[tuple[str, str]] = (), without_controls: bool = False
-) -> tuple[list[Suite], list[Table]]:
+def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[list[Suite], list[Table]]:
     """Everything that a report shows, but its plots.
 
     Args:
         files: Files of answers of one table.
-        compare: Further pairs of rows to compare; where their prompts differ, the table says so.
-        without_controls: Whether a table may lack control rows; it then says which.
+        options: What is compared and shown.
 
     Raises:
         DataError: if files do not go together.
         EvaluationError: if control rows are missing.
     """
-    suites = gather(files)
+    suites = gather(files, score=options.score)
     missing = missing_controls(suites)
-    if missing and not without_controls:
+    if missing and not options.without_controls:
         raise EvaluationError(
             "A table without its controls shows nothing: "
             + "; ".join(f"suite {name} lacks {', '.join(rows)}" for name, rows in missing.items())
@@ -408,7 +423,7 @@ def tables(
     for suite in suites:
         notes = _notes(suite, missing.get(suite.name, []))
         found.append(_rows_table(suite, notes) if suite.fixed_tasks else _tasks_table(suite, notes))
-        if differences := _differences_table(suite, compared(suite, compare)):
+        if differences := _differences_table(suite, compared(suite, options.compare)):
             found.append(differences)
     found.append(_facts_table(files))
     return suites, found
@@ -575,14 +590,13 @@ def _facts_table(files: Sequence[AnswerFile]) -> Table:
 # ------------------------------------------------------------------------------------------------------- documents
 
 
-def markdown(
-    files: Sequence[AnswerFile], *, compare: Sequence[tuple[str, str]] = (), without_controls: bool = False
-) -> str:
+def markdown(files: Sequence[AnswerFile], options: Options = DEFAULT) -> str:
     """The report as Markdown; its first line is the command that makes it again. Arguments as of `tables`."""
-    _, found = tables(files, compare=compare, without_controls=without_controls)
+    _, found = tables(files, options)
     command = ["t2l", "eval", "report", *(file.path.name for file in files)]
-    command += [part for pair in compare for part in ("--compare", ":".join(pair))]
-    command += ["--without-controls"] * without_controls
+    command += [part for pair in options.compare for part in ("--compare", ":".join(pair))]
+    command += ["--score", options.score] if options.score else []
+    command += ["--without-controls"] * options.without_controls
     parts = [f"<!-- {shlex.join(command)} -->\n"]
     for table in found:
         head, *body = table.cells
@@ -591,11 +605,9 @@ def markdown(
     return "\n".join(parts)
 
 
-def as_csv(
-    files: Sequence[AnswerFile], *, compare: Sequence[tuple[str, str]] = (), without_controls: bool = False
-) -> str:
+def as_csv(files: Sequence[AnswerFile], options: Options = DEFAULT) -> str:
     """Every estimate, one a line: rows over all tasks and by task, and differences. Arguments as of `tables`."""
-    suites, _ = tables(files, compare=compare, without_controls=without_controls)
+    suites, _ = tables(files, options)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -625,7 +637,7 @@ def as_csv(
                 row = estimate({task: scores[task]})
                 share = f"{shares[task]:.4f}" if task in shares else ""
                 writer.writerow([suite.name, task, name, "", suite.score, *_numbers(row), "", "", row.n, 1, share])
-        for one, other, value in compared(suite, compare):
+        for one, other, value in compared(suite, options.compare):
             numbers = [*_numbers(value), f"{value.p:.5f}", f"{value.one_sided_low:.4f}"]
             writer.writerow([suite.name, "all", one, other, suite.score, *numbers, value.n, value.tasks, ""])
     return out.getvalue()
@@ -641,16 +653,14 @@ border-bottom:1px solid #ddd;white-space:nowrap}th{background:#f6f6f6}tr:hover t
 height:auto}"""
 
 
-def as_html(
-    files: Sequence[AnswerFile], *, compare: Sequence[tuple[str, str]] = (), without_controls: bool = False
-) -> str:
+def as_html(files: Sequence[AnswerFile], options: Options = DEFAULT) -> str:
     """The report as one page that needs no other file, with plots. Arguments as of `tables`.
 
     Raises:
         EvaluationError: if matplotlib is not installed, or as `tables`.
     """
-    suites, found = tables(files, compare=compare, without_controls=without_controls)
-    plots = {_title(suite): _plot(suite, compared(suite, compare)) for suite in suites}
+    suites, found = tables(files, options)
+    plots = {_title(suite): _plot(suite, compared(suite, options.compare)) for suite in suites}
     parts = []
     for table in found:
         head, *body = ([_inline(cell) for cell in row] for row in table.cells)
