@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_base, make_hypernet, make_tokenizer, random_lora, randomise_head
+from conftest import make_base, make_config, make_hypernet, make_tokenizer, random_lora, randomise_head
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -926,6 +926,9 @@ def test_cap_on_the_change_scales_it_down(tiny_config: Any) -> None:
             assert (change.square().mean((-2, -1)).sqrt() > 0.01).all()
             assert (size - 0.01).abs().max() <= 1e-5
             assert F.cosine_similarity(change.flatten(1), small.flatten(1)).min() > 0.9
+    untouched = make_hypernet(spec, max_change=10.0)(states)
+    pairs = zip((*free(states).a, *free(states).b), (*untouched.a, *untouched.b), strict=True)
+    assert all((one - other).abs().max() <= 1e-5 for one, other in pairs)
     fresh = make_hypernet(spec, max_change=0.01, randomise=False).train()
     sum(x.square().sum() + x.sum() for x in fresh(states).b).backward()
     assert all(linear.weight.grad.isfinite().all() and linear.weight.grad.any() for linear in fresh.head.write)
@@ -995,17 +998,46 @@ def test_early_stopping_keeps_the_best(
         train(config, tmp_path / "run", resume=True, device="cpu", log=quiet)
 
 
-def test_early_stopping_survives_an_interruption(config: SftConfig, tmp_path: Path) -> None:
-    """What was best so far is part of the state: resumed runs choose what the whole run chose."""
-    stopping = shorter(config, early_stop="loss", patience=9, evaluate_every=1, steps=6, save_every=1)
-    train(stopping, tmp_path / "whole", device="cpu", log=quiet)
-    for _ in range(3):
-        train(
-            stopping, tmp_path / "parts", resume=(tmp_path / "parts").exists(), max_minutes=0, device="cpu", log=quiet
-        )
-    train(stopping, tmp_path / "parts", resume=True, device="cpu", log=quiet)
-    name = "checkpoint/hypernet.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+def test_early_stopping_survives_an_interruption(
+    config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second evaluation is the best: a run resumed after it chooses what the whole run chose."""
+    stopping = shorter(config, early_stop="loss", patience=9, evaluate_every=1, steps=5)
+
+    def run(name: str, *, parts: int) -> bytes:
+        scores = iter([3.0, 1.0, 2.0, 2.5, 2.0])
+        monkeypatch.setattr(sft, "evaluate", lambda *_: {"seen/adapter/loss": next(scores)})
+        for part in range(parts):
+            train(stopping, tmp_path / name, resume=part > 0, max_minutes=0, device="cpu", log=quiet)
+        train(stopping, tmp_path / name, resume=parts > 0, device="cpu", log=quiet)
+        assert read_progress(tmp_path / name).best_step == 2
+        return (tmp_path / name / "checkpoint" / "hypernet.safetensors").read_bytes()
+
+    assert run("whole", parts=0) == run("parts", parts=3)
+
+
+def test_evaluation_forced_by_a_time_budget_does_not_count(config: SftConfig, tmp_path: Path) -> None:
+    """The uninterrupted run does not have it, and would choose and stop differently."""
+    stopping = shorter(config, early_stop="loss", evaluate_every=2)
+    train(stopping, tmp_path / "run", max_minutes=0, device="cpu", log=quiet)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 1]
+    assert (read_progress(tmp_path / "run").step, read_progress(tmp_path / "run").best_step) == (1, 0)
+
+
+def test_full_fine_tuning_resumes_bit_for_bit(config: SftConfig, tmp_path: Path) -> None:
+    """Tied weights are saved once and put back as one."""
+    full = replace(config, method="full", hypernet=replace(config.hypernet, variant="none"))
+    tied = make_base(make_config(tie_word_embeddings=True))
+    tied.save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    full = replace(full, base=str(tmp_path / "tied"))
+    files = []
+    for name, parts in (("whole", 0), ("parts", 2)):
+        for part in range(parts):
+            train(full, tmp_path / name, resume=part > 0, max_minutes=0, device="cpu", log=quiet)
+        folder = train(full, tmp_path / name, resume=parts > 0, device="cpu", log=quiet)
+        files.append((folder / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != (tmp_path / "tied" / "model.safetensors").read_bytes()
 
 
 def test_run_killed_before_its_checkpoint_can_still_write_it(
