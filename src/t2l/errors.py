@@ -55,3 +55,7 @@ class TrainingError(T2LError, RuntimeError):
 
 class SandboxError(T2LError, RuntimeError):
     """Code of a model is not run: nobody allowed it, or this system cannot isolate it."""
+
+
+class EvaluationError(T2LError, RuntimeError):
+    """A check of the judging itself failed: scores below chance, controls missing, no place to run code."""

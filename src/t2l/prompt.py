@@ -3,20 +3,31 @@
 Knows text and chat templates. Knows no tensors and no models.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from t2l.config import PromptConfig
 
 
-def messages(description: str, text: str, prompt: PromptConfig) -> list[dict[str, str]]:
-    """One user message: the input, after the description and a blank line where `prompt` says so."""
-    content = text.strip()
+def messages(
+    description: str, text: str, prompt: PromptConfig, examples: Sequence[tuple[str, str]] = ()
+) -> list[dict[str, str]]:
+    """The input as a user message, after worked examples as earlier turns.
+
+    Where `prompt` says so, the description and a blank line stand before everything else.
+    """
+    turns = []
+    for example, answer in examples:
+        turns += [{"role": "user", "content": example.strip()}, {"role": "assistant", "content": answer.strip()}]
+    turns.append({"role": "user", "content": text.strip()})
     if prompt.description_in_prompt:
-        content = f"{description.strip()}\n\n{content}"
-    return [{"role": "user", "content": content}]
+        turns[0]["content"] = f"{description.strip()}\n\n{turns[0]['content']}"
+    return turns
 
 
-def render(tokenizer: Any, description: str, text: str, prompt: PromptConfig) -> str:
+def render(
+    tokenizer: Any, description: str, text: str, prompt: PromptConfig, *, examples: Sequence[tuple[str, str]] = ()
+) -> str:
     """The prompt up to where the answer starts, with special tokens spelt out.
 
     Args:
@@ -24,11 +35,12 @@ def render(tokenizer: Any, description: str, text: str, prompt: PromptConfig) ->
         description: The task's description; it stands in the prompt only if `prompt` says so.
         text: The input.
         prompt: The checkpoint's setting.
+        examples: Pairs of input and answer that the model sees before the input.
     """
-    turn = messages(description, text, prompt)
+    turns = messages(description, text, prompt, examples)
     if tokenizer.chat_template is None:
-        return f"{tokenizer.bos_token or ''}{turn[0]['content']}\n\n"
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return (tokenizer.bos_token or "") + "".join(f"{turn['content']}\n\n" for turn in turns)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def token_ids(tokenizer: Any, rendered: list[str]) -> list[list[int]]:

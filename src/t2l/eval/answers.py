@@ -1,0 +1,159 @@
+"""Files of answers: a first line of facts about the run, then one line an answer. Knows JSON lines and nothing else."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2l.errors import ConfigError, DataError, OutputError
+from t2l.files import write_text
+
+FORMAT_VERSION = 2
+Key = tuple[str, str, int, str, str]
+"""Suite, row, seed, task and id of an answer."""
+RUN_FACTS = ("base", "base_revision", "dtype", "per_task", "held_out", "max_new_tokens")
+"""Equal in all files of one table."""
+SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256")
+"""Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
+FACTS = ("format_version", *RUN_FACTS, *SEED_FACTS, "versions")
+"""Equal when a run goes on with a file."""
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """A file's facts and answers."""
+
+    path: Path
+    header: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+
+def key_of(line: Mapping[str, Any]) -> Key:
+    """What tells an answer from all others."""
+    return line["suite"], line["row"], line["seed"], line["task"], line["id"]
+
+
+def read(path: Path) -> AnswerFile:
+    """Reads a file of answers, plain or `.gz`.
+
+    Raises:
+        DataError: if it is no such file, naming the line, or holds an answer twice.
+    """
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read answers from {path}: {error}") from error
+    rows = text.split("\n")
+    if rows.pop():
+        raise DataError(f"{path}: its last line is cut off; run the same command again to finish it")
+    parsed = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            line = json.loads(row)
+            if number == 1:
+                header = line["run"]
+                version = header["format_version"]
+                if version != FORMAT_VERSION:
+                    raise DataError(f"{path}: format_version is {version}, this version of t2l reads {FORMAT_VERSION}")
+            else:
+                parsed.append((key_of(line), line["scores"], line["prompt"], line))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number} is not a line of a file of answers: {error!r}") from error
+    if not rows:
+        raise DataError(f"{path} is empty; `t2l eval run` writes files of answers")
+    seen: set[Key] = set()
+    for key, *_ in parsed:
+        if key in seen:
+            raise DataError(f"{path} holds two answers of {key}")
+        seen.add(key)
+    return AnswerFile(path, header, [line for *_, line in parsed])
+
+
+def to_text(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> str:
+    """A file's text."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ({"run": header}, *lines))
+
+
+def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
+    """Makes a file of answers ready to be appended to: a new one, or one of the same run without a cut-off last line.
+
+    Rows (with what they need), seeds and suites may be added to a file; what made its answers may not change.
+
+    Returns:
+        The answers that are there.
+
+    Raises:
+        ConfigError: if the file is of another run, naming the fact and both values.
+        OutputError: if it cannot be written.
+    """
+    if path.suffix == ".gz":
+        raise ConfigError(f"{path}: answers are appended to a plain .jsonl file; compress it when it is complete")
+    try:
+        if not path.exists() or path.stat().st_size == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, to_text(header, ()))
+            return set()
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end == 0:
+            raise ConfigError(f"{path} is not a file of answers; choose another file")
+        if end < len(data):
+            with path.open("r+b") as file:
+                file.truncate(end)
+    except OSError as error:
+        raise OutputError(f"Cannot write answers to {path}: {error.strerror or error}") from error
+    found = read(path)
+    merged = dict(header)
+    for fact in FACTS:
+        theirs = found.header.get(fact)
+        if fact in SEED_FACTS and not (theirs and header[fact]):
+            merged[fact] = theirs or header[fact]  # rows that need it come now, or are all there
+        elif theirs != header[fact]:
+            raise ConfigError(
+                f"{path} holds answers of a run with {fact} {theirs!r}; this one has {header[fact]!r}. "
+                "Write to another file"
+            )
+    for fact in ("rows", "seeds"):
+        merged[fact] = list(dict.fromkeys([*found.header[fact], *header[fact]]))
+    merged["suites"] = found.header["suites"] | header["suites"]
+    merged["left_out"] = {row: why for row, why in header["left_out"].items() if row not in merged["rows"]}
+    if merged != found.header:
+        write_text(path, to_text(merged, found.lines))
+    return {key_of(line) for line in found.lines}
+
+
+def merge(files: Sequence[AnswerFile]) -> list[dict[str, Any]]:
+    """The answers of several files as one.
+
+    Raises:
+        DataError: if their facts do not go together, or an answer is there twice; naming the files.
+    """
+    first = files[0]
+    by_seed: dict[tuple[int, str], tuple[Any, Path]] = {}
+    merged: dict[Key, tuple[dict[str, Any], Path]] = {}
+    for file in files:
+        for fact in RUN_FACTS:
+            if file.header.get(fact) != first.header.get(fact):
+                raise DataError(
+                    f"{first.path} and {file.path} cannot share a table: {fact} is {first.header.get(fact)!r} in one, "
+                    f"{file.header.get(fact)!r} in the other"
+                )
+        for seed in sorted({line["seed"] for line in file.lines}):
+            for fact in SEED_FACTS:
+                value = file.header.get(fact)
+                known, path = by_seed.setdefault((seed, fact), (value, file.path)) if value else (value, file.path)
+                if known != value:
+                    raise DataError(
+                        f"{path} and {file.path} both hold seed {seed}, with different {fact}: {known} and {value}. "
+                        "Answers of other weights need seeds of their own"
+                    )
+        for line in file.lines:
+            key = key_of(line)
+            if key in merged:
+                raise DataError(f"{merged[key][1]} and {file.path} both hold the answer of {key}")
+            merged[key] = (line, file.path)
+    return [line for line, _ in merged.values()]

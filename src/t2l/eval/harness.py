@@ -1,0 +1,440 @@
+"""Asks every question under every row and appends one line an answer; what is there already is not asked again.
+
+Knows suites, rows and a base model. What the answers mean is computed by `report`, from the file alone.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2l import models
+from t2l.errors import ConfigError, DataError, EvaluationError, OutputError
+from t2l.eval import answers, decode, rows, suites
+from t2l.eval.answers import Key, key_of
+from t2l.eval.report import below_floor, gather
+from t2l.eval.rows import AdapterSource, Row
+from t2l.eval.suites import Question
+from t2l.files import write_text
+from t2l.generate import TextToLora
+from t2l.library import AdapterLibrary
+from t2l.prompt import token_ids
+
+Log = Callable[[str], None]
+ARROW_ELEMENTS = 2**32
+"""PEFT's Arrow holds tokens x adapters x features at a time; its batches are kept under this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run; everything that can change an answer is recorded in the file's first line."""
+
+    suites: tuple[str, ...]
+    rows: str = "all"
+    checkpoint: str | None = None
+    multitask: str | None = None
+    hyperdecoders: str | None = None
+    libraries: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    per_task: int | None = None
+    """Items of each task; None means 20, and 500 of a benchmark."""
+    full: bool = False
+    """All items."""
+    held_out: int = 4
+    """`seen` only: how many of a task's last descriptions training has not read."""
+    max_new_tokens: int | None = None
+    """Limit of an answer in place of each suite's own."""
+    base: str | None = None
+    """The base model, where no checkpoint or library says it."""
+    device: str | None = None
+    batch_tokens: int | None = None
+    allow_code_execution: bool = False
+    check_floor: bool = True
+
+    def items_of(self, suite: str) -> int | None:
+        """Items of each task of a suite; None for all."""
+        if self.full:
+            return None
+        return self.per_task or (500 if suite in ("benchmarks", "likelihood") else 20)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question under a row."""
+
+    row: Row
+    question: Question
+    prompt: str
+    ids: list[int]
+    twins: tuple["Asked", ...] = ()
+    """Others with the same prompt and adapter, such as the base model's under another seed: answered along."""
+
+    @property
+    def key(self) -> Key:
+        """What tells its answer from all others."""
+        q = self.question
+        return q.task.suite, self.row.name, q.seed, q.task.name, q.item.id
+
+
+def run(settings: Settings, out: Path, *, log: Log = print) -> None:
+    """Loads, asks, writes; the same call goes on after an interruption.
+
+    Args:
+        settings: What to run.
+        out: JSONL file of answers; it is appended to if it holds answers of the same run.
+        log: Where progress goes.
+
+    Raises:
+        ConfigError: if settings do not go together, or the file is of another run.
+        EvaluationError: if a check of the scoring itself fails; the answers are kept.
+        OutputError: if the file cannot be written.
+    """
+    chosen = rows.choose_rows(settings.rows)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = {
+        name: None if reference is None else TextToLora.from_pretrained(reference, device=device)
+        for name, reference in (
+            ("checkpoint", settings.checkpoint),
+            ("multitask", settings.multitask),
+            ("hyperdecoders", settings.hyperdecoders),
+        )
+    }
+    libraries = [AdapterLibrary.open(Path(folder)) for folder in settings.libraries]
+    specs = [x.spec for x in (*loaded.values(), *libraries) if x is not None]
+    reference = settings.base or (specs[0].base_model if specs else None)
+    if reference is None:
+        raise ConfigError("Nothing says which base model is judged: give --checkpoint, --library or --base")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    base = (models.load_causal_lm(reference, device=device, dtype=dtype), models.load_tokenizer(reference))
+    source = AdapterSource(base, **loaded, libraries=libraries, log=log)
+    tasks = [
+        dataclasses.replace(task, max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
+        for suite in settings.suites
+        for task in suites.load_suite(suite, per_task=settings.items_of(suite), held_out=settings.held_out)
+    ]
+    tasks, unread = suites.readable(tasks, source.fits)
+    if unread:
+        log(
+            f"{len(unread)} tasks are left out: the encoder cannot read descriptions as long as those of "
+            f"{', '.join(unread[:5])}"
+        )
+    if not tasks:
+        raise DataError("No task is left to judge: every description is too long for the checkpoint's encoder")
+    left_out = source.left_out(chosen)
+    for name, why in left_out.items():
+        log(f"row {name} is left out: {why}")
+    chosen = [row for row in chosen if row.name not in left_out]
+    if not chosen:
+        raise ConfigError("No row is left to run")
+    header = _header(settings, source, reference, tasks, chosen, left_out)
+    judge(source, tasks, chosen, out, header=header, settings=settings, log=log)
+
+
+def judge(
+    source: AdapterSource,
+    tasks: Sequence[suites.JudgedTask],
+    chosen: Sequence[Row],
+    out: Path,
+    *,
+    header: dict[str, Any],
+    settings: Settings,
+    log: Log = print,
+) -> None:
+    """`run` with everything loaded; see there."""
+    if settings.allow_code_execution:
+        _require_sandbox()
+    done = answers.open_for_appending(out, header)
+    asked = [
+        Asked(row, question, text, [])
+        for question in suites.questions(tasks, settings.seeds, fits=source.fits)
+        for row in chosen
+        if source.has(row, question)
+        for text in (rows.prompt_of(row, question, source.tokenizer),)
+    ]
+    if settings.allow_code_execution:
+        _score_code(out, asked, log)
+    asked = [a for a in asked if a.key not in done]
+    log(f"{len(asked):,} answers to get, {len(done):,} in {out} already")
+    number = len(asked)
+    texts = list(dict.fromkeys(a.prompt for a in asked))
+    ids = dict(zip(texts, token_ids(source.tokenizer, texts), strict=True)) if texts else {}
+    same: dict[Any, list[Asked]] = {}
+    for a in asked:
+        task = a.question.task
+        identity = (a.prompt, source.identity(a.row, a.question), task.suite, task.name, a.question.item.id)
+        same.setdefault(identity, []).append(a)
+    asked = [dataclasses.replace(a, ids=ids[a.prompt], twins=tuple(others)) for a, *others in same.values()]
+    progress = Progress(number, log)
+    try:
+        with out.open("a", encoding="utf-8") as file:
+
+            def write(lines: Iterable[dict[str, Any]]) -> None:
+                text = [json.dumps(line, ensure_ascii=False) for line in lines]
+                file.write("".join(f"{line}\n" for line in text))
+                file.flush()
+                progress.add(len(text))
+
+            floor, plain, adapted, routed = _stages(asked)
+            for line in _answer(source, floor, settings):
+                write(line)
+            if settings.check_floor:
+                require_floor(out)
+            source.prepare((a.row, a.question) for a in adapted)
+            for part in (plain, adapted, routed):
+                if part:
+                    with rows.arrow(source.model, source.training[0]) if part is routed else nullcontext():
+                        for line in _answer(source, part, settings):
+                            write(line)
+    except OSError as error:
+        raise OutputError(f"Cannot write answers to {out}: {error.strerror or error}") from error
+    log(f"{out} is complete")
+
+
+def require_floor(out: Path) -> None:
+    """Checks the base model's likelihood scores against chance.
+
+    Raises:
+        EvaluationError: if an interval lies below.
+    """
+    low = [text for suite in gather([answers.read(out)], partial=True) for text in below_floor(suite)]
+    if low:
+        raise EvaluationError(
+            f"The base model scores below what ignoring the question gives on {'; '.join(low)}: the scoring or the "
+            f"prompt must be wrong. The answers are in {out}; --skip-floor-check goes on regardless"
+        )
+
+
+def _stages(asked: Sequence[Asked]) -> tuple[list[Asked], ...]:
+    """The base's likelihoods first (the floor check), then the plain base, adapters, and Arrow's own model."""
+    stages: tuple[list[Asked], ...] = ([], [], [], [])
+    for a in asked:
+        if a.row.adapter == "base":
+            stages[0 if a.question.task.kind == "likelihood" else 1].append(a)
+        else:
+            stages[3 if a.row.adapter == "arrow" else 2].append(a)
+    return stages
+
+
+def _answer(source: AdapterSource, asked: Sequence[Asked], settings: Settings) -> Iterator[list[dict[str, Any]]]:
+    """Lines of one batch after the other."""
+    on_gpu = next(source.model.parameters()).device.type == "cuda"
+    budget = settings.batch_tokens or (2**18 if on_gpu else 2**13)
+    if asked and asked[0].row.adapter == "arrow":
+        library = source.training[0]
+        widest = max(max(t.in_features, t.out_features) for t in library.spec.targets)
+        budget = max(1, min(budget, ARROW_ELEMENTS // (widest * len(library.names))))
+    # Together what can share a batch: adapters of one shape, and answers of one limit, as a batch runs until its
+    # longest is done.
+    groups: dict[Any, list[Asked]] = {}
+    for a in asked:
+        task = a.question.task
+        groups.setdefault((task.kind == "likelihood", task.max_new_tokens, source.shape(a.row)), []).append(a)
+    for (likelihood, limit, _), part in groups.items():
+        if likelihood:
+            # Every token of a choice meets the whole vocabulary: logits are what takes memory.
+            yield from _likelihoods(source, part, max(1, budget // 4))
+            continue
+        for batch in decode.batches([len(a.ids) + limit for a in part], max_tokens=budget):
+            chosen = [part[i] for i in batch]
+            decode.require_room(source.model, len(chosen[0].ids) + limit, f"{chosen[0].key}")
+            used = _adapters(source, chosen)
+            said = decode.greedy(
+                source.model,
+                source.tokenizer,
+                [a.ids for a in chosen],
+                _present(used),
+                max_new_tokens=limit,
+            )
+            lines = []
+            for a, adapter, text in zip(chosen, used, said, strict=True):
+                text = text if a.question.task.kind == "code" else text.strip()
+                lines.append((a, _line(source, a, adapter, text, suites.score(a.question, text))))
+            if settings.allow_code_execution:
+                _run_code([(a.question, line) for a, line in lines])
+            yield [line for a, first in lines for line in _with_twins(source, a, first)]
+
+
+def _likelihoods(source: AdapterSource, asked: Sequence[Asked], budget: int) -> Iterator[list[dict[str, Any]]]:
+    """Each choice is a sequence; a question's choices share a batch."""
+    texts = sorted({choice for a in asked for choice in a.question.item.choices})
+    ids = dict(zip(texts, token_ids(source.tokenizer, texts), strict=True))
+    lengths = [
+        (len(a.ids) + max(len(ids[c]) for c in a.question.item.choices)) * len(a.question.item.choices) for a in asked
+    ]
+    for batch in decode.batches(lengths, max_tokens=budget):
+        chosen = [asked[i] for i in batch]
+        used = _adapters(source, chosen)
+        pairs = [(n, choice) for n, a in enumerate(chosen) for choice in a.question.item.choices]
+        longest = max(len(chosen[n].ids) + len(ids[choice]) for n, choice in pairs)
+        decode.require_room(source.model, longest, f"A question of {chosen[0].key}")
+        present = _present([used[n] for n, _ in pairs])
+        values = decode.log_likelihoods(
+            source.model, source.tokenizer, [chosen[n].ids for n, _ in pairs], [ids[c] for _, c in pairs], present
+        )
+        lines: list[dict[str, Any]] = []
+        start = 0
+        for a, adapter in zip(chosen, used, strict=True):
+            mine = values[start : start + len(a.question.item.choices)]
+            start += len(mine)
+            rounded = [round(value, 3) for value in mine]
+            line = _line(source, a, adapter, rounded, suites.score_likelihoods(a.question, mine))
+            lines += _with_twins(source, a, line)
+        yield lines
+
+
+def _adapters(source: AdapterSource, chosen: Sequence[Asked]) -> list[rows.UsedAdapter | None]:
+    """Each sequence's adapter; rows are looked up together, because some write theirs only now."""
+    found: dict[int, rows.UsedAdapter | None] = {}
+    for row in {a.row for a in chosen}:
+        mine = [i for i, a in enumerate(chosen) if a.row == row]
+        found |= dict(zip(mine, source.of(row, [chosen[i].question for i in mine]), strict=True))
+    return [found[i] for i in range(len(chosen))]
+
+
+def _present(used: Sequence[rows.UsedAdapter | None]) -> list[rows.UsedAdapter] | None:
+    present = [adapter for adapter in used if adapter is not None]
+    assert len(present) in (0, len(used)), "a batch has adapters for all sequences or for none"
+    return present or None
+
+
+def _line(
+    source: AdapterSource,
+    a: Asked,
+    adapter: rows.UsedAdapter | None,
+    answer: str | list[float],
+    scores: dict[str, float | None],
+) -> dict[str, Any]:
+    """An answer as it is kept: of the data hashes, and what the model said or its choices' log-likelihoods."""
+    description = source.description_of(a.row, a.question)
+    suite, row, seed, task, id_ = a.key
+    return {
+        "suite": suite,
+        "row": row,
+        "seed": seed,
+        "task": task,
+        "id": id_,
+        "prompt": rows.short_hash(a.prompt),
+        "description": None if description is None else rows.short_hash(description),
+        "adapter": None if adapter is None else adapter.id,
+        "answer": answer,
+        "scores": scores,
+    }
+
+
+def _with_twins(source: AdapterSource, a: Asked, line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of an answer and of those that are the same."""
+    lines = [line]
+    for twin in a.twins:
+        description = source.description_of(twin.row, twin.question)
+        own = dict(zip(("suite", "row", "seed", "task", "id"), twin.key, strict=True))
+        lines.append(line | own | {"description": None if description is None else rows.short_hash(description)})
+    return lines
+
+
+def _header(
+    settings: Settings,
+    source: AdapterSource,
+    reference: str,
+    tasks: Sequence[suites.JudgedTask],
+    chosen: Sequence[Row],
+    left_out: dict[str, str],
+) -> dict[str, Any]:
+    """Facts of a run; those that `answers.FACTS` names must be equal to go on with a file."""
+    parameter = next(source.model.parameters())
+
+    def checksum(loaded: TextToLora | None) -> str | None:
+        return None if loaded is None else loaded.config.weights_sha256
+
+    return {
+        "format_version": answers.FORMAT_VERSION,
+        "base": reference,
+        "base_revision": models.fingerprint(reference),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "checkpoint": settings.checkpoint,
+        "checkpoint_sha256": checksum(source.checkpoint),
+        "description_in_training_prompts": source.checkpoint and source.checkpoint.prompt.description_in_prompt,
+        "multitask_sha256": checksum(source.multitask),
+        "hyperdecoders_sha256": checksum(source.hyperdecoders),
+        "library_sha256": [library.checksum for library in source.libraries],
+        "per_task": "all" if settings.full else settings.per_task,
+        "held_out": settings.held_out,
+        "max_new_tokens": settings.max_new_tokens,
+        "versions": TextToLora.versions(),
+        "seeds": list(settings.seeds),
+        "rows": [row.name for row in chosen],
+        "left_out": left_out,
+        "suites": {
+            suite: {
+                "kind": sorted({task.kind for task in mine}),
+                "tasks": len(mine),
+                "items": sum(len(task.items) for task in mine),
+                "chance": {t.name: round(t.chance, 4) for t in mine if t.chance},
+                "floor": {t.name: round(t.floor, 4) for t in mine if t.chance},
+            }
+            for suite in dict.fromkeys(task.suite for task in tasks)
+            for mine in ([task for task in tasks if task.suite == suite],)
+        },
+        "device": torch.cuda.get_device_name() if parameter.device.type == "cuda" else str(parameter.device),
+        "batch_tokens": settings.batch_tokens,
+    }
+
+
+class Progress:
+    """Says now and then how far the answers are, how fast they come and when they will be done."""
+
+    def __init__(self, total: int, log: Log, *, every: float = 15.0) -> None:
+        self.total, self.log, self.every = total, log, every
+        self.done, self.started, self.told = 0, time.monotonic(), time.monotonic()
+
+    def add(self, number: int) -> None:
+        """Counts answers that were written."""
+        self.done += number
+        now = time.monotonic()
+        if now - self.told >= self.every or self.done == self.total:
+            self.told = now
+            rate = self.done / max(now - self.started, 1e-9)
+            left = (self.total - self.done) / rate
+            self.log(f"{self.done:,} of {self.total:,} answers, {rate:.1f}/s, {left / 60:.1f} min left")
+
+
+# ------------------------------------------------------------------------------------------------- code that is run
+
+
+def _require_sandbox() -> None:
+    """Raises EvaluationError where code cannot be isolated."""
+    from t2l.eval import sandbox
+
+    reason = sandbox.available()
+    if reason is not None:
+        raise EvaluationError(f"--allow-code-execution: no code is run here, because {reason}")
+
+
+def _run_code(answered: Sequence[tuple[Question, dict[str, Any]]]) -> None:
+    """Runs answers in code in the sandbox and fills their scores in."""
+    from t2l.eval import sandbox
+
+    chosen = [(q, line) for q, line in answered if q.task.kind == "code" and line["scores"]["correct"] is None]
+    outcomes = sandbox.run_many([suites.program(q.item, line["answer"]) for q, line in chosen], allow=True)
+    for (_, line), outcome in zip(chosen, outcomes, strict=True):
+        line["scores"]["correct"] = float(outcome.ok)
+
+
+def _score_code(out: Path, asked: Sequence[Asked], log: Log) -> None:
+    """Runs code of answers that were written without --allow-code-execution."""
+    file = answers.read(out)
+    by_key = {a.key: a.question for a in asked}
+    unscored = [
+        (by_key[key_of(line)], line)
+        for line in file.lines
+        if key_of(line) in by_key and line["scores"].get("correct", 0.0) is None
+    ]
+    if unscored:
+        log(f"running {len(unscored)} answers in code that are there already")
+        _run_code(unscored)
+        write_text(out, answers.to_text(file.header, file.lines))

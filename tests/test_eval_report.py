@@ -1,0 +1,349 @@
+"""Tables from files of answers: the statistics are what they say, and nothing that misleads is let through."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from t2l.cli import app
+from t2l.errors import DataError, EvaluationError
+from t2l.eval import answers, report
+from t2l.eval.report import Options, Scores, below_floor, difference, estimate, gather, markdown
+from t2l.eval.rows import MINIMUM, ROWS
+
+RATES = {"base": 0.0, "multitask": 0.35, "t2l": 0.5, "t2l-wrong": 0.05, "t2l-random": 0.02}
+
+
+def header(**changes: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "format_version": answers.FORMAT_VERSION,
+        "base": "tiny",
+        "base_revision": "1",
+        "dtype": "float32",
+        "per_task": 5,
+        "held_out": 4,
+        "max_new_tokens": None,
+        "checkpoint": "tiny/t2l",
+        "checkpoint_sha256": "c" * 64,
+        "multitask_sha256": "m" * 64,
+        "hyperdecoders_sha256": None,
+        "library_sha256": [],
+        "versions": {"t2l": "0"},
+        "left_out": {"arrow": "no --library"},
+        "suites": {},
+        "device": "cpu",
+    }
+    return facts | changes
+
+
+def made(
+    rows: Iterable[str] = tuple(row.name for row in MINIMUM),
+    *,
+    suite: str = "test",
+    tasks: Iterable[str] = tuple(f"task{n}" for n in range(12)),
+    seeds: Iterable[int] = (0, 1),
+    scores: Callable[[str, bool], dict[str, Any]] = lambda row, right: {"exact_match": float(right)},
+) -> list[dict[str, Any]]:
+    """Answers whose right ones are drawn with the rates above."""
+    lines = []
+    for row in rows:
+        draw = np.random.default_rng(len(row))
+        for task in tasks:
+            for seed in seeds:
+                for n in range(5):
+                    right = bool(draw.random() < RATES[ROWS[row].adapter])
+                    prompt = f"{ROWS[row].prompt}/{task}/{n}/{seed if ROWS[row].description else ''}"
+                    line = {"suite": suite, "row": row, "seed": seed, "task": task, "id": f"{task}-{n}"}
+                    lines.append(line | {"prompt": prompt, "answer": "x", "scores": scores(row, right)})
+    return lines
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., answers.AnswerFile]:
+    def write(lines: list[dict[str, Any]], name: str = "a.jsonl", **facts: Any) -> answers.AnswerFile:
+        path = tmp_path / name
+        text = answers.to_text(header(**facts), lines)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        return answers.read(path)
+
+    return write
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_mean_counts_answers_alike_and_intervals_come_from_tasks() -> None:
+    """Answers of one task that are all alike are no more evidence than one."""
+    generator = np.random.default_rng(0)
+    rates = generator.random(200) < 0.3
+    once: Scores = {f"t{n}": {"a": [float(rate)]} for n, rate in enumerate(rates)}
+    often: Scores = {f"t{n}": {str(i): [float(rate)] * 3 for i in range(10)} for n, rate in enumerate(rates)}
+    one, many = estimate(once), estimate(often)
+    assert one.mean == many.mean == pytest.approx(rates.mean())
+    assert (one.low, one.high) == (many.low, many.high)
+    assert (one.n, many.n, one.tasks) == (200, 6000, 200)
+    # As the normal approximation has it.
+    assert one.high - one.low == pytest.approx(2 * 1.96 * rates.std() / 200**0.5, rel=0.1)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator, covered = np.random.default_rng(3), 0
+    for _ in range(200):
+        rates = generator.beta(2, 4, size=40)
+        scores: Scores = {
+            f"t{n}": {str(i): [float(generator.random() < rate)] for i in range(10)} for n, rate in enumerate(rates)
+        }
+        row = estimate(scores)
+        covered += row.low <= 1 / 3 <= row.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_a_single_tasks_interval_comes_from_its_items() -> None:
+    scores: Scores = {"only": {str(n): [float(n % 4 == 0)] * 3 for n in range(400)}}
+    row = estimate(scores)
+    assert row.mean == 0.25
+    assert row.high - row.low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.1)
+
+
+def test_benchmarks_count_alike_in_their_average() -> None:
+    scores: Scores = {"small": {"0": [1.0], "1": [1.0]}, "large": {str(n): [0.0] for n in range(98)}}
+    assert estimate(scores, fixed_tasks=True).mean == 0.5
+    assert estimate(scores).mean == 0.02
+
+
+def test_paired_difference_sees_what_unpaired_intervals_hide() -> None:
+    generator = np.random.default_rng(1)
+    easy = generator.random(60)
+    one: Scores = {f"t{n}": {"a": [float(x) + 0.02]} for n, x in enumerate(easy)}
+    other: Scores = {f"t{n}": {"a": [float(x)]} for n, x in enumerate(easy)}
+    gap = difference(one, other)
+    assert gap.mean == pytest.approx(0.02)
+    assert gap.low > 0.019
+    assert gap.p < 0.001
+    assert estimate(one).low < estimate(other).high
+    opposite = difference(other, one)
+    assert opposite.mean == -gap.mean
+    assert opposite.p == gap.p
+    assert gap.low <= gap.one_sided_low <= gap.mean
+
+
+def test_sign_flips_are_exact_for_few_tasks() -> None:
+    one: Scores = {f"t{n}": {"a": [1.0]} for n in range(5)}
+    other: Scores = {f"t{n}": {"a": [0.0]} for n in range(5)}
+    assert difference(one, other).p == 2 / 2**5
+    assert difference(one, one).p == 1.0
+
+
+def test_p_is_uniform_where_rows_are_alike() -> None:
+    generator = np.random.default_rng(2)
+    found = []
+    for _ in range(100):
+        one, other = ({f"t{n}": {"a": [x]} for n, x in enumerate(generator.random(30).tolist())} for _ in range(2))
+        found.append(difference(one, other).p)
+    assert 0.35 < np.mean(found) < 0.65
+    assert np.mean(np.array(found) < 0.05) <= 0.12
+
+
+def test_rows_with_other_answers_are_not_paired() -> None:
+    one: Scores = {"t": {"a": [1.0], "b": [0.0]}}
+    with pytest.raises(DataError, match="of task t one holds answers that the other lacks"):
+        difference(one, {"t": {"a": [1.0]}})
+    with pytest.raises(DataError, match="share no task"):
+        difference(one, {"u": {"a": [1.0]}})
+    more = {**one, "u": {"a": [1.0]}}
+    assert difference(more, one).tasks == 1
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_table_holds_the_means_of_the_lines(save: Any) -> None:
+    file = save(made())
+    text = markdown([file])
+    for row in ("base", "t2l", "t2l-wrong+description"):
+        values = [line["scores"]["exact_match"] for line in file.lines if line["row"] == row]
+        assert f"{np.mean(values):.3f} [" in text
+    assert "12 tasks, n = 120 answers a row, seeds 0, 1; exact match" in text
+    assert text.startswith("<!-- t2l eval report a.jsonl -->\n")
+    (gap,) = [row for row in text.splitlines() if row.startswith("| t2l | t2l-wrong | plain |")]
+    right, wrong = (
+        np.mean([line["scores"]["exact_match"] for line in file.lines if line["row"] == row])
+        for row in ("t2l", "t2l-wrong")
+    )
+    assert f"| {right - wrong:+.3f} [" in gap
+    assert "< 0.001" in gap
+    assert "arrow: no --library" in text
+
+
+def test_files_are_merged_in_any_order(save: Any) -> None:
+    lines = made()
+    whole = save(lines)
+    parts = [save(lines[start::2], f"{start}.jsonl.gz") for start in (0, 1)]
+    tables = [markdown(files).split("### Where the answers came from")[0].split("-->")[1] for files in ([whole], parts)]
+    assert tables[0] == tables[1]
+
+
+def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
+    file = save(made(rows=("base", "t2l", "t2l+description")))
+    with pytest.raises(EvaluationError, match=r"suite test lacks base\+description, multitask, t2l-wrong, t2l-random"):
+        markdown([file])
+    text = markdown([file], Options(without_controls=True))
+    assert "Controls are missing" in text
+    assert "T2L with another task's description (t2l-wrong)" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is 'float32' in one, 'bfloat16' in the other"),
+        ({"checkpoint_sha256": "d" * 64}, "both hold seed 0, with different checkpoint_sha256"),
+        ({}, "both hold the answer of"),
+    ],
+)
+def test_files_that_do_not_go_together_are_refused(change: dict[str, Any], match: str, save: Any) -> None:
+    with pytest.raises(DataError, match=match):
+        markdown([save(made()), save(made(), "b.jsonl", **change)])
+
+
+def test_other_weights_under_other_seeds_share_a_table(save: Any) -> None:
+    other = save(made(seeds=(2, 3)), "b.jsonl", checkpoint_sha256="d" * 64)
+    assert "seeds 0, 1, 2, 3" in markdown([save(made()), other])
+
+
+def test_an_unfinished_file_is_refused(save: Any) -> None:
+    with pytest.raises(DataError, match=r"row t2l-random\+description: 7 answers are missing.*run the same command"):
+        markdown([save(made()[:-7])])
+
+
+def test_compared_rows_must_have_seen_the_same_prompt(save: Any) -> None:
+    lines = made()
+    changed = [line | {"prompt": "other"} if line["row"] == "t2l-wrong" else line for line in lines]
+    with pytest.raises(DataError, match="t2l and t2l-wrong saw different prompts"):
+        markdown([save(changed)])
+    text = markdown([save(lines)], Options(compare=(("t2l+description", "base"),)))
+    assert "| t2l+description | base | **different prompts** |" in text
+    with pytest.raises(DataError, match="no row 'best'"):
+        markdown([save(lines)], Options(compare=(("t2l", "best"),)))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "is empty"),
+        ('{"run": {"format_version": 1}}\n', "format_version is 1"),
+        ("[1, 2]\n", ":1 is not a line"),
+        ("nothing\n", ":1 is not a line"),
+    ],
+)
+def test_damaged_files_are_named(text: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=match):
+        answers.read(path)
+    whole = answers.to_text(header(), made())
+    path.write_text(whole[:-20])
+    with pytest.raises(DataError, match="last line is cut off"):
+        answers.read(path)
+    path.write_text(whole + whole.splitlines()[5] + "\n")
+    with pytest.raises(DataError, match="two answers of"):
+        answers.read(path)
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"\x1f\x8bnot really")
+    with pytest.raises(DataError, match="Cannot read answers"):
+        answers.read(tmp_path / "bad.jsonl.gz")
+
+
+def test_benchmarks_flag_what_could_not_be_read_and_leave_out_what_is_at_chance(save: Any) -> None:
+    def scores(row: str, right: bool) -> dict[str, Any]:
+        return {"correct": float(right), "parsed": float(row != "base")}
+
+    lines = made(suite="benchmarks", tasks=("piqa", "gsm8k"), seeds=range(8), scores=scores)
+    lines += [
+        line | {"scores": {"correct": None, "parsed": 1.0}, "task": "humaneval"}
+        for line in lines
+        if line["task"] == "piqa"
+    ]
+    facts = {"kind": ["option"], "chance": {"piqa": 0.9}, "floor": {"piqa": 0.9}}
+    text = markdown([save(lines, suites={"benchmarks": facts})])
+    assert "base on gsm8k (0%)" in text
+    assert "leaves out benchmarks on which no row's interval lies above chance: piqa." in text
+    assert "Not scored, because code was not run: humaneval (400)" in text
+    head = next(line for line in text.splitlines() if line.startswith("|  | average"))
+    assert head == "|  | average | average above chance | piqa | gsm8k | answers read |"
+    by_task = {
+        task: 100 * np.mean([x["scores"]["correct"] for x in lines if (x["row"], x["task"]) == ("t2l", task)])
+        for task in ("piqa", "gsm8k")
+    }
+    row = next(line for line in text.splitlines() if line.startswith("| T2L, the task's description | "))
+    cells = [cell.split("±")[0].strip() for cell in row.strip("| ").split("|")]
+    assert cells[1:5] == [f"{x:.1f}" for x in (np.mean([*by_task.values()]), by_task["gsm8k"], *by_task.values())]
+
+
+def test_floor_check_is_the_exact_binomial_one(save: Any) -> None:
+    def lines(right: int) -> list[dict[str, Any]]:
+        found = made(("base",), suite="likelihood", tasks=("arc_easy",), seeds=range(20))
+        return [
+            line | {"id": str(n), "seed": 0, "scores": {"correct": float(n < right)}} for n, line in enumerate(found)
+        ]
+
+    facts = {"likelihood": {"kind": ["likelihood"], "chance": {"arc_easy": 0.25}, "floor": {"arc_easy": 0.25}}}
+    # Of 100 at 0.25, at most 16 come by chance in 2.1 % of the cases, at most 17 in 3.8 %.
+    for right, low in ((0, True), (16, True), (17, False), (60, False)):
+        (suite,) = gather([save(lines(right), suites=facts)], partial=True)
+        assert bool(below_floor(suite)) == low
+
+
+def test_another_score_can_be_shown(save: Any) -> None:
+    lines = made(scores=lambda row, right: {"exact_match": float(right), "rouge_l": 0.25})
+    text = markdown([save(lines)], Options(score="rouge_l"))
+    assert "rouge l of the greedy answer" in text
+    assert text.count("0.250 [0.250, 0.250]") == len(MINIMUM)
+    with pytest.raises(DataError, match=r"no score 'bleu'; it has: exact_match, rouge_l"):
+        markdown([save(lines)], Options(score="bleu"))
+
+
+def test_csv_has_every_row_task_and_difference(save: Any) -> None:
+    file = save(made())
+    rows = list(csv.DictReader(io.StringIO(report.as_csv([file]))))
+    overall = {row["row"]: row for row in rows if row["task"] == "all" and not row["minus"]}
+    assert overall.keys() == {row.name for row in MINIMUM}
+    assert len(rows) == len(MINIMUM) * 13 + 2 * len(report.PAIRS)
+    values = [line["scores"]["exact_match"] for line in file.lines if line["row"] == "t2l"]
+    assert float(overall["t2l"]["mean"]) == pytest.approx(np.mean(values), abs=1e-4)
+    assert all(row["p"] and row["one_sided_low"] for row in rows if row["minus"])
+
+
+def test_html_needs_no_other_file_and_escapes(save: Any) -> None:
+    pytest.importorskip("matplotlib")
+    page = report.as_html([save(made(suite="own <script>"), checkpoint="a<b")])
+    assert page.count("<svg") == 1
+    assert "<script" not in page
+    assert "a&lt;b" in page
+    assert all(mark not in page for mark in ("<img", "<link", "src=", "@import"))
+    assert page.count("<table>") == 3
+
+
+def test_command_writes_what_the_suffix_says(save: Any, tmp_path: Path) -> None:
+    runner, file = CliRunner(), save(made())
+    table, numbers = tmp_path / "out" / "r.md", tmp_path / "out" / "r.csv"
+    result = runner.invoke(
+        app, ["eval", "report", str(file.path), "--out", str(table), "--out", str(numbers), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"reports": [str(table), str(numbers)]}
+    assert table.read_text() == markdown([file])
+    result = runner.invoke(app, ["eval", "report", str(file.path)])
+    assert result.stdout == markdown([file])
+    for arguments, code, message in (
+        (["--out", "r.pdf"], 1, "written as .md, .csv, .html"),
+        (["--compare", "t2l"], 2, "takes two rows"),
+        ([str(tmp_path / "no.jsonl")], 1, "Cannot read answers"),
+    ):
+        result = runner.invoke(app, ["eval", "report", str(file.path), *arguments])
+        assert (result.exit_code, message in result.output) == (code, True), result.output

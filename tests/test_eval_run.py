@@ -1,0 +1,581 @@
+"""Asking and recording: every row sees the prompt it says, gets the adapter it says, and no answer is asked twice."""
+
+import dataclasses
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_base, make_config, make_tokenizer, random_lora
+from typer.testing import CliRunner
+
+from t2l.apply import applied
+from t2l.checkpoint import load_checkpoint, save_checkpoint
+from t2l.cli import app
+from t2l.config import LoraConfig
+from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, EvaluationError
+from t2l.eval import answers, decode, harness, rows, suites
+from t2l.eval.harness import Settings, run
+from t2l.eval.rows import ROWS, AdapterSource, choose_rows
+from t2l.generate import Adapter, TextToLora
+from t2l.library import AdapterLibrary, save_library
+from t2l.lora import LoraTensors
+from t2l.prompt import token_ids
+from t2l.spec import AdapterSpec
+
+TASKS = {
+    "reverse": ("Write the word backwards.", [("abc", "cba"), ("ten", "net"), ("star", "rats")]),
+    "upper": ("Write the word in capital letters.", [("abc", "ABC"), ("ten", "TEN"), ("it", "IT")]),
+    "first": ("Answer with the first letter.", [("abc", "a"), ("ten", "t"), ("star", "s")]),
+}
+SETTINGS: dict[str, Any] = {"seeds": (0, 1), "max_new_tokens": 5, "device": "cpu", "rows": "all"}
+
+
+@pytest.fixture(scope="module")
+def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tasks") / "words.jsonl"
+    lines = []
+    for name, (description, pairs) in TASKS.items():
+        shown = [(f"{text} shown {n}", answer) for n, (text, answer) in enumerate([*pairs, *pairs])]
+        for split, examples in (("test", pairs), ("train", shown)):
+            for text, answer in examples:
+                line = {"task": name, "description": [description, f"{name}: {description}"], "split": split}
+                lines.append(line | {"input": text, "output": answer})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l"))
+
+
+@pytest.fixture(scope="module")
+def multitask(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "multitask", variant="none"))
+
+
+@pytest.fixture(scope="module")
+def library(base_folder: Path, tiny_config: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Adapters of two of the tasks and of one more."""
+    folder = tmp_path_factory.mktemp("libraries") / "library"
+    spec = AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
+    lora = LoraTensors.stack([random_lora(spec, seed, size=0.2) for seed in range(3)])
+    save_library(folder, lora, spec, {"reverse": {}, "upper": {}, "other": {}})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tasks_file: Path, checkpoint: str, multitask: str, library: str, tmp_path_factory: pytest.TempPathFactory
+) -> answers.AnswerFile:
+    """A whole run of all rows but `nearest` and Hyperdecoders, which need more than tiny models."""
+    out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    names = ",".join(name for name in ROWS if not name.startswith("nearest"))
+    settings = SETTINGS | {"rows": names}
+    run(
+        Settings(
+            suites=(str(tasks_file),), checkpoint=checkpoint, multitask=multitask, libraries=(library,), **settings
+        ),
+        out,
+        log=lambda text: None,
+    )
+    return answers.read(out)
+
+
+def questions_of(tasks_file: Path) -> list[suites.Question]:
+    """As `run` draws them for the tiny checkpoint, whose encoder reads 96 tokens, a byte each."""
+    tasks = suites.load_suite(str(tasks_file), per_task=None)
+    return suites.questions(tasks, [0, 1], fits=lambda text: len(text.encode()) < 96)
+
+
+# -------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_every_row_answers_every_question_once(finished: answers.AnswerFile) -> None:
+    counts: dict[str, int] = defaultdict(int)
+    for line in finished.lines:
+        counts[line["row"]] += 1
+    oracle = {"oracle": 12, "oracle+description": 12}  # the library holds two of the three tasks
+    left_out = {name for name in ROWS if name.startswith(("hyperdecoders", "nearest"))}
+    assert counts == {name: 18 for name in ROWS if name not in left_out} | oracle
+    assert finished.header["left_out"] == {
+        "hyperdecoders": "no --hyperdecoders",
+        "hyperdecoders+description": "no --hyperdecoders",
+    }
+
+
+def test_rows_of_one_form_see_the_same_prompts(finished: answers.AnswerFile) -> None:
+    by_question: dict[Any, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for line in finished.lines:
+        key = line["seed"], line["task"], line["id"]
+        by_question[key][ROWS[line["row"]].prompt].add(line["prompt"])
+    for prompts in by_question.values():
+        assert sorted(prompts) == ["description", "plain", "shots", "shots+description"]
+        assert all(len(hashes) == 1 for hashes in prompts.values())
+        assert len({next(iter(hashes)) for hashes in prompts.values()}) == 4
+
+
+def test_answers_are_those_of_each_question_alone(
+    finished: answers.AnswerFile, tasks_file: Path, checkpoint: str, tiny_base: Any, tiny_tokenizer: Any
+) -> None:
+    """Batched with other rows and tasks, padded and sorted: the same words as one prompt with its own adapter."""
+    said = {answers.key_of(line): line for line in finished.lines}
+    t2l = TextToLora.from_pretrained(checkpoint)
+    for question in questions_of(tasks_file)[::5]:
+        texts = {
+            "base+shots": None,
+            "t2l": question.description,
+            "t2l-wrong+description": question.wrong_description,
+            "t2l-random": question.random_text,
+        }
+        for name, text in texts.items():
+            prompt = rows.prompt_of(ROWS[name], question, tiny_tokenizer)
+            (ids,) = token_ids(tiny_tokenizer, [prompt])
+            used = None if text is None else t2l.generate([text])
+            (alone,) = decode.greedy(tiny_base, tiny_tokenizer, [ids], used, max_new_tokens=5)
+            line = said[question.task.suite, name, question.seed, question.task.name, question.item.id]
+            assert line["answer"] == alone.strip()
+            assert line["prompt"] == rows.short_hash(prompt)
+            assert line["description"] == (None if text is None else rows.short_hash(text))
+            assert line["scores"]["exact_match"] == float(alone.strip() in question.item.outputs)
+
+
+def test_adapters_differ_where_they_must_and_only_there(finished: answers.AnswerFile) -> None:
+    used: dict[str, set[tuple[str, int, str]]] = defaultdict(set)
+    for line in finished.lines:
+        used[line["row"]].add((line["task"], line["seed"], line["adapter"]))
+    for adapter in ("multitask", "average"):
+        assert len({id_ for _, _, id_ in used[adapter]}) == 1
+    assert {id_ for _, _, id_ in used["base"]} == {None}
+    right, wrong = ({(t, s): id_ for t, s, id_ in used[row]} for row in ("t2l", "t2l-wrong"))
+    assert all(right[key] != wrong[key] for key in right)
+    assert used["t2l"] == used["t2l+description"]
+    assert len({id_ for _, _, id_ in used["oracle"]}) == 2
+
+
+def test_oracle_average_and_arrow_are_the_librarys(
+    library: str, base_folder: Path, tasks_file: Path, tiny_tokenizer: Any
+) -> None:
+    base = make_base(make_config())
+    opened = AdapterLibrary.open(Path(library))
+    source = AdapterSource((base, tiny_tokenizer), libraries=[opened], log=lambda text: None)
+    question = questions_of(tasks_file)[-1]
+    assert question.task.name == "upper"
+    source.prepare([(ROWS["oracle"], question), (ROWS["average"], question)])
+    (oracle,), (mean,) = source.of(ROWS["oracle"], [question]), source.of(ROWS["average"], [question])
+    stacked = opened.stack(opened.names)
+    assert oracle is not None
+    assert mean is not None
+    assert torch.equal(oracle.lora.a[0], stacked.a[0][1])
+    assert torch.allclose(mean.lora.b[1], stacked.b[1].mean(0))
+    tokens = torch.tensor([[0, 5, 9, 12]])
+    plain = base(tokens).logits
+    with rows.arrow(base, opened) as routed:
+        assert not torch.allclose(routed(tokens).logits, plain)
+    assert torch.equal(base(tokens).logits, plain)
+
+
+def test_a_library_for_judging_is_no_baseline(
+    library: str, tmp_path: Path, tiny_base: Any, tiny_tokenizer: Any
+) -> None:
+    opened = AdapterLibrary.open(Path(library))
+    facts = {name: {} for name in opened.names}
+    judging = save_library(tmp_path / "judging", opened.stack(opened.names), opened.spec, facts, purpose="judging")
+    source = AdapterSource((tiny_base, tiny_tokenizer), libraries=[judging])
+    left_out = source.left_out(choose_rows("average,arrow,nearest,oracle"))
+    assert left_out.keys() == {"average", "arrow", "nearest"}
+
+
+def test_nearest_is_the_adapter_of_the_most_similar_description(
+    library: str, tasks_file: Path, sentence_folder: Path, tiny_base: Any, tiny_tokenizer: Any, monkeypatch: Any
+) -> None:
+    from t2l.tasks import Task
+
+    described = {"reverse": "zzz zzz zzz", "upper": TASKS["first"][0], "other": "!!!!!!!!!!!!!"}
+    known = [Task(name, (text,), {}) for name, text in described.items()]
+    monkeypatch.setattr(rows, "load_sni", lambda names, splits: known)
+    monkeypatch.setattr(rows, "WINDOW", 100)
+    monkeypatch.setattr(rows, "RETRIEVER", str(sentence_folder))
+    opened = AdapterLibrary.open(Path(library))
+    source = AdapterSource((tiny_base, tiny_tokenizer), libraries=[opened], log=lambda text: None)
+    question = dataclasses.replace(questions_of(tasks_file)[0], description=TASKS["first"][0])
+    source.prepare([(ROWS["nearest"], question)])
+    (used,) = source.of(ROWS["nearest"], [question])
+    assert used is not None
+    assert torch.equal(used.lora.a[0], opened.stack(["upper"]).a[0][0])
+
+
+def test_hyperdecoders_read_the_input(
+    make_checkpoint: Callable[..., Path], sentence_folder: Path, tasks_file: Path, tmp_path: Path, tiny_base: Any
+) -> None:
+    hyper = TextToLora.from_pretrained(str(make_checkpoint(tmp_path / "hyper", encoder=str(sentence_folder))))
+    tokenizer = make_tokenizer()
+    with pytest.raises(ConfigError, match="reads the description; Hyperdecoders read the input"):
+        AdapterSource((tiny_base, tokenizer), hyperdecoders=hyper)
+    object.__setattr__(hyper.config, "reads", "input")
+    source = AdapterSource((tiny_base, tokenizer), hyperdecoders=hyper, log=lambda text: None)
+    one, other = questions_of(tasks_file)[:2]
+    long = dataclasses.replace(one, item=dataclasses.replace(one.item, text="word " * 500))
+    used = source.of(ROWS["hyperdecoders"], [one, other, long])
+    (expected,) = hyper.generate([other.item.text])
+    assert used[1] is not None
+    assert torch.allclose(used[1].lora.a[0], expected.lora.a[0], atol=1e-6)
+    assert len({adapter.id for adapter in used if adapter is not None}) == 3
+
+
+def test_answers_of_one_prompt_and_adapter_are_asked_once(
+    tasks_file: Path, checkpoint: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The base's prompt without a description is the same under every seed."""
+    asked = []
+
+    def counting(model: Any, tokenizer: Any, prompts: Any, *rest: Any, **options: Any) -> list[str]:
+        asked.extend(prompts)
+        return ["x"] * len(prompts)
+
+    monkeypatch.setattr(decode, "greedy", counting)
+    out = tmp_path / "answers.jsonl"
+    settings = SETTINGS | {"rows": "base", "seeds": (0, 1, 2)}
+    run(Settings(suites=(str(tasks_file),), checkpoint=checkpoint, **settings), out, log=lambda text: None)
+    assert len(asked) == 9
+    lines = answers.read(out).lines
+    assert sorted(line["seed"] for line in lines) == [0] * 9 + [1] * 9 + [2] * 9
+    assert len({answers.key_of(line) for line in lines}) == 27
+
+
+# ------------------------------------------------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.8])
+def test_an_interrupted_run_goes_on(
+    kept: float,
+    finished: answers.AnswerFile,
+    tasks_file: Path,
+    checkpoint: str,
+    multitask: str,
+    library: str,
+    tmp_path: Path,
+) -> None:
+    """Cut anywhere, in the middle of a line too, the file ends up with the same answers, none of them twice."""
+    out = tmp_path / "answers.jsonl"
+    data = finished.path.read_bytes()
+    out.write_bytes(data[: int(len(data) * kept)])
+    before = out.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    assert whole != before
+    names = ",".join(name for name in ROWS if not name.startswith(("nearest", "arrow")))
+    values = SETTINGS | {"rows": names, "checkpoint": checkpoint, "multitask": multitask, "libraries": (library,)}
+    settings = Settings(suites=(str(tasks_file),), **values)
+    run(settings, out, log=lambda text: None)
+    assert out.read_bytes().startswith(whole)
+    expected = [line for line in finished.lines if "arrow" not in line["row"]]
+    found = {answers.key_of(line): line for line in answers.read(out).lines}
+    assert {key: found[key] for key in map(answers.key_of, expected)} == {answers.key_of(x): x for x in expected}
+    done = out.read_bytes()
+    run(settings, out, log=lambda text: None)
+    assert out.read_bytes() == done
+
+
+def test_rows_and_seeds_can_be_added_but_nothing_else_changed(
+    tasks_file: Path, checkpoint: str, multitask: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    first = SETTINGS | {"rows": "base", "seeds": (0,), "checkpoint": checkpoint, "suites": (str(tasks_file),)}
+    run(Settings(**first), out, log=lambda text: None)
+    more = first | {"rows": "base,multitask", "seeds": (0, 1), "multitask": multitask}
+    run(Settings(**more), out, log=lambda text: None)
+    file = answers.read(out)
+    assert file.header["rows"] == ["base", "multitask"]
+    assert file.header["seeds"] == [0, 1]
+    assert file.header["multitask_sha256"]
+    assert len(file.lines) == 2 * 2 * 9
+    before = out.read_bytes()
+    for change, match in (
+        ({"max_new_tokens": 6}, "max_new_tokens 5; this one has 6"),
+        ({"checkpoint": multitask, "rows": "base"}, "variant is 'none'"),
+        ({"per_task": 2}, "per_task None; this one has 2"),
+        ({"rows": "base,t2l-worng"}, "no row 't2l-worng'"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            run(Settings(**(more | change)), out, log=lambda text: None)
+        assert out.read_bytes() == before
+
+
+def test_another_checkpoint_needs_another_file(
+    tasks_file: Path, checkpoint: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    settings = SETTINGS | {"rows": "t2l", "seeds": (0,), "suites": (str(tasks_file),)}
+    run(Settings(checkpoint=checkpoint, **settings), out, log=lambda text: None)
+    other = str(make_checkpoint(tmp_path / "other", variant="M"))
+    with pytest.raises(ConfigError, match="checkpoint_sha256"):
+        run(Settings(checkpoint=other, **settings), out, log=lambda text: None)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def test_an_adapter_without_effect_is_found(tiny_base: Any, tiny_config: Any, tiny_tokenizer: Any) -> None:
+    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
+    works = Adapter(random_lora(spec), spec, "", {})
+    idle = Adapter(works.lora.map(torch.zeros_like), spec, "Do nothing.", {})
+    used = [rows.UsedAdapter(x, "id") for x in (works, idle)]
+    rows.require_effect(tiny_base, tiny_tokenizer, used[:1])
+    with pytest.raises(AdapterNotAppliedError, match=r"“Do nothing.”.*1 of 2"):
+        rows.require_effect(tiny_base, tiny_tokenizer, used)
+
+
+def test_an_untrained_checkpoint_is_found(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
+    loaded, fresh = load_checkpoint(Path(checkpoint)), str(tmp_path / "fresh")
+    assert loaded.hypernet.head is not None
+    for tensor in (*loaded.hypernet.head.write.parameters(), *loaded.hypernet.offset.b):
+        tensor.zero_()
+    save_checkpoint(Path(fresh), loaded.hypernet, loaded.spec, loaded.config)
+    with pytest.raises(AdapterNotAppliedError, match="Was the checkpoint trained"):
+        run(
+            Settings(suites=(str(tasks_file),), checkpoint=fresh, **SETTINGS),
+            tmp_path / "answers.jsonl",
+            log=lambda text: None,
+        )
+
+
+def test_likelihoods_are_those_of_each_sequence_alone(tiny_base: Any, tiny_config: Any, tiny_tokenizer: Any) -> None:
+    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
+    adapters = [Adapter(random_lora(spec, seed), spec, "", {}) for seed in range(3)]
+    prompts = [[0, 17, 93], [0, 8, 200, 41, 12, 90], [0, 99]]
+    continuations = [[7, 20, 31, 5], [44], [9, 10]]
+    for used in (None, adapters):
+        together = decode.log_likelihoods(tiny_base, tiny_tokenizer, prompts, continuations, used)
+        for n, (prompt, rest) in enumerate(zip(prompts, continuations, strict=True)):
+            with applied(tiny_base, adapters[n]) if used else torch.no_grad():
+                logits = tiny_base(torch.tensor([prompt + rest])).logits[0].log_softmax(-1)
+            alone = sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(rest))
+            assert together[n] == pytest.approx(alone, abs=1e-4)
+
+
+def test_batches_hold_every_sequence_once_within_the_budget() -> None:
+    lengths = [5, 9, 30, 2, 9, 9, 1, 14]
+    found = list(decode.batches(lengths, max_tokens=20))
+    assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 20 for batch in found)
+    assert found[0] == [2]
+    assert list(decode.batches([], max_tokens=5)) == []
+
+
+def test_a_prompt_beyond_the_window_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
+    settings = SETTINGS | {"max_new_tokens": 5000}
+    with pytest.raises(DataError, match=r"takes 5,\d+ tokens.*at most 512"):
+        run(Settings(suites=(str(tasks_file),), checkpoint=checkpoint, **settings), tmp_path / "a.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------- benchmarks
+
+
+@pytest.fixture(scope="module")
+def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up rows in the schema of the packed benchmarks."""
+    folder = tmp_path_factory.mktemp("data")
+    made: list[dict[str, Any]] = []
+    for name, how in suites.BENCHMARKS.items():
+        for split in {"test", how.shots or "test"}:
+            for n in range(16):
+                row: dict[str, Any] = {"benchmark": name, "split": split, "id": f"{name}:{split}:{n}", "code": None}
+                row |= {
+                    "input": f"{name} {split} {n}?",
+                    "choices": [],
+                    "answer": f"3 + {n} = <<3+{n}=0>>x\n#### {3 + n}",
+                }
+                if how.kind == "option":
+                    choices = ["no", "yes"] if name == "boolq" else [f" thing {n}{c}" for c in "pqrs"]
+                    row |= {"choices": choices, "answer": choices[n % len(choices)]}
+                if name == "humaneval":
+                    code = {"entry_point": "f", "test": f"def check(c):\n    assert c() == {n}"}
+                    row |= {"input": "def f():\n", "answer": f"    return {n}", "code": json.dumps(code)}
+                if name == "mbpp":
+                    code = {"test_list": [f"assert g() == {n}"], "test_setup_code": ""}
+                    row |= {"answer": f"def g():\r\n    return {n}", "code": json.dumps(code)}
+                made.append(row)
+    pq.write_table(pa.Table.from_pylist(made), folder / "benchmarks.parquet")
+    pq.write_table(pa.table({"task": pa.array([], pa.string())}), folder / "sni_tasks.parquet")
+    return folder
+
+
+@pytest.fixture
+def benchmarks(benchmark_data: Path, monkeypatch: Any) -> dict[str, suites.JudgedTask]:
+    monkeypatch.setenv("T2L_DATA", str(benchmark_data))
+    return {task.name: task for task in suites.load_suite("benchmarks", per_task=3)}
+
+
+def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.JudgedTask], tiny_tokenizer: Any) -> None:
+    asked = {q.task.name: q for q in suites.questions(list(benchmarks.values()), [0])}
+    text = {
+        name: {row: rows.prompt_of(ROWS[row], q, tiny_tokenizer) for row in ("base", "base+shots+description")}
+        for name, q in asked.items()
+    }
+    assert len(asked) == 10
+    for name, question in asked.items():
+        assert question.item.text.strip() in text[name]["base"]
+        assert question.description not in text[name]["base"]
+        assert question.description in text[name]["base+shots+description"]
+        assert question.wrong_description not in text[name]["base+shots+description"]
+        # Examples are really there, and none is the question.
+        assert len(question.shots) == (0 if name == "humaneval" else 3)
+        for shown, answer in question.shots:
+            assert shown.strip() in text[name]["base+shots+description"]
+            assert answer.strip() in text[name]["base+shots+description"]
+            assert shown != question.item.text
+    assert text["gsm8k"]["base"].endswith("<assistant>Let's think step by step.")
+    assert "<<" not in text["gsm8k"]["base+shots+description"]
+    assert all("step by step. 3 +" in answer for _, answer in asked["gsm8k"].shots)
+    assert "\nA) thing" in text["piqa"]["base"]
+    assert "A)" not in text["boolq"]["base"]
+    assert "assert g()" in text["mbpp"]["base"]
+    assert asked["arc_easy"].item.outputs[0] in "ABCD"
+    assert benchmarks["piqa"].chance == 0.25
+    assert asked["humaneval"].wrong_description not in benchmarks["mbpp"].descriptions
+    for name in ("arc_easy", "arc_challenge", "openbookqa"):
+        others = ("arc_easy", "arc_challenge", "openbookqa")
+        assert all(asked[name].wrong_description not in benchmarks[other].descriptions for other in others)
+
+
+def test_scores_of_benchmarks(benchmarks: dict[str, suites.JudgedTask]) -> None:
+    asked = {q.task.name: q for q in suites.questions(list(benchmarks.values()), [0])}
+    for name in ("arc_easy", "boolq", "gsm8k"):
+        question = asked[name]
+        right = question.item.outputs[-1]
+        assert suites.score(question, f"The answer is {right}.") == {"correct": 1.0, "parsed": 1.0}
+        assert suites.score(question, "…") == {"correct": 0.0, "parsed": 0.0}
+    assert suites.score(asked["humaneval"], "    return 1\n") == {"correct": None, "parsed": 1.0}
+    assert suites.score(asked["mbpp"], "def g(:") == {"correct": None, "parsed": 0.0}
+    question = asked["arc_easy"]
+    shares = [-1.0] * 4
+    shares[question.item.target] = -0.5
+    assert suites.score_likelihoods(question, shares) == {"correct": 1.0, "correct_by_sum": 1.0}
+    # A longer choice is allowed to be less likely.
+    item = dataclasses.replace(question.item, choices=("ab", "abcdefgh", "x", "y"), target=1)
+    longer = dataclasses.replace(question, item=item)
+    assert suites.score_likelihoods(longer, [-2.0, -3.0, -9.0, -9.0]) == {"correct": 1.0, "correct_by_sum": 0.0}
+
+
+def test_floor_of_fixed_labels_is_the_rarest_labels_share(benchmarks: dict[str, suites.JudgedTask]) -> None:
+    items = tuple(suites.Item(str(n), "?", ("no",), ("no", "yes"), int(n == 0)) for n in range(4))
+    task = dataclasses.replace(benchmarks["boolq"], items=items)
+    assert task.floor == 0.25
+    assert task.chance == 0.5
+    assert benchmarks["piqa"].floor == benchmarks["piqa"].chance
+
+
+def test_a_subset_is_part_of_a_larger_one(benchmark_data: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("T2L_DATA", str(benchmark_data))
+    few, more = (suites.load_suite("benchmarks", per_task=n) for n in (2, 4))
+    for one, other in zip(few, more, strict=True):
+        assert one.items == other.items[:2]
+        assert len(other.items) == 4
+
+
+def test_questions_do_not_depend_on_the_other_tasks(tasks_file: Path) -> None:
+    tasks = suites.load_suite(str(tasks_file), per_task=None)
+    alone = suites.questions(tasks[:1], [0, 1])
+    together = suites.questions(tasks, [0, 1])[: len(alone)]
+    for one, other in zip(alone, together, strict=True):
+        assert (one.description, one.random_text, one.shots, one.item) == (
+            other.description,
+            other.random_text,
+            other.shots,
+            other.item,
+        )
+        assert one.wrong_description not in tasks[0].descriptions
+        assert other.wrong_description in tasks[1].descriptions + tasks[2].descriptions
+    assert {q.description for q in alone} == set(tasks[0].descriptions)  # two seeds, two descriptions, in turn
+    assert len({q.random_text for q in alone}) == 2
+
+
+def test_likelihood_scoring_and_its_floor(
+    benchmark_data: Path, checkpoint: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("T2L_DATA", str(benchmark_data))
+    out = tmp_path / "answers.jsonl"
+    settings = Settings(suites=("likelihood",), checkpoint=checkpoint, **(SETTINGS | {"rows": "base,t2l"}))
+    run(settings, out, log=lambda text: None)
+    lines = answers.read(out).lines
+    assert len(lines) == 7 * 16 * 2 * 2
+    for line in lines:
+        best = max(range(len(line["answer"])), key=lambda i: line["answer"][i])
+        target = int(line["id"].rsplit(":", 1)[1]) % len(line["answer"])
+        assert line["scores"]["correct_by_sum"] == float(best == target)
+    monkeypatch.setattr(suites, "score_likelihoods", lambda question, values: {"correct": 0.0})
+    low = tmp_path / "low.jsonl"
+    with pytest.raises(EvaluationError, match="arc_challenge"):
+        run(dataclasses.replace(settings, suites=("likelihood",)), low, log=lambda text: None)
+    assert {line["row"] for line in answers.read(low).lines} == {"base"}  # nothing else was asked
+    run(dataclasses.replace(settings, check_floor=False), low, log=lambda text: None)
+    assert {line["row"] for line in answers.read(low).lines} == {"base", "t2l"}
+
+
+def test_code_is_run_only_when_asked_for_and_may_be_run_later(
+    benchmark_data: Path, base_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from t2l.eval import sandbox
+
+    ran: list[str] = []
+
+    def run_many(codes: list[str], **options: Any) -> list[sandbox.Outcome]:
+        assert options == {"allow": True}
+        ran.extend(codes)
+        return [sandbox.Outcome("return 1" in code, "", "") for code in codes]
+
+    monkeypatch.setenv("T2L_DATA", str(benchmark_data))
+    monkeypatch.setattr(sandbox, "run_many", run_many)
+    monkeypatch.setattr(sandbox, "available", lambda: None)
+    monkeypatch.setattr(suites, "BENCHMARKS", {"humaneval": suites.BENCHMARKS["humaneval"]})
+    said = itertools.cycle(["    return 1\n", "    return 2\n"])
+    monkeypatch.setattr(decode, "greedy", lambda model, tokenizer, prompts, *_, **__: [next(said) for _ in prompts])
+    out = tmp_path / "answers.jsonl"
+    values = SETTINGS | {"rows": "base", "seeds": (0,), "base": str(base_folder), "suites": ("benchmarks",)}
+    run(Settings(**values), out, log=lambda text: None)
+    assert not ran
+    assert [line["scores"]["correct"] for line in answers.read(out).lines] == [None] * 16
+    run(Settings(allow_code_execution=True, **values), out, log=lambda text: None)
+    assert len(ran) == 16
+    assert sorted(line["scores"]["correct"] for line in answers.read(out).lines) == [0] * 8 + [1] * 8
+    run(Settings(allow_code_execution=True, **values), out, log=lambda text: None)
+    assert len(ran) == 16
+    monkeypatch.setattr(sandbox, "available", lambda: "there are no namespaces")
+    with pytest.raises(EvaluationError, match="no code is run here, because there are no namespaces"):
+        run(Settings(allow_code_execution=True, **values), out, log=lambda text: None)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_wrong_use_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
+    runner = CliRunner()
+    out = ["--out", str(tmp_path / "a.jsonl")]
+    for arguments, code, message in (
+        (["--suite", "test", "--seeds", "one", *out], 2, "whole numbers"),
+        (["--suite", "test", "--full", "--per-task", "3", *out], 2, "give one"),
+        (["--suite", str(tasks_file), *out], 1, "which base model"),
+        (["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out], 1, "Cannot read tasks"),
+        (["--suite", str(tasks_file), "--checkpoint", checkpoint, "--rows", "oracle", *out], 1, "No row is left"),
+        (["--suite", str(tasks_file), "--checkpoint", checkpoint, "--out", "a.jsonl.gz"], 1, "plain .jsonl"),
+    ):
+        result = runner.invoke(app, ["eval", "run", *arguments])
+        assert (result.exit_code, message in result.output) == (code, True), result.output
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_progress_says_what_is_left() -> None:
+    told: list[str] = []
+    progress = harness.Progress(10, told.append, every=0.0)
+    progress.add(4)
+    progress.add(6)
+    assert told[0].startswith("4 of 10 answers")
+    assert told[1].startswith("10 of 10 answers")
+    assert "0.0 min left" in told[1]
