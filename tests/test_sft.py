@@ -592,9 +592,12 @@ def described(data: RunData) -> dict[str, set[str]]:
     return {pool.name: {data.texts[n] for n in pool.descriptions} for pool in data.train.pools}
 
 
-def test_kinds_of_descriptions(packed: Callable[..., RunData]) -> None:
+def test_kinds_of_descriptions(packed: Callable[..., RunData], monkeypatch: pytest.MonkeyPatch) -> None:
     """Definitions, what is not one on the same tasks, and the same made-up text for a task in every run."""
     odd = {f"task{n}" for n in range(1, 24, 2)}
+    long, uneven = "word " * 40, sni_tasks(6)
+    uneven[2] = replace(uneven[3], name="task2", descriptions=(long, "Short."), definition=long)
+    uneven[3] = replace(uneven[3], descriptions=(uneven[3].definition,))
     definitions = described(packed(descriptions="definitions"))
     assert definitions == {f"task{n}": {f"Full text {n}."} for n in range(1, 24, 2)}
     paraphrases = described(packed(descriptions="paraphrases", with_definition=True))
@@ -604,6 +607,10 @@ def test_kinds_of_descriptions(packed: Callable[..., RunData]) -> None:
     assert random == described(packed(descriptions="random", seed=7))
     assert len(set.union(*random.values())) == len(random) == 24
     assert not any("Short" in text for texts in random.values() for text in texts)
+    # Those of one kind alone, and with a definition over the window, are left out of both.
+    for kind in ("definitions", "paraphrases"):
+        monkeypatch.setattr(train_data, "load_sni", lambda _, splits: uneven[: 4 if "train" in splits else 0])
+        assert described(packed(descriptions=kind, with_definition=True)).keys() == {"task1"}
 
 
 def test_held_out_tasks_and_subsets(packed: Callable[..., RunData]) -> None:

@@ -84,7 +84,7 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
 def _with_descriptions(tasks: list[Task], config: DataConfig) -> list[Task]:
     """Tasks with the wanted kind of descriptions; those that have none of it are left out."""
     if config.with_definition:
-        tasks = [task for task in tasks if task.definition]
+        tasks = [task for task in tasks if task.definition and set(task.descriptions) - {task.definition}]
     if config.descriptions == "own" or not tasks:
         return tasks
     found: dict[str, tuple[str, ...]]
@@ -147,6 +147,8 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
     """
     window = config.encoder.max_tokens
     train, validation = load_tasks(config.data)
+    if config.data.with_definition:
+        train, validation = (_with_readable_definition(tasks, lengths, window) for tasks in (train, validation))
     descriptions = sorted({text for task in (*train, *validation) for text in task.descriptions})
     counts = dict(zip(descriptions, lengths(descriptions), strict=True))
     train, lost, dropped = without_long(train, counts, window)
@@ -238,6 +240,11 @@ def _texts_to_read(config: SftConfig, train: list[Task], held_out: list[Task], d
         return sorted(task.name for task in train)
     examples = (e for task in (*train, *held_out) for some in task.examples.values() for e in some)
     return sorted({example.input.strip() for example in examples})
+
+
+def _with_readable_definition(tasks: list[Task], lengths: Lengths, window: int) -> list[Task]:
+    counts = lengths([task.definition or "" for task in tasks]) if tasks else []
+    return [task for task, count in zip(tasks, counts, strict=True) if count <= window]
 
 
 def _with_readable_inputs(tasks: list[Task], lengths: Lengths, window: int) -> tuple[list[Task], int]:

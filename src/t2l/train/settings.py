@@ -23,7 +23,8 @@ class DataConfig:
     keep_descriptions: bool = True
     """Whether those of a file come on top of a task's own, or in their place."""
     with_definition: bool = False
-    """Leave out the tasks without a definition, so that other kinds of descriptions meet the same tasks."""
+    """Leave out tasks that lack a definition within the encoder's window, or any other description: runs on either
+    kind then train on the same tasks."""
     held_out_descriptions: int = 4
     """Paraphrases of each task that are kept for judging, where it has enough of them."""
     hold_out: int = 0
