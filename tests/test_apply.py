@@ -219,8 +219,6 @@ def test_half_precision_model_takes_a_float_adapter(tiny_config: Any, adapters: 
         assert logits(model).isfinite().all()
 
 
-# Dynamo looks for .grad of the views that layers carry.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("grad", [False, True], ids=["judging", "training"])
 def test_compiled_layers_share_one_graph(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many layers: with a graph of its own for each, compiling would take minutes."""

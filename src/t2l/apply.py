@@ -4,6 +4,7 @@ The same code serves training, evaluation and chat: forward hooks add scaling ·
 Knows modules and tensors. Knows no tasks and no training.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -146,7 +147,10 @@ def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
     try:
         for layer in layers:
             layer.compile(fullgraph=True, dynamic=False)
-        yield
+        with warnings.catch_warnings():
+            # The compiler looks whether the A and B that modules carry have gradients of their own.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

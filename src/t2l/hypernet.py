@@ -261,7 +261,10 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, x_NH: Tensor) -> Tensor:
         """(N, H) to the nearest codes (N, H)."""
-        exact = x_NH.float()
+        with torch.autocast(x_NH.device.type, enabled=False):  # averages over thousands of steps need every digit
+            return self._quantize(x_NH.float()).to(x_NH.dtype)
+
+    def _quantize(self, exact: Tensor) -> Tensor:
         nearest = torch.cdist(exact.detach(), self.codes).argmin(-1)
         if self.training:
             chosen = F.one_hot(nearest, len(self.codes)).to(exact.dtype)
@@ -275,7 +278,7 @@ class VectorQuantizer(nn.Module):
                 # A code that nothing has come near to for long stays where it was.
                 used = self.counts[:, None] > 1e-6
                 self.codes.copy_(torch.where(used, self.sums / self.counts[:, None], self.codes))
-        return (exact + (found - exact).detach()).to(x_NH.dtype)
+        return exact + (found - exact).detach()
 
 
 class SoftmaxCodebook(nn.Module):

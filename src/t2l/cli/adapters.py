@@ -245,7 +245,7 @@ class _Session:
 
         self.description = description
         self.spec, self.config = read_config(checkpoint_folder(checkpoint))
-        if self.config.encoder.model == "base" and adapter is None:
+        if self.config.encoder.kind == "tokens" and self.config.encoder.model == "base" and adapter is None:
             found = models.fingerprint(self.spec.base_model)
             if found != self.config.encoder_revision:
                 raise CheckpointError(

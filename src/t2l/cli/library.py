@@ -1,6 +1,7 @@
 """`t2l train oracle`, `t2l train recon`, `t2l compress` and `t2l library`: many adapters, and one network for them."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,6 +117,7 @@ def train_recon(
         resume=resume,
         max_minutes=max_minutes,
         device=checked_device(device),
+        bar=sys.stderr.isatty(),
         log=say,
     )
     if as_json:
@@ -126,7 +128,9 @@ def train_recon(
 
 def benchmark_tasks() -> "list[Task]":
     """The benchmarks' tasks as evaluation asks them."""
-    raise ConfigError("The benchmarks cannot be trained on yet: this version has no prompts for them")
+    from t2l.eval.suites import benchmark_tasks
+
+    return benchmark_tasks()
 
 
 ScoreOption = Annotated[
@@ -190,9 +194,11 @@ def compress_library(
     from t2l.train.compress import compress, fitting_head, subset
     from t2l.train.recon import ReconConfig
 
-    settings = build(ReconConfig, plain, where=str(config or "settings"))
     opened = AdapterLibrary.open(library)
     chosen = _device(device)
+    if config is None and chosen == "cuda":
+        plain["train"].setdefault("compile", True)
+    settings = build(ReconConfig, plain, where=str(config or "settings"))
     tasks = scoring_tasks(opened, score or [])
     if config is None and not any(x.startswith("hypernet.head_size=") for x in overrides or []):
         size = len(opened.names)

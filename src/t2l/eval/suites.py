@@ -15,6 +15,7 @@ from t2l.errors import DataError
 from t2l.eval import code, metrics
 from t2l.tasks import (
     Example,
+    Task,
     data_dir,
     drawn_descriptions,
     held_out_descriptions,
@@ -293,6 +294,29 @@ def _benchmarks(suite: str, per_task: int | None) -> list[JudgedTask]:
             )
         )
     return judged
+
+
+def benchmark_tasks() -> list[Task]:
+    """The benchmarks as tasks with examples of all their splits, asked and answered as the suite does: for oracles.
+
+    A question that is also among the test questions is left out of the other splits.
+    """
+    rows, descriptions = _benchmark_rows(), written_descriptions("benchmarks")
+    splits = {"train": "train", "validation": "val", "test": "test"}
+    tasks = []
+    for name, how in BENCHMARKS.items():
+        examples = {}
+        tested: set[str] = set()
+        for split, ours in reversed(splits.items()):
+            items = [_benchmark_item(name, how, row, likelihood=False) for row in rows[name].get(split, ())]
+            if ours == "test":
+                tested = {item.text for item in items}
+            else:
+                items = [item for item in items if item.text not in tested]
+            answers = [f"{how.prefill} {item.outputs[0]}".strip() for item in items]
+            examples[ours] = tuple(Example(i.id, i.text, (a,)) for i, a in zip(items, answers, strict=True))
+        tasks.append(Task(name, descriptions[name], {split: found for split, found in examples.items() if found}))
+    return tasks
 
 
 def _benchmark_rows() -> dict[str, dict[str, list[dict[str, Any]]]]:

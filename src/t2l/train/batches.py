@@ -137,10 +137,9 @@ class Batches(Dataset):
     def _other(self, task: int, rng: np.random.Generator) -> int:
         """What may be read for another task and is not read for this one."""
         for number in rng.permutation(len(self.pools)):
-            if number != task:
-                different = [text for text in self.pools[number].readable if text not in self.read[task]]
-                if different:
-                    return int(rng.choice(different))
+            different = [text for text in self.pools[number].readable if text not in self.read[task]]
+            if different:
+                return int(rng.choice(different))
         return int(rng.choice(self.pools[task].readable))
 
     @property

@@ -85,7 +85,7 @@ class Scored:
     documents: dict[str, Documents]
     tokens: int
     answer_tokens: int
-    rows_at_once: int = 64
+    rows_at_once: int
 
     @torch.no_grad()
     def score(self, row: str, lora: LoraTensors | None, names: Sequence[str]) -> list[Scores]:
@@ -141,9 +141,9 @@ def prepare_scores(
     base: tuple[Any, Any],
     *,
     tokens: int = 512,
-    answer_tokens: int = 256,
+    answer_tokens: int = 384,
     limit: int | None = None,
-    rows_at_once: int = 64,
+    rows_at_once: int = 32,
 ) -> Scored:
     """Tokenises the held-out examples of a library's tasks, with prompts as the adapters were trained on.
 

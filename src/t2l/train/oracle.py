@@ -15,6 +15,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from t2l import models
-from t2l.apply import live
+from t2l.apply import compiled, live
 from t2l.config import LoraConfig, PromptConfig, to_plain
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.files import new_folder, read_json, read_tensors
@@ -424,10 +425,10 @@ class OracleTrainer:
         """Trains until all tasks are done or time is up; returns whether all are done."""
         train = self.config.train
         saved = time.monotonic()
-        with live(self.base, self.spec) as hooked:
-            self.losses = answer_losses(self.base, hooked)
+        layers = compiled(self.base, self.spec) if train.compile else nullcontext()
+        with live(self.base, self.spec) as hooked, layers:
+            self.losses = answer_losses(self.base, hooked, fuse=train.compile)
             if train.compile:
-                self.losses = torch.compile(self.losses, dynamic=False)
                 self.update = torch.compile(adamw, dynamic=False)
             while True:
                 self._fill()

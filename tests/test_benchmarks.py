@@ -1,0 +1,76 @@
+"""Benchmarks run as they stand, and what they compare computes the same thing."""
+
+import importlib.util
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import make_hypernet
+
+from t2l.apply import live
+from t2l.config import LoraConfig
+from t2l.spec import AdapterSpec
+from t2l.train.sft import answer_losses
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def train_step() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_step", ROOT / "benchmarks" / "train_step.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_step"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_train_step_runs(
+    train_step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--tiny", "--out", str(tmp_path / "steps.json")])
+    train_step.main()
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    steps = ["lora", "t2l sentence", "t2l tokens"]
+    assert [row["step"] for row in rows] == [*steps, *(f"{s} checkpoint" for s in steps), "reference", "peft eager"]
+    assert len({row["tokens"] for row in rows}) == 1
+    lora, peft = rows[0], rows[-1]
+    assert lora["to_lora"] == 1 and lora["parameters"] == peft["parameters"]
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("| tiny |") == len(rows)
+
+
+def test_packed_and_reference_step_cost_the_same_loss(train_step: ModuleType) -> None:
+    """Same documents, same adapters, same loss and same gradient: only the way differs."""
+    shape, device = train_step.TINY, torch.device("cpu")
+    base = train_step.make_base(shape, device)
+    spec = AdapterSpec.from_config(base.config, "tiny", LoraConfig())
+    packed = train_step.packed_batch(shape, 4, device)
+    padded = train_step.padded_batch(packed)
+    assert len(padded.tokens) > len(packed.tokens)
+    assert (padded.documents >= 0).sum() == (packed.documents >= 0).sum()
+    hypernet = make_hypernet(spec, embedding_size=8)
+    states = torch.randn(4, 8)
+    found = []
+    for way, batch in (("packed", packed), ("reference", padded)):
+        lora = hypernet(states[batch.descriptions])
+        with ExitStack() as stack:
+            if way == "packed":
+                function = answer_losses(base, stack.enter_context(live(base, spec)))
+            else:
+                function = train_step.repeated_losses(base, spec, stack)
+            losses, _ = function(*batch[:5], lora.a, lora.b, lora.scaling)
+        loss = (losses * batch.weights).sum()
+        hypernet.zero_grad()
+        loss.backward()
+        found.append((loss, [p.grad.clone() for p in hypernet.parameters()]))
+    assert packed.weights.sum().item() == pytest.approx(1)
+    (one, grads), (other, other_grads) = found
+    assert abs(one.item() - other.item()) <= 1e-4
+    assert any(g.abs().max() > 1e-3 for g in grads)
+    assert all((x - y).abs().max() <= 1e-4 for x, y in zip(grads, other_grads, strict=True))

@@ -1,0 +1,61 @@
+"""The shipped configs are read, and the benchmarks run and report what they claim to measure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2l.config import build, load_yaml
+from t2l.tasks import load_splits
+from t2l.train.oracle import OracleConfig
+from t2l.train.recon import ReconConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = [*sorted((ROOT / "configs/oracle").glob("*.yaml")), *sorted((ROOT / "configs/recon").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configs_are_read(path: Path) -> None:
+    """Strictly; each says how it is run, and variants are what their file's name says."""
+    cls = OracleConfig if path.parent.name == "oracle" else ReconConfig
+    config = build(cls, load_yaml(path), where=str(path))
+    text = path.read_text()
+    assert text.startswith("# ") and path.relative_to(ROOT).as_posix() in text
+    assert config.train.compile
+    if isinstance(config, ReconConfig):
+        assert config.hypernet.dropout == 0  # what is to be written exactly is not disturbed
+        if path.stem in ("L", "M", "S"):
+            assert config.hypernet.variant == path.stem
+        assert (config.encoder.kind == "onehot") == (path.stem == "one-hot")
+    else:
+        sni = [name for name in config.data.tasks if name.startswith("task")]
+        assert set(sni) <= load_splits().train - load_splits().held_back
+
+
+def run(name: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name, "--tiny"], capture_output=True, text=True, check=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_oracle_throughput() -> None:
+    """Many at once and one after another end at the same validation losses; times are those of one adapter."""
+    result = run("oracle_throughput.py")
+    assert (result["adapters"], result["many_at_once"]["at_once"], result["one_after_another"]["at_once"]) == (6, 6, 1)
+    assert result["largest_difference_in_validation_loss"] <= 1e-4
+    for way in ("many_at_once", "one_after_another"):
+        found = result[way]
+        assert found["seconds_per_adapter"] == pytest.approx(found["seconds_per_step"] * 12 / found["at_once"])
+    ratio = result["one_after_another"]["seconds_per_adapter"] / result["many_at_once"]["seconds_per_adapter"]
+    assert result["ratio"] == pytest.approx(ratio) and result["ratio_to_peft"] > 0
+
+
+def test_recon_steps() -> None:
+    result = run("recon_steps.py")
+    assert result["ratio"] == pytest.approx(result["resident_steps_per_second"] / result["loading_steps_per_second"])
+    assert result["parameters_each"] == 2 * 2 * (32 + 32 + 32 + 16) and result["adapters"] == 12
