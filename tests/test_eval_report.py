@@ -224,7 +224,8 @@ def test_an_unfinished_file_is_refused(save: Any) -> None:
 
 def test_compared_rows_must_have_seen_the_same_prompt(save: Any) -> None:
     lines = made()
-    changed = [line | {"prompt": "other"} if line["row"] == "t2l-wrong" else line for line in lines]
+    one = next(i for i, line in enumerate(lines) if line["row"] == "t2l-wrong")
+    changed = [line | {"prompt": "other"} if i == one else line for i, line in enumerate(lines)]
     with pytest.raises(DataError, match="t2l and t2l-wrong saw different prompts"):
         markdown([save(changed)])
     text = markdown([save(lines)], Options(compare=(("t2l+description", "base"),)))
@@ -283,6 +284,15 @@ def test_benchmarks_flag_what_could_not_be_read_and_leave_out_what_is_at_chance(
     row = next(line for line in text.splitlines() if line.startswith("| T2L, the task's description | "))
     cells = [cell.split("±")[0].strip() for cell in row.strip("| ").split("|")]
     assert cells[1:5] == [f"{x:.1f}" for x in (np.mean([*by_task.values()]), by_task["gsm8k"], *by_task.values())]
+
+
+def test_above_chance_means_the_interval_not_the_mean(save: Any) -> None:
+    lines = made(("t2l",), suite="likelihood", tasks=("piqa",))
+    mean = float(np.mean([line["scores"]["exact_match"] for line in lines]))
+    for chance, above in ((mean - 0.01, []), (0.0, ["piqa"])):
+        facts = {"likelihood": {"chance": {"piqa": chance}, "floor": {}}}
+        (suite,) = gather([save(lines, suites=facts)], partial=True)
+        assert suite.above_chance() == above
 
 
 def test_floor_check_is_the_exact_binomial_one(save: Any) -> None:

@@ -445,6 +445,20 @@ def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.Jud
         assert all(asked[name].wrong_description not in benchmarks[other].descriptions for other in others)
 
 
+def test_no_seed_shows_the_question_or_takes_a_like_task_for_another(benchmarks: dict[str, suites.JudgedTask]) -> None:
+    science = {benchmarks[name].name for name in ("arc_easy", "arc_challenge", "openbookqa")}
+    like = {text for name in science for text in benchmarks[name].descriptions}
+    asked = suites.questions(list(benchmarks.values()), range(12))
+    for question in asked:
+        assert question.item.text not in [text for text, _ in question.shots]
+        assert len(question.shots) == (0 if question.task.name == "humaneval" else 3)
+        assert question.wrong_description not in question.task.descriptions
+        assert question.task.name not in science or question.wrong_description not in like
+    # Examples of hellaswag are test items, so the question was among them at times.
+    drawn = {text for q in asked if q.task.name == "hellaswag" for text, _ in q.shots}
+    assert drawn & {item.text for item in benchmarks["hellaswag"].items}
+
+
 def test_scores_of_benchmarks(benchmarks: dict[str, suites.JudgedTask]) -> None:
     asked = {q.task.name: q for q in suites.questions(list(benchmarks.values()), [0])}
     for name in ("arc_easy", "boolq", "gsm8k"):
@@ -452,6 +466,9 @@ def test_scores_of_benchmarks(benchmarks: dict[str, suites.JudgedTask]) -> None:
         right = question.item.outputs[-1]
         assert suites.score(question, f"The answer is {right}.") == {"correct": 1.0, "parsed": 1.0}
         assert suites.score(question, "…") == {"correct": 0.0, "parsed": 0.0}
+    wrong = "B" if asked["arc_easy"].item.outputs[0] == "A" else "A"
+    assert suites.score(asked["arc_easy"], wrong) == {"correct": 0.0, "parsed": 1.0}
+    assert suites.score(asked["gsm8k"], "99") == {"correct": 0.0, "parsed": 1.0}
     assert suites.score(asked["humaneval"], "    return 1\n") == {"correct": None, "parsed": 1.0}
     assert suites.score(asked["mbpp"], "def g(:") == {"correct": None, "parsed": 0.0}
     question = asked["arc_easy"]
