@@ -34,8 +34,9 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, require_trainable
 from t2l.train.packing import Documents, Rows, Stream, document_scores, fixed_rows, pack, tokenize_examples
-from t2l.train.running import begin_run, check_run, load_state, save_state, schedule, versions
+from t2l.train.running import schedule, versions
 from t2l.train.sft import answer_losses
+from t2l.train.state import STATE, begin_run, check_run, read_facts, write_state
 from t2l.train.watch import Watch, memory_gb
 
 BROKEN = "a gradient that was not finite"
@@ -646,7 +647,7 @@ class OracleTrainer:
         tensors = (
             self.slots.tensors() if any(self.running) or self.waiting else {"alive": self.slots.alive.to(torch.uint8)}
         )
-        save_state(self.run, tensors, facts)
+        write_state(self.run, tensors, facts)
 
     def load(self, facts: dict[str, Any]) -> None:
         """Goes back to the run's saved state.
@@ -656,7 +657,7 @@ class OracleTrainer:
         """
         if not any(facts["running"]) and not facts["waiting"]:
             raise TrainingError(f"{self.run} is finished: all {len(facts['finished'])} adapters are done")
-        self.slots.load({name: x.to(self.device) for name, x in load_state(self.run).items()})
+        self.slots.load({name: x.to(self.device) for name, x in read_tensors(self.run / STATE).items()})
         self.waiting, self.finished = list(facts["waiting"]), dict(facts["finished"])
         self.steps = facts["steps"]
         train = self.config.train
@@ -738,7 +739,7 @@ def train_oracles(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_float32_matmul_precision("high")
     plain = to_plain(config)
-    state = check_run(run, plain, resume=resume)
+    going_on = check_run(run, plain, resume=resume)
     tokenizer = models.load_tokenizer(config.base)
     data = tokenize_tasks(load_tasks(config, benchmarks), config, tokenizer)
     too_long = sum(x.train.too_long for x in data)
@@ -747,10 +748,10 @@ def train_oracles(
     base = models.load_causal_lm(config.base, device=str(chosen), dtype=dtype)
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
     trainer = OracleTrainer(config, base, spec, data, run, chosen, log)
-    if state is None:
+    if not going_on:
         begin_run(run, plain)
     else:
-        trainer.load(state)
+        trainer.load(read_facts(run))
         log(f"resumed: {len(trainer.finished)} of {len(data)} done")
     log(f"ready after {time.monotonic() - started:.0f} s: {trainer.slots.number} adapters at once")
     watch = Watch(

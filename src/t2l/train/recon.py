@@ -29,8 +29,8 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Task, held_out_descriptions, require_trainable
 from t2l.train.data import DescriptionBank
-from t2l.train.running import begin_run, schedule, versions
-from t2l.train.state import Progress, first_step, load_state, save_state
+from t2l.train.running import schedule, versions
+from t2l.train.state import Progress, begin_run, first_step, load_state, save_state
 from t2l.train.watch import Watch, memory_gb
 
 

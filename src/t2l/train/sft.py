@@ -28,7 +28,7 @@ from t2l.checkpoint import load_checkpoint, save_checkpoint, settings
 from t2l.config import to_plain
 from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.files import new_folder, sha256, write_text
+from t2l.files import new_folder, sha256
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
@@ -39,6 +39,7 @@ from t2l.train.running import schedule, versions
 from t2l.train.settings import SftConfig, TrainConfig
 from t2l.train.state import (
     Progress,
+    begin_run,
     differences,
     first_step,
     load_state,
@@ -408,8 +409,7 @@ def train(
     optimizer = make_optimizer(trained, config.train)
     progress = Progress()
     if not resume:
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
+        begin_run(run, to_plain(config))
     elif begin:
         progress = load_state(run, trained, optimizer)
         log(f"resumed at step {begin} of {config.train.steps}")

@@ -1,10 +1,11 @@
-"""What a run leaves so that it can go on: one file with weights, optimiser, random state and progress, whole or absent.
+"""What a run leaves so that it can go on: its settings, and one file of tensors and facts, whole or absent.
 
 Knows modules, optimisers and files. Knows no tasks; the schedule and the sampler follow from the step alone.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from t2l.config import to_plain
 from t2l.errors import CheckpointError, OutputError, TrainingError
-from t2l.files import read_json, read_tensors
+from t2l.files import read_json, read_tensors, write_text
 
 STATE = "state.safetensors"
 
@@ -60,27 +61,82 @@ def put_back(module: nn.Module, values: dict[str, Tensor], where: Path) -> None:
             value.copy_(values[name])
 
 
-def first_step(config: Any, run: Path, *, resume: bool) -> int:
-    """Checks the run's folder before anything is loaded; returns the step to begin with.
+def check_run(run: Path, settings: dict[str, Any], *, resume: bool) -> bool:
+    """Checks a run's folder before anything is loaded; returns whether there is a state to go on from.
+
+    Args:
+        run: The folder.
+        settings: The run's settings as plain data; a resumed run must have the same.
+        resume: Whether to go on.
 
     Raises:
-        TrainingError: if the folder is taken, or holds no run of these settings, or a finished one.
+        TrainingError: if a new run's folder is not empty, or a resumed one holds no run of these settings.
     """
     if not resume:
         if run.exists() and any(run.iterdir()):
             raise TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
-        return 0
+        return False
     if not (run / "config.json").exists():
         raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
-    changed = differences(read_json(run / "config.json"), to_plain(config))
+    changed = differences(read_json(run / "config.json"), settings)
     if changed:
         raise TrainingError(
             f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
         )
     for leftover in run.glob(f".{STATE}.*"):
         leftover.unlink(missing_ok=True)
-    if not (run / STATE).exists():
-        return 0  # it was killed before it saved anything
+    return (run / STATE).exists()  # not if it was killed before it saved anything
+
+
+def begin_run(run: Path, settings: dict[str, Any]) -> None:
+    """Makes a new run's folder and writes its settings down."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def write_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes what a resumed run needs as one file, under another name that is then renamed.
+
+    Raises:
+        OutputError: if it cannot be written; the state before it stays.
+    """
+    from safetensors.torch import save_file
+
+    temporary = run / f".{STATE}.{os.getpid()}"
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    try:
+        save_file(plain, temporary, metadata={"facts": json.dumps(dict(facts))})
+        os.replace(temporary, run / STATE)
+    except OSError as error:
+        raise OutputError(f"Cannot write {run / STATE}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """What `write_state` was told beside the tensors.
+
+    Raises:
+        CheckpointError: if the state is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run / STATE, framework="pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
+    return found
+
+
+def first_step(config: Any, run: Path, *, resume: bool) -> int:
+    """`check_run` of a run whose state is `save_state`'s; returns the step to begin with.
+
+    Raises:
+        TrainingError: as `check_run`, and if the run is finished.
+    """
+    if not check_run(run, to_plain(config), resume=resume):
+        return 0
     progress = read_progress(run)
     over = progress.stopped or progress.step >= config.train.steps
     # Killed between its last step and its checkpoint, a run has the checkpoint still to write.
@@ -104,13 +160,7 @@ def differences(
 
 
 def save_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Writes everything a resumed run needs, as one file under another name that is then renamed.
-
-    Raises:
-        OutputError: if it cannot be written; the state before it stays.
-    """
-    from safetensors.torch import save_file
-
+    """Writes everything that a run of one module and one optimiser needs to go on; see `write_state`."""
     tensors = {f"weight/{name}": value for name, value in weights(module).items()}
     tensors |= {f"best/{name}": value for name, value in progress.best.items()}
     for number, state in optimizer.state_dict()["state"].items():
@@ -118,19 +168,7 @@ def save_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, p
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    plain = {x.name: getattr(progress, x.name) for x in fields(progress) if x.name != "best"}
-    temporary = run / f".{STATE}.{os.getpid()}"
-    try:
-        save_file(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-            temporary,
-            metadata={"progress": json.dumps(plain)},
-        )
-        os.replace(temporary, run / STATE)
-    except OSError as error:
-        raise OutputError(f"Cannot write {run / STATE}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_state(run, tensors, {x.name: getattr(progress, x.name) for x in fields(progress) if x.name != "best"})
 
 
 def read_progress(run: Path) -> Progress:
@@ -139,13 +177,10 @@ def read_progress(run: Path) -> Progress:
     Raises:
         CheckpointError: if the state is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(run / STATE, framework="pt") as file:
-            return Progress(**json.loads((file.metadata() or {})["progress"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
+        return Progress(**read_facts(run))
+    except TypeError as error:
+        raise CheckpointError(f"{run / STATE} is of another kind of run ({error})") from error
 
 
 def load_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
