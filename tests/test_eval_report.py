@@ -357,3 +357,11 @@ def test_command_writes_what_the_suffix_says(save: Any, tmp_path: Path) -> None:
     ):
         result = runner.invoke(app, ["eval", "report", str(file.path), *arguments])
         assert (result.exit_code, message in result.output) == (code, True), result.output
+
+
+def test_written_reports_are_as_readable_as_any_new_file(save: Any, tmp_path: Path) -> None:
+    """They are made under a temporary name, which starts out private."""
+    file, plain = save(made()), tmp_path / "plain"
+    plain.touch()
+    assert CliRunner().invoke(app, ["eval", "report", str(file.path), "--out", str(tmp_path / "r.md")]).exit_code == 0
+    assert (tmp_path / "r.md").stat().st_mode == plain.stat().st_mode

@@ -37,8 +37,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         # As any new file would be; temporary folders and safetensors files start out private to their owner.
-        mask = os.umask(0)
-        os.umask(mask)
+        mask = _umask()
         for entry in temporary.rglob("*"):
             entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
         temporary.chmod(0o777 & ~mask)
@@ -61,10 +60,18 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+        Path(temporary).chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _umask() -> int:
+    """The process's mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sha256(path: Path) -> str:

@@ -353,10 +353,10 @@ def _header(
 
     return {
         "format_version": answers.FORMAT_VERSION,
-        "base": reference,
+        "base": _public(reference),
         "base_revision": models.fingerprint(reference),
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "checkpoint": settings.checkpoint,
+        "checkpoint": settings.checkpoint and _public(settings.checkpoint),
         "checkpoint_sha256": checksum(source.checkpoint),
         "description_in_training_prompts": source.checkpoint and source.checkpoint.prompt.description_in_prompt,
         "multitask_sha256": checksum(source.multitask),
@@ -383,6 +383,11 @@ def _header(
         "device": torch.cuda.get_device_name() if parameter.device.type == "cuda" else str(parameter.device),
         "batch_tokens": settings.batch_tokens,
     }
+
+
+def _public(reference: str) -> str:
+    """A reference as files show it: of a local folder its name alone, as files are passed on and folders are not."""
+    return Path(reference).name if Path(reference).is_dir() else reference
 
 
 class Progress:
