@@ -20,7 +20,7 @@ from t2l.checkpoint import load_checkpoint, save_checkpoint
 from t2l.cli import app
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, EvaluationError
-from t2l.eval import answers, decode, harness, rows, suites
+from t2l.eval import answers, decode, harness, retrieval, rows, suites
 from t2l.eval.harness import Settings, run
 from t2l.eval.rows import ROWS, AdapterSource, choose_rows
 from t2l.generate import Adapter, TextToLora
@@ -34,7 +34,7 @@ TASKS = {
     "upper": ("Write the word in capital letters.", [("abc", "ABC"), ("ten", "TEN"), ("it", "IT")]),
     "first": ("Answer with the first letter.", [("abc", "a"), ("ten", "t"), ("star", "s")]),
 }
-SETTINGS: dict[str, Any] = {"seeds": (0, 1), "max_new_tokens": 5, "device": "cpu", "rows": "all"}
+SETTINGS: dict[str, Any] = {"seeds": (0, 1), "max_new_tokens": 5, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def library(base_folder: Path, tiny_config: Any, tmp_path_factory: pytest.TempPa
 def finished(
     tasks_file: Path, checkpoint: str, multitask: str, library: str, tmp_path_factory: pytest.TempPathFactory
 ) -> answers.AnswerFile:
-    """A whole run of all rows but `nearest` and Hyperdecoders, which need more than tiny models."""
+    """A whole run of all rows but `nearest`, Hyperdecoders and `t2l-abstain`, which need more than tiny models."""
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
-    names = ",".join(name for name in ROWS if not name.startswith("nearest"))
+    names = ",".join(name for name in ROWS if not name.startswith(("nearest", "t2l-abstain")))
     settings = SETTINGS | {"rows": names}
     run(
         Settings(
@@ -103,7 +103,7 @@ def test_every_row_answers_every_question_once(finished: answers.AnswerFile) -> 
     for line in finished.lines:
         counts[line["row"]] += 1
     oracle = {"oracle": 12, "oracle+description": 12}  # the library holds two of the three tasks
-    left_out = {name for name in ROWS if name.startswith(("hyperdecoders", "nearest"))}
+    left_out = {name for name in ROWS if name.startswith(("hyperdecoders", "nearest", "t2l-abstain"))}
     assert counts == {name: 18 for name in ROWS if name not in left_out} | oracle
     assert finished.header["left_out"] == {
         "hyperdecoders": "no --hyperdecoders",
@@ -132,8 +132,8 @@ def test_answers_are_those_of_each_question_alone(
         texts = {
             "base+shots": None,
             "t2l": question.description,
-            "t2l-wrong+description": question.wrong_description,
-            "t2l-random": question.random_text,
+            "t2l-wrong+description": question.wrong_descriptions[0],
+            "t2l-random": question.random_texts[0],
         }
         for name, text in texts.items():
             prompt = rows.prompt_of(ROWS[name], question, tiny_tokenizer)
@@ -169,10 +169,8 @@ def test_oracle_average_and_arrow_are_the_librarys(
     question = questions_of(tasks_file)[-1]
     assert question.task.name == "upper"
     source.prepare([(ROWS["oracle"], question), (ROWS["average"], question)])
-    (oracle,), (mean,) = source.of(ROWS["oracle"], [question]), source.of(ROWS["average"], [question])
+    ((oracle,),), ((mean,),) = source.of(ROWS["oracle"], [question]), source.of(ROWS["average"], [question])
     stacked = opened.stack(opened.names)
-    assert oracle is not None
-    assert mean is not None
     assert torch.equal(oracle.lora.a[0], stacked.a[0][1])
     assert torch.allclose(mean.lora.b[1], stacked.b[1].mean(0))
     tokens = torch.tensor([[0, 5, 9, 12]])
@@ -200,15 +198,14 @@ def test_nearest_is_the_adapter_of_the_most_similar_description(
 
     described = {"reverse": "zzz zzz zzz", "upper": TASKS["first"][0], "other": "!!!!!!!!!!!!!"}
     known = [Task(name, (text,), {}) for name, text in described.items()]
-    monkeypatch.setattr(rows, "load_sni", lambda names, splits: known)
-    monkeypatch.setattr(rows, "WINDOW", 100)
-    monkeypatch.setattr(rows, "RETRIEVER", str(sentence_folder))
+    monkeypatch.setattr(retrieval, "load_sni", lambda names, splits: known)
+    monkeypatch.setattr(retrieval, "WINDOW", 100)
+    monkeypatch.setattr(retrieval, "RETRIEVER", str(sentence_folder))
     opened = AdapterLibrary.open(Path(library))
     source = AdapterSource((tiny_base, tiny_tokenizer), libraries=[opened], log=lambda text: None)
-    question = dataclasses.replace(questions_of(tasks_file)[0], description=TASKS["first"][0])
+    question = dataclasses.replace(questions_of(tasks_file)[0], descriptions=(TASKS["first"][0],))
     source.prepare([(ROWS["nearest"], question)])
-    (used,) = source.of(ROWS["nearest"], [question])
-    assert used is not None
+    ((used,),) = source.of(ROWS["nearest"], [question])
     assert torch.equal(used.lora.a[0], opened.stack(["upper"]).a[0][0])
 
 
@@ -225,9 +222,9 @@ def test_hyperdecoders_read_the_input(
     long = dataclasses.replace(one, item=dataclasses.replace(one.item, text="word " * 500))
     used = source.of(ROWS["hyperdecoders"], [one, other, long])
     (expected,) = hyper.generate([other.item.text])
-    assert used[1] is not None
-    assert torch.allclose(used[1].lora.a[0], expected.lora.a[0], atol=1e-6)
-    assert len({adapter.id for adapter in used if adapter is not None}) == 3
+    assert torch.allclose(used[1][0].lora.a[0], expected.lora.a[0], atol=1e-6)
+    assert [adapter.description for (adapter,) in used] == [None] * 3
+    assert len({adapter.id for (adapter,) in used}) == 3
 
 
 def test_answers_of_one_prompt_and_adapter_are_asked_once(
@@ -270,7 +267,7 @@ def test_an_interrupted_run_goes_on(
     before = out.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]
     assert whole != before
-    names = ",".join(name for name in ROWS if not name.startswith(("nearest", "arrow")))
+    names = ",".join(name for name in ROWS if not name.startswith(("nearest", "arrow", "t2l-abstain")))
     values = SETTINGS | {"rows": names, "checkpoint": checkpoint, "multitask": multitask, "libraries": (library,)}
     settings = Settings(suites=(str(tasks_file),), **values)
     run(settings, out, log=lambda text: None)
@@ -424,7 +421,7 @@ def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.Jud
         assert question.item.text.strip() in text[name]["base"]
         assert question.description not in text[name]["base"]
         assert question.description in text[name]["base+shots+description"]
-        assert question.wrong_description not in text[name]["base+shots+description"]
+        assert question.wrong_descriptions[0] not in text[name]["base+shots+description"]
         # Examples are really there, and none is the question.
         assert len(question.shots) == (0 if name == "humaneval" else 3)
         for shown, answer in question.shots:
@@ -439,10 +436,11 @@ def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.Jud
     assert "assert g()" in text["mbpp"]["base"]
     assert asked["arc_easy"].item.outputs[0] in "ABCD"
     assert benchmarks["piqa"].chance == 0.25
-    assert asked["humaneval"].wrong_description not in benchmarks["mbpp"].descriptions
+    assert asked["humaneval"].wrong_descriptions[0] not in benchmarks["mbpp"].descriptions
     for name in ("arc_easy", "arc_challenge", "openbookqa"):
         others = ("arc_easy", "arc_challenge", "openbookqa")
-        assert all(asked[name].wrong_description not in benchmarks[other].descriptions for other in others)
+        for wrong in asked[name].wrong_descriptions:
+            assert all(wrong not in benchmarks[other].descriptions for other in others)
 
 
 def test_no_seed_shows_the_question_or_takes_a_like_task_for_another(benchmarks: dict[str, suites.JudgedTask]) -> None:
@@ -502,16 +500,18 @@ def test_questions_do_not_depend_on_the_other_tasks(tasks_file: Path) -> None:
     alone = suites.questions(tasks[:1], [0, 1])
     together = suites.questions(tasks, [0, 1])[: len(alone)]
     for one, other in zip(alone, together, strict=True):
-        assert (one.description, one.random_text, one.shots, one.item) == (
-            other.description,
-            other.random_text,
+        assert (one.descriptions, one.random_texts, one.shots, one.item) == (
+            other.descriptions,
+            other.random_texts,
             other.shots,
             other.item,
         )
-        assert one.wrong_description not in tasks[0].descriptions
-        assert other.wrong_description in tasks[1].descriptions + tasks[2].descriptions
+        assert not {*one.wrong_descriptions} & {*tasks[0].descriptions}
+        # All of one other task.
+        assert {*other.wrong_descriptions} in ({*tasks[1].descriptions}, {*tasks[2].descriptions})
+        assert len(other.descriptions) == len(other.wrong_descriptions) == len(other.random_texts) == 2
     assert {q.description for q in alone} == set(tasks[0].descriptions)  # two seeds, two descriptions, in turn
-    assert len({q.random_text for q in alone}) == 2
+    assert len({text for q in alone for text in q.random_texts}) == 4
 
 
 def test_likelihood_scoring_and_its_floor(

@@ -38,7 +38,9 @@ def eval_run(
     base: Annotated[
         str | None, typer.Option(metavar="REF", help="Base model, if nothing else says it.", show_default=False)
     ] = None,
-    rows: Annotated[str, typer.Option(metavar="NAMES", help="Rows with commas; all, or minimum.")] = "all",
+    rows: Annotated[
+        str, typer.Option(metavar="NAMES", help="Rows with commas; standard, minimum, levers, all.")
+    ] = "standard",
     seeds: Annotated[str, typer.Option(metavar="N,N", help="Draw descriptions, random texts and examples.")] = "0,1,2",
     per_task: Annotated[
         int | None,

@@ -16,7 +16,7 @@ Key = tuple[str, str, int, str, str]
 """Suite, row, seed, task and id of an answer."""
 RUN_FACTS = ("base", "base_revision", "dtype", "per_task", "held_out", "max_new_tokens")
 """Equal in all files of one table."""
-SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256")
+SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
 """Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
 FACTS = ("format_version", *RUN_FACTS, *SEED_FACTS, "versions")
 """Equal when a run goes on with a file."""

@@ -16,7 +16,7 @@ import torch
 
 from t2l import models
 from t2l.errors import ConfigError, DataError, EvaluationError, OutputError
-from t2l.eval import answers, decode, rows, suites
+from t2l.eval import answers, decode, metrics, rows, suites
 from t2l.eval.answers import Key, key_of
 from t2l.eval.report import below_floor, gather
 from t2l.eval.rows import AdapterSource, Row
@@ -36,7 +36,7 @@ class Settings:
     """What is run; everything that can change an answer is recorded in the file's first line."""
 
     suites: tuple[str, ...]
-    rows: str = "all"
+    rows: str = "standard"
     checkpoint: str | None = None
     multitask: str | None = None
     hyperdecoders: str | None = None
@@ -112,7 +112,7 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         raise ConfigError("Nothing says which base model is judged: give --checkpoint, --library or --base")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     base = (models.load_causal_lm(reference, device=device, dtype=dtype), models.load_tokenizer(reference))
-    source = AdapterSource(base, **loaded, libraries=libraries, log=log)
+    source = AdapterSource(base, **loaded, libraries=libraries, held_out=settings.held_out, log=log)
     tasks = [
         dataclasses.replace(task, max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
         for suite in settings.suites
@@ -234,30 +234,35 @@ def _answer(source: AdapterSource, asked: Sequence[Asked], settings: Settings) -
     groups: dict[Any, list[Asked]] = {}
     for a in asked:
         task = a.question.task
-        groups.setdefault((task.kind == "likelihood", task.max_new_tokens, source.shape(a.row)), []).append(a)
-    for (likelihood, limit, _), part in groups.items():
+        votes = max(1, len(source.keys(a.row, a.question)))
+        group = (task.kind == "likelihood", task.max_new_tokens, votes, source.shape(a.row))
+        groups.setdefault(group, []).append(a)
+    for (likelihood, limit, votes, _), part in groups.items():
         if likelihood:
             # Every token of a choice meets the whole vocabulary: logits are what takes memory.
             yield from _likelihoods(source, part, max(1, budget // 4))
             continue
-        for batch in decode.batches([len(a.ids) + limit for a in part], max_tokens=budget):
+        for batch in decode.batches([len(a.ids) + limit for a in part], max_tokens=budget // votes):
             chosen = [part[i] for i in batch]
             decode.require_room(source.model, len(chosen[0].ids) + limit, f"{chosen[0].key}")
             used = _adapters(source, chosen)
             said = decode.greedy(
                 source.model,
                 source.tokenizer,
-                [a.ids for a in chosen],
-                _present(used),
+                [a.ids for a in chosen for _ in range(votes)],
+                [adapter for mine in used for adapter in mine] or None,
                 max_new_tokens=limit,
             )
             lines = []
-            for a, adapter, text in zip(chosen, used, said, strict=True):
-                text = text if a.question.task.kind == "code" else text.strip()
-                lines.append((a, _line(source, a, adapter, text, suites.score(a.question, text))))
+            for n, a in enumerate(chosen):
+                mine = said[n * votes : (n + 1) * votes]
+                won = metrics.vote(mine)
+                text = mine[won] if a.question.task.kind == "code" else mine[won].strip()
+                adapter = used[n][won] if used[n] else None
+                lines.append((a, _line(a, adapter, text, suites.score(a.question, text))))
             if settings.allow_code_execution:
                 _run_code([(a.question, line) for a, line in lines])
-            yield [line for a, first in lines for line in _with_twins(source, a, first)]
+            yield [line for a, first in lines for line in _with_twins(a, first)]
 
 
 def _likelihoods(source: AdapterSource, asked: Sequence[Asked], budget: int) -> Iterator[list[dict[str, Any]]]:
@@ -273,45 +278,39 @@ def _likelihoods(source: AdapterSource, asked: Sequence[Asked], budget: int) -> 
         pairs = [(n, choice) for n, a in enumerate(chosen) for choice in a.question.item.choices]
         longest = max(len(chosen[n].ids) + len(ids[choice]) for n, choice in pairs)
         decode.require_room(source.model, longest, f"A question of {chosen[0].key}")
-        present = _present([used[n] for n, _ in pairs])
+        each = [adapter for n, _ in pairs for adapter in used[n]] or None
         values = decode.log_likelihoods(
-            source.model, source.tokenizer, [chosen[n].ids for n, _ in pairs], [ids[c] for _, c in pairs], present
+            source.model, source.tokenizer, [chosen[n].ids for n, _ in pairs], [ids[c] for _, c in pairs], each
         )
         lines: list[dict[str, Any]] = []
         start = 0
-        for a, adapter in zip(chosen, used, strict=True):
+        for a, adapters in zip(chosen, used, strict=True):
             mine = values[start : start + len(a.question.item.choices)]
             start += len(mine)
             rounded = [round(value, 3) for value in mine]
-            line = _line(source, a, adapter, rounded, suites.score_likelihoods(a.question, mine))
-            lines += _with_twins(source, a, line)
+            adapter = adapters[0] if adapters else None
+            lines += _with_twins(a, _line(a, adapter, rounded, suites.score_likelihoods(a.question, mine)))
         yield lines
 
 
-def _adapters(source: AdapterSource, chosen: Sequence[Asked]) -> list[rows.UsedAdapter | None]:
-    """Each sequence's adapter; rows are looked up together, because some write theirs only now."""
-    found: dict[int, rows.UsedAdapter | None] = {}
+def _adapters(source: AdapterSource, chosen: Sequence[Asked]) -> list[tuple[rows.UsedAdapter, ...]]:
+    """Each question's adapters; rows are looked up together, because some write theirs only now."""
+    found: dict[int, tuple[rows.UsedAdapter, ...]] = {}
     for row in {a.row for a in chosen}:
         mine = [i for i, a in enumerate(chosen) if a.row == row]
         found |= dict(zip(mine, source.of(row, [chosen[i].question for i in mine]), strict=True))
+    assert len({len(adapters) for adapters in found.values()}) == 1, "questions of a batch have equally many adapters"
     return [found[i] for i in range(len(chosen))]
 
 
-def _present(used: Sequence[rows.UsedAdapter | None]) -> list[rows.UsedAdapter] | None:
-    present = [adapter for adapter in used if adapter is not None]
-    assert len(present) in (0, len(used)), "a batch has adapters for all sequences or for none"
-    return present or None
-
-
 def _line(
-    source: AdapterSource,
     a: Asked,
     adapter: rows.UsedAdapter | None,
     answer: str | list[float],
     scores: dict[str, float | None],
 ) -> dict[str, Any]:
     """An answer as it is kept: of the data hashes, and what the model said or its choices' log-likelihoods."""
-    description = source.description_of(a.row, a.question)
+    description = None if adapter is None else adapter.description
     suite, row, seed, task, id_ = a.key
     return {
         "suite": suite,
@@ -327,14 +326,10 @@ def _line(
     }
 
 
-def _with_twins(source: AdapterSource, a: Asked, line: dict[str, Any]) -> list[dict[str, Any]]:
+def _with_twins(a: Asked, line: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of an answer and of those that are the same."""
-    lines = [line]
-    for twin in a.twins:
-        description = source.description_of(twin.row, twin.question)
-        own = dict(zip(("suite", "row", "seed", "task", "id"), twin.key, strict=True))
-        lines.append(line | own | {"description": None if description is None else rows.short_hash(description)})
-    return lines
+    parts = ("suite", "row", "seed", "task", "id")
+    return [line, *(line | dict(zip(parts, twin.key, strict=True)) for twin in a.twins)]
 
 
 def _header(
@@ -362,6 +357,9 @@ def _header(
         "multitask_sha256": checksum(source.multitask),
         "hyperdecoders_sha256": checksum(source.hyperdecoders),
         "library_sha256": [library.checksum for library in source.libraries],
+        "abstain_bounds": [source.familiarity.low, source.familiarity.high]
+        if any(row.way == "t2l-abstain" for row in chosen)
+        else None,
         "per_task": "all" if settings.full else settings.per_task,
         "held_out": settings.held_out,
         "max_new_tokens": settings.max_new_tokens,

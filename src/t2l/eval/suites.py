@@ -6,7 +6,7 @@ of them are asked. Knows tasks, benchmarks and what counts as a right answer. Kn
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,10 @@ SUITES = ("seen", "held-back", "validation", "test", "benchmarks", "likelihood")
 test tasks of the frozen split; the ten benchmarks answered in words; those with options by each option's likelihood."""
 MAX_SHOT_CHARACTERS = 1500
 """A longer example is not shown in a prompt."""
+TEXTS = 3
+"""Descriptions that a row may read at most, or texts in their place."""
+INPUTS = 8
+"""Unlabelled inputs of a task that a row may read."""
 
 Kind = Literal["text", "option", "number", "code", "likelihood"]
 SCORES: dict[Kind, tuple[str, ...]] = {
@@ -72,6 +76,8 @@ class JudgedTask:
     items: tuple[Item, ...]
     shots: tuple[Item, ...] = ()
     """Where few-shot examples come from; empty for a task that is always asked without."""
+    inputs: tuple[str, ...] = ()
+    """Inputs of its training examples, none of them a test input; empty for a task that has no other inputs."""
     family: str = ""
     """Tasks of one family are too alike for one's description to be wrong for another; by default each is its own."""
     prefill: str = ""
@@ -100,10 +106,18 @@ class Question:
     task: JudgedTask
     item: Item
     seed: int
-    description: str
-    wrong_description: str
-    random_text: str
+    descriptions: tuple[str, ...]
+    """Up to three of the task's; the first is the seed's own, which stands in prompts."""
+    wrong_descriptions: tuple[str, ...]
+    """Of one other task, no more of them than there are descriptions."""
+    random_texts: tuple[str, ...]
+    """As many as there are descriptions."""
     shots: tuple[tuple[str, str], ...]
+
+    @property
+    def description(self) -> str:
+        """The seed's description."""
+        return self.descriptions[0]
 
 
 def questions(
@@ -111,7 +125,7 @@ def questions(
 ) -> list[Question]:
     """Every item of every task under every seed.
 
-    A seed decides the description, the other task's description, the random text and the examples; the items are the
+    A seed decides the descriptions, those of the other task, the random texts and the examples; the items are the
     same for all seeds, and within a seed all items of a task share those texts.
 
     Args:
@@ -141,17 +155,20 @@ def questions(
             )
             # In turn, so that as many seeds as there are descriptions use them all.
             order = random.Random(task.name).sample(task.descriptions, len(task.descriptions))
-            wrong_text = draw.choice(pool[draw.choice(wrong)][1])
-            while wrong_text in task.descriptions:  # two tasks may share a summary
-                wrong_text = draw.choice(pool[draw.choice(wrong)][1])
-            text = random_text(made_up, fits)
+            turned = [order[(seed + n) % len(order)] for n in range(min(TEXTS, len(order)))]
+            wrong_texts: list[str] = []
+            while not wrong_texts or wrong_texts[0] in task.descriptions:  # two tasks may share a summary
+                theirs = pool[draw.choice(wrong)][1]
+                first = draw.choice(theirs)
+                wrong_texts = [first, *(x for x in theirs if x != first and x not in task.descriptions)]
+            texts = [random_text(made_up, fits) for _ in turned]
             # One more than needed, in case the item itself is among them.
             drawn = shown_first.sample(task.shots, min(4, len(task.shots)))
             for item in task.items:
                 shown = [shot for shot in drawn if shot.text != item.text][:3]
                 pairs = tuple((shot.text, f"{task.prefill} {shot.outputs[0]}".strip()) for shot in shown)
-                description = order[seed % len(order)]
-                found.append(Question(task, item, seed, description, wrong_text, text, pairs))
+                wrongs = tuple(wrong_texts[: len(turned)])
+                found.append(Question(task, item, seed, tuple(turned), wrongs, tuple(texts), pairs))
     return found
 
 
@@ -212,6 +229,11 @@ def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[J
             descriptions=described[task.name],
             items=tuple(map(_from_example, _subset(task.examples["test"], f"{suite}/{task.name}", per_task))),
             shots=_short(tuple(map(_from_example, task.examples.get("train", ())))),
+            inputs=_unlabelled(
+                (example.input for example in task.examples.get("train", ())),
+                (example.input for example in task.examples["test"]),
+                f"{suite}/{task.name}",
+            ),
         )
         for task in tasks
         if task.examples.get("test") and described.get(task.name)
@@ -227,6 +249,12 @@ def _from_example(example: Example) -> Item:
 
 def _short(items: tuple[Item, ...]) -> tuple[Item, ...]:
     return tuple(item for item in items if len(item.text) + len(item.outputs[0]) <= MAX_SHOT_CHARACTERS)
+
+
+def _unlabelled(inputs: Iterable[str], tested: Iterable[str], key: str) -> tuple[str, ...]:
+    """Some inputs, none of which is also asked."""
+    others = set(map(str.strip, inputs)) - set(map(str.strip, tested)) - {""}
+    return tuple(_subset(sorted(others), f"{key}/inputs", INPUTS))
 
 
 def _subset(items: Sequence[Any], key: str, number: int | None) -> list[Any]:
@@ -288,6 +316,11 @@ def _benchmarks(suite: str, per_task: int | None) -> list[JudgedTask]:
                 descriptions=descriptions[name],
                 items=tuple(_subset(items["test"], name, per_task)),
                 shots=_short(items[how.shots]) if how.shots else (),
+                inputs=_unlabelled(
+                    (item.text for item in items.get(how.shots or "test", ())),
+                    (item.text for item in items["test"]),
+                    name,
+                ),
                 family=how.family or name,
                 prefill=how.prefill,
                 max_new_tokens=how.max_new_tokens,
