@@ -36,6 +36,18 @@ def bert_states(folder: Path, text: str) -> Tensor:
 # -------------------------------------------------------------------------------------------------- sentence
 
 
+def test_loading_prints_nothing(sentence_folder: Path, base_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Transformers draws a bar even into a log; and leaves it as it was for programs that want it."""
+    for config in (
+        EncoderConfig(kind="sentence", model=str(sentence_folder), max_tokens=96),
+        EncoderConfig(kind="tokens", model=str(base_folder), layers=(1,), max_tokens=96),
+    ):
+        load_encoder(config, "unused")
+    assert capfd.readouterr() == ("", "")
+    AutoModel.from_pretrained(sentence_folder)
+    assert "Loading weights" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     ("pooling", "pool"),

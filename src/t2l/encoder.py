@@ -136,7 +136,10 @@ class SentenceEncoder:
         own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
         if own is not None and max_tokens > own:
             raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+        with models.quiet_transformers():
+            model = AutoModel.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = model.to(device).eval().requires_grad_(False)
         return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize)

