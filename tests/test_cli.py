@@ -134,6 +134,20 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------- help and version
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP reads it once, when torch is loaded, so it must be set before any command."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    found = []
+    monkeypatch.setattr(cli, "app", lambda prog_name: found.append(os.environ["OMP_WAIT_POLICY"]))
+    cli.main()
+    assert found == [expected]
+
+
 def test_help_and_import_load_nothing_heavy(record_property: Callable[[str, object], None]) -> None:
     done = python("-X", "importtime", "-m", "t2l.cli", "--help")
     assert done.returncode == 0

@@ -155,6 +155,13 @@ def test_full_fine_tuning_leaves_a_model(tiny: Tiny, tiny_config: LlamaConfig) -
     assert models.load_tokenizer(str(run / "model")).eos_token == "</s>"
 
 
+def test_saving_a_model_draws_no_bar(
+    tiny_base: LlamaForCausalLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sft._save_model(tmp_path / "model", tiny_base, make_tokenizer(), {})
+    assert capfd.readouterr() == ("", "")
+
+
 def test_one_hot_checkpoint_knows_its_tasks_by_name(tiny: Tiny) -> None:
     run, _ = tiny(ROOT / "baselines" / "onehot.yaml")
     t2l = TextToLora.from_pretrained(str(run / "checkpoint"))
@@ -226,6 +233,14 @@ def test_offset_stays_as_it_was(tiny: Tiny) -> None:
         ({"hypernet": {"variant": "none"}, "train": {"steps": 1, "early_stop": "margin"}}, "here use 'loss'"),
         ({"train": {"steps": 1, "label_smoothing": 1.5}}, r"train\.label_smoothing must be in \[0, 1\], got 1.5"),
         ({"train": {"steps": 1, "neftune_alpha": -1.0}}, "train.neftune_alpha must not be negative, got -1.0"),
+        (
+            {"method": "full", "hypernet": {"variant": "none"}, "train": {"steps": 1, "distill": 1.0}},
+            "which train.distill needs frozen as the teacher",
+        ),
+        ({"train": {"steps": 1, "distill": -1.0}}, "train.distill must not be negative, got -1.0"),
+        ({"train": {"steps": 1, "distill_shots": -1}}, "train.distill_shots must not be negative, got -1"),
+        ({"train": {"steps": 1, "distill_temperature": 0.0}}, "train.distill_temperature must be above 0, got 0.0"),
+        ({"train": {"steps": 1, "teacher_tokens": 0}}, "train.teacher_tokens must be at least 1, got 0"),
         ({"train": {"steps": 1, "patience": 0}}, "train.patience must be at least 1, got 0"),
         ({"data": {"keep_descriptions": False}}, "keep_descriptions false needs a file"),
         ({"data": {"max_tasks": 0}}, "data.max_tasks must be at least 1 or null, got 0"),

@@ -196,6 +196,18 @@ def test_runs_of_one_seed_are_equal_and_of_another_differ(config: SftConfig, who
         assert ((whole_run / name).read_bytes() == (run / name).read_bytes()) is same
 
 
+def test_resumed_run_with_a_teacher_is_the_same_run(config: SftConfig, tmp_path: Path) -> None:
+    taught = shorter(config, distill=1.0, teacher_tokens=250, steps=4, save_every=2)
+    train(taught, tmp_path / "whole", device="cpu", log=quiet)
+    with pytest.raises(Interrupted):
+        train(taught, tmp_path / "parts", device="cpu", log=interrupt_at(3))
+    train(taught, tmp_path / "parts", resume=True, device="cpu", log=quiet)
+    one, other = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert all(0 < row["taught"] < 1 for row in metrics(tmp_path / "whole") if "loss" in row)
+
+
 def test_time_budget_stops_saves_and_can_go_on(config: SftConfig, whole_run: Path, tmp_path: Path) -> None:
     """With no time at all one step is done, and what follows after resuming is the uninterrupted run."""
     run = tmp_path / "run"
@@ -403,6 +415,65 @@ def test_bank_gives_back_what_the_encoder_said(
         assert found.mask[n, : len(alone)].all()
         assert (found.states[n, : len(alone)] - alone).abs().max() <= 0.02 * alone.abs().max()
         assert not found.states[n, len(alone) :].any()
+
+
+# ------------------------------------------------------------------------------------------------- teacher
+
+
+def test_teacher_sees_the_same_documents_after_other_examples(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Description and examples of the task, never one with the document's input; then the input and its answer."""
+    plain, taught = make_batches(tiny_tokenizer), make_batches(tiny_tokenizer, teacher_tokens=230, shots=2)
+    twin = Example("twin", taught.pools[0].examples[0].input, ("twin's",))
+    taught.pools = [replace(pool, examples=(*pool.examples[:7], twin)) for pool in taught.pools]
+    plain.pools = taught.pools
+    fitting = missing = 0
+    for step in range(8):
+        batch = taught[step]
+        for ours, theirs in zip(batch[:11], plain[step], strict=False):
+            assert torch.equal(ours, theirs), "a teacher must not change what the student sees"
+        assert batch.teacher_tokens.shape == (4, 230)
+        for row in range(4):
+            pool = taught.pools[taught.task_of_row(step, row)]
+            known = {(e.input.strip(), answer) for e in pool.examples for answer in e.outputs}
+            text = taught.texts[batch.descriptions[row]]
+            for number in range(int(batch.documents[row].max()) + 1):
+                own = batch.label_documents[row] == number
+                shown = batch.teacher_tokens[row][batch.teacher_documents[row] == number]
+                if not len(shown):
+                    assert not batch.teacher_weights[row][own].any()
+                    missing += 1
+                    continue
+                assert torch.equal(batch.teacher_weights[row][own], batch.weights[row][own])
+                labels = batch.labels[row][own]
+                places = batch.teacher_label_positions[row][own]
+                assert torch.equal(batch.teacher_tokens[row][places[1:]], labels[:-1])
+                assert batch.teacher_documents[row][places].unique().tolist() == [number]
+                place = batch.teacher_positions[row][batch.teacher_documents[row] == number]
+                assert place.tolist() == list(range(len(shown)))
+                assert batch.teacher_positions[row][places[0]] == len(shown) - len(labels)
+                written = tiny_tokenizer.decode(shown).removeprefix(f"<s><user>{text}\n\n")
+                turns = [turn.split("\n<assistant>") for turn in written.split("<user>")]
+                student = documents_of(batch, tiny_tokenizer, row)[number]
+                assert student.endswith("\n<assistant>".join(turns[-1]))
+                before = [(question, answer.removesuffix("\n")) for question, answer in turns[:-1]]
+                assert len(before) == 2 and set(before) <= known
+                assert len({question for question, _ in (*before, turns[-1])}) == 3
+                fitting += 1
+    assert fitting > 20 < 4 * missing
+
+
+def test_teacher_is_shown_training_examples_alone(config: SftConfig, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    taught = shorter(config, distill=1.0, teacher_tokens=400, distill_shots=4)
+    data = prepare_data(taught, tiny_tokenizer, lambda texts: [len(text) for text in texts])
+    held_out = [texts[-1] for texts in ANSWERS.values()]
+    for step in range(10):
+        batch = data.train[step]
+        assert batch.teacher_weights.sum() > 0.5
+        text = tiny_tokenizer.decode(batch.teacher_tokens.flatten())
+        assert "Is it 3" in text and "Is it 2" not in text
+        assert not any(description in text for description in held_out)
+    assert not data.judged["seen/adapter"][0].teacher_tokens.numel()
+    assert not prepare_data(config, tiny_tokenizer, lengths).train[0].teacher_tokens.numel()
 
 
 # ------------------------------------------------------------------------------- another task's description
@@ -733,7 +804,7 @@ def test_label_smoothing_is_torchs_and_only_in_training(
     with torch.no_grad():
         learning = trainer.forward(batch, batch.descriptions, batch.partners, learning=True)[0]
         judging = trainer.forward(batch, batch.descriptions, batch.partners, learning=False)[0]
-        expected, _, lora = plain.forward(batch, batch.descriptions, batch.partners, learning=True)
+        expected, _, lora, _ = plain.forward(batch, batch.descriptions, batch.partners, learning=True)
     assert torch.equal(judging, expected)
     with torch.no_grad():
         row, own = 0, batch.label_documents[0] == 0
@@ -748,6 +819,71 @@ def test_label_smoothing_is_torchs_and_only_in_training(
 
 def trainer_spec(trainer: Trainer) -> AdapterSpec:
     return AdapterSpec.from_config(trainer.base.config, trainer.config.base, trainer.config.lora)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.5])
+@pytest.mark.parametrize("teacher", ["offset", "base"])
+def test_distilled_loss_is_the_divergence_document_by_document(
+    teacher: str, contrast: float, make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    """Each document alone: the student under its row's adapter, the teacher on its longer prompt."""
+    without = shorter(still, contrast=contrast)
+    settings = {"distill": 0.7, "distill_temperature": 2.0, "distill_shots": 2, "teacher_tokens": 200}
+    config = shorter(without, **settings, distill_teacher=teacher)
+    data, batch = prepared(config)
+    trainer = make_trainer(config, own_base, data)
+    plain = make_trainer(without, make_base(own_base.config), data)
+    spec, hypernet = trainer_spec(trainer), trainer.hypernet
+    students = trainer.adapters(batch.descriptions, batch.partners, learning=True).unbind()
+    offset = LoraTensors(*hypernet.offset(), hypernet.scaling)
+
+    def log_probabilities(tokens: torch.Tensor, number: int, lora: LoraTensors | None) -> torch.Tensor:
+        base = make_base(own_base.config)
+        with nullcontext() if lora is None else applied(base, Adapter(lora, spec, "", {})):
+            return (base(tokens[None]).logits[0, -number:] / 2.0).log_softmax(-1)
+
+    expected, rows = 0.0, []
+    with torch.no_grad():
+        for row in range(4):
+            found = 0.0
+            for number in range(int(batch.documents[row].max()) + 1):
+                labels = int((batch.label_documents[row] == number).sum())
+                longer = batch.teacher_tokens[row][batch.teacher_documents[row] == number]
+                rows.append(len(longer) > 0)
+                if rows[-1]:
+                    own = log_probabilities(batch.tokens[row][batch.documents[row] == number], labels, students[row])
+                    theirs = log_probabilities(longer, labels, offset if teacher == "offset" else None)
+                    found += (theirs.exp() * (theirs - own)).sum(-1).mean().item() * 2.0**2
+            expected += found / (int(batch.documents[row].max()) + 1) / 4
+    assert any(rows) and not all(rows)
+    assert (trainer.loss(batch) - plain.loss(batch)).item() == pytest.approx(0.7 * expected, rel=1e-4)
+    assert expected > 0.1
+
+
+def test_only_the_student_learns_from_the_difference(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is that of a teacher whose weights are constants; without one there is no second pass at all."""
+    config = shorter(still, distill=1.0, teacher_tokens=200)
+    data, batch = prepared(config)
+    trainer = make_trainer(config, own_base, data)
+    teacher = trainer.teacher(batch)
+    constant = teacher._replace(lora=teacher.lora.map(lambda x: x.detach().clone()))
+
+    def gradients(trainer: Trainer) -> list[torch.Tensor]:
+        trainer.hypernet.zero_grad()
+        trainer.loss(batch).backward()
+        return [p.grad for p in trainer.hypernet.parameters()]
+
+    found = gradients(trainer)
+    monkeypatch.setattr(trainer, "teacher", lambda _: constant)
+    assert all(torch.equal(x, y) for x, y in zip(found, gradients(trainer), strict=True))
+    assert all(p.grad is None for p in trainer.base.parameters())
+    calls, plain = [], make_trainer(still, make_base(own_base.config), data)
+    plain.base.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    without = gradients(plain)
+    assert len(calls) == 1
+    assert any((x - y).abs().max() > 1e-3 for x, y in zip(found, without, strict=True))
 
 
 def test_l2_is_the_mean_square_of_what_is_written(
@@ -856,21 +992,26 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks at it
-@pytest.mark.parametrize(("checkpointing", "contrast"), [(False, 1.0), (True, 0.0)])
+@pytest.mark.parametrize(
+    ("checkpointing", "contrast", "distill"), [(False, 1.0, 0.0), (True, 0.0, 0.0), (True, 1.0, 1.0)]
+)
 def test_compiled_step_is_the_same_step(
     checkpointing: bool,
     contrast: float,
+    distill: float,
     make_trainer: MakeTrainer,
     still: SftConfig,
     own_base: LlamaForCausalLM,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Layers and hypernetwork are traced whole, with nothing left to Python, gradient checkpointing included."""
+    torch.compiler.reset()  # what other tests compiled counts towards a limit
     layer_compile, torch_compile = torch.nn.Module.compile, torch.compile
     plain = {"backend": "aot_eager"}  # graphs are made as ever, but not turned into kernels
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: layer_compile(self, **options | plain))
     monkeypatch.setattr(torch, "compile", lambda f, **options: torch_compile(f, **options | plain))
     config = shorter(still, contrast=contrast, label_smoothing=0.1, gradient_checkpointing=checkpointing)
+    config = shorter(config, distill=distill, teacher_tokens=200)
     data, batch = prepared(config)
     gradients = []
     for compile_ in (False, True):

@@ -5,6 +5,7 @@ once. Results go to standard output, everything else to standard error. Exit cod
 says why; T2L_DEBUG=1 shows the traceback), 2 wrong use, 130 interrupted.
 """
 
+import os
 import sys
 from typing import Annotated
 
@@ -19,6 +20,9 @@ __all__ = ["adapters", "app", "data", "eval", "inspect", "library", "main", "tra
 
 def main() -> None:
     """Entry point of `t2l`."""
+    # Read when torch is loaded. Its threads otherwise wait for one another in a loop, and where other programs want the
+    # cores too, a step spends four times the work in these loops.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="t2l")
     except KeyboardInterrupt:

@@ -4,7 +4,9 @@ Each row of a batch is one task with one description; several of the task's exam
 another, kept apart by document numbers, until the row's tokens or its answer tokens are used up. All shapes are
 static, so a compiled step compiles once. Knows tasks and tokenizers; knows no models.
 
-Shape letters: B rows (tasks), T tokens of a row, A answer tokens of a row.
+Beside the rows may stand a teacher's: the same documents, each after the description and some other examples.
+
+Shape letters: B rows (tasks), T tokens of a row, S tokens of a teacher's row, A answer tokens of a row.
 """
 
 from collections.abc import Sequence
@@ -23,6 +25,9 @@ from t2l.tasks import Example, Task
 
 CANDIDATES = 6
 """Examples drawn for a row at a time; those that do not fit any more are left out."""
+
+NO_TEACHER = torch.zeros(0)
+"""The teacher's fields of a batch without one."""
 
 
 class Batch(NamedTuple):
@@ -50,6 +55,16 @@ class Batch(NamedTuple):
     """(B,) one more of the row's own task, drawn anew: the same as `descriptions` now and then."""
     skipped: Tensor
     """() examples that were drawn and are too long for any row."""
+    teacher_tokens: Tensor = NO_TEACHER
+    """(B, S)"""
+    teacher_positions: Tensor = NO_TEACHER
+    """(B, S)"""
+    teacher_documents: Tensor = NO_TEACHER
+    """(B, S), numbered as in `documents`; one that does not fit is left out."""
+    teacher_label_positions: Tensor = NO_TEACHER
+    """(B, A) where the teacher's row has the same labels."""
+    teacher_weights: Tensor = NO_TEACHER
+    """(B, A) `weights`, 0 for documents that the teacher's row does not hold."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,8 @@ class Batches(Dataset):
         seed: Seed of the run.
         by_category: Whether each category comes equally often, rather than each task.
         one_example: Whether a row holds a single example, because its adapter is written from that example's input.
+        teacher_tokens: S; 0 for no teacher's rows.
+        shots: Examples that a teacher's document shows before its own input, none with that input.
 
     Raises:
         DataError: if the tokenizer has no way to end an answer.
@@ -103,10 +120,13 @@ class Batches(Dataset):
         seed: int,
         by_category: bool = False,
         one_example: bool = False,
+        teacher_tokens: int = 0,
+        shots: int = 0,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
+        self.teacher_tokens, self.shots = teacher_tokens, shots
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
         self.groups = [list(range(len(self.pools)))]
@@ -151,15 +171,15 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> Batch:
         """Builds the batch of a step."""
         rng, second = np.random.default_rng((self.seed, 0, step)), np.random.default_rng((self.seed, 2, step))
-        shape, answers = (self.rows, self.tokens), (self.rows, self.answer_tokens)
-        tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        documents = np.full(shape, -1, np.int64)
-        label_positions, labels = np.zeros(answers, np.int64), np.zeros(answers, np.int64)
-        label_documents, weights = np.full(answers, -1, np.int64), np.zeros(answers, np.float32)
+        answers = (self.rows, self.answer_tokens)
+        laid = _Rows(self.rows, self.tokens, self.answer_tokens)
+        labels, label_documents = np.zeros(answers, np.int64), np.full(answers, -1, np.int64)
+        weights = np.zeros(answers, np.float32)
         tasks = [self.task_of_row(step, row) for row in range(self.rows)]
         others = [self._other(task, second) for task in tasks]
         partners = [int(second.choice(self.pools[task].readable)) for task in tasks]
-        used, used_answers, count = [0] * self.rows, [0] * self.rows, [0] * self.rows
+        used_answers, count = [0] * self.rows, [0] * self.rows
+        taught: list[_Document] = []
         skipped = 0
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
@@ -182,20 +202,19 @@ class Batches(Dataset):
                 if length > self.tokens or len(answer) > self.answer_tokens:
                     skipped += 1
                     continue
-                start, label = used[row], used_answers[row]
-                end, label_end = start + length, label + len(answer)
-                if end > self.tokens or label_end > self.answer_tokens or (self.one_example and count[row]):
+                label = used_answers[row]
+                label_end = label + len(answer)
+                full = laid.used[row] + length > self.tokens or label_end > self.answer_tokens
+                if full or (self.one_example and count[row]):
                     continue
                 if self.one_example:
                     chosen[row] = pools[row].reads[pick]
-                tokens[row, start:end] = question + answer[:-1]
-                positions[row, start:end] = np.arange(length)
-                documents[row, start:end] = count[row]
-                label_positions[row, label:label_end] = np.arange(start + len(question) - 1, end)
+                laid.put(row, count[row], question, answer, label)
+                taught.append(_Document(row, count[row], int(pick), answer, label))
                 labels[row, label:label_end] = answer
                 label_documents[row, label:label_end] = count[row]
                 weights[row, label:label_end] = 1 / len(answer)
-                used[row], used_answers[row], count[row] = end, label_end, count[row] + 1
+                used_answers[row], count[row] = label_end, count[row] + 1
             left = {row: picks for row, picks in left.items() if picks and not count[row]}
         filled = np.array(count)
         if not filled.any():
@@ -204,9 +223,46 @@ class Batches(Dataset):
                 "answer tokens; raise train.sequence_tokens or train.answer_tokens"
             )
         weights /= np.maximum(filled, 1)[:, None] * (filled > 0).sum()
-        arrays = (tokens, positions, documents, label_positions, labels, label_documents, weights)
+        arrays = map(torch.from_numpy, (*laid.arrays, labels, label_documents, weights))
         texts = map(torch.tensor, (chosen, others, partners))
-        return Batch._make([*map(torch.from_numpy, arrays), *texts, torch.tensor(skipped)])
+        teacher = self._teacher(step, taught, pools, shown, weights) if self.teacher_tokens else [NO_TEACHER] * 5
+        return Batch._make([*arrays, *texts, torch.tensor(skipped), *teacher])
+
+    def _teacher(
+        self, step: int, documents: list["_Document"], pools: list[Pool], shown: list[int], weights: np.ndarray
+    ) -> list[Tensor]:
+        """The teacher's fields of a batch."""
+        rng = np.random.default_rng((self.seed, 5, step))
+        prompt = PromptConfig(description_in_prompt=True)
+        rendered = [
+            render(
+                self.tokenizer,
+                self.texts[shown[d.row]],
+                pools[d.row].examples[d.pick].input,
+                prompt,
+                examples=self._shown_before(pools[d.row].examples, d.pick, rng),
+            )
+            for d in documents
+        ]
+        laid = _Rows(self.rows, self.teacher_tokens, self.answer_tokens)
+        fits = np.zeros_like(weights)
+        for d, question in zip(documents, token_ids(self.tokenizer, rendered), strict=True):
+            if laid.used[d.row] + len(question) + len(d.answer) - 1 <= self.teacher_tokens:
+                laid.put(d.row, d.number, question, d.answer, d.label)
+                fits[d.row, d.label : d.label + len(d.answer)] = 1
+        return list(map(torch.from_numpy, (*laid.arrays, weights * fits)))
+
+    def _shown_before(self, examples: Sequence[Example], pick: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Other examples' inputs and answers, no input twice; fewer than `shots` where the task has no more."""
+        inputs, found = {examples[pick].input.strip()}, list[tuple[str, str]]()
+        for number in rng.permutation(len(examples)):
+            if len(found) == self.shots:
+                break
+            other = examples[number]
+            if other.input.strip() not in inputs:
+                inputs.add(other.input.strip())
+                found.append((other.input, other.outputs[int(rng.integers(len(other.outputs)))]))
+        return found
 
     def loader(self, steps: range, *, workers: int, pin: bool) -> DataLoader:
         """The batches of `steps` in order, built ahead of time by worker processes."""
@@ -221,6 +277,43 @@ class Batches(Dataset):
             generator=torch.Generator(),
             worker_init_fn=_quiet_worker if workers else None,
         )
+
+
+class _Document(NamedTuple):
+    """Where a batch has a document."""
+
+    row: int
+    number: int
+    pick: int
+    """Its example's place in the task."""
+    answer: list[int]
+    label: int
+    """Where its answer's tokens begin among the row's."""
+
+
+class _Rows:
+    """Rows that documents are laid into one after another."""
+
+    def __init__(self, rows: int, tokens: int, answer_tokens: int) -> None:
+        self.tokens, self.positions = np.zeros((rows, tokens), np.int64), np.zeros((rows, tokens), np.int64)
+        self.documents = np.full((rows, tokens), -1, np.int64)
+        self.label_positions = np.zeros((rows, answer_tokens), np.int64)
+        self.used = [0] * rows
+
+    def put(self, row: int, number: int, question: list[int], answer: list[int], label: int) -> None:
+        """Adds a document; the last answer token is only ever a label."""
+        start = self.used[row]
+        end = start + len(question) + len(answer) - 1
+        self.tokens[row, start:end] = question + answer[:-1]
+        self.positions[row, start:end] = np.arange(end - start)
+        self.documents[row, start:end] = number
+        self.label_positions[row, label : label + len(answer)] = np.arange(start + len(question) - 1, end)
+        self.used[row] = end
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """As in `Batch`: tokens, positions, documents, label positions."""
+        return self.tokens, self.positions, self.documents, self.label_positions
 
 
 def _quiet_worker(_: int) -> None:

@@ -114,7 +114,8 @@ class Scored:
                 packed = [(self.documents[name], found) for _, name, found in chunk]
                 rows = pack(packed, **sizes, groups=[0] * len(chunk)).to(device)
                 used = lora.select(torch.tensor([n for n, *_ in chunk], device=device))
-                loss, hit, _ = document_scores(*function(*rows[:5], used.a, used.b, used.scaling), rows)
+                by_token = function(*rows[:5], used.a, used.b, used.scaling)
+                loss, hit, _ = document_scores(by_token[0], by_token[1], rows)
                 for (_, name, found), values, hits in zip(chunk, loss.float().tolist(), hit.tolist(), strict=True):
                     answers[name] |= {d: (values[i], int(hits[i])) for i, d in enumerate(found)}
         result = []

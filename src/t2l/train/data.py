@@ -183,7 +183,9 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             task.name, examples, tuple(place[t] for t in allowed), tuple(read[key] for key in keys), task.category
         )
 
-    def batches(pools: list[Pool], *, in_prompt: float, seed: int, by_category: bool = False) -> Batches:
+    def batches(
+        pools: list[Pool], *, in_prompt: float, seed: int, by_category: bool = False, teacher_tokens: int = 0
+    ) -> Batches:
         return Batches(
             pools,
             descriptions,
@@ -195,6 +197,8 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             seed=seed,
             by_category=by_category,
             one_example=config.reads == "input",
+            teacher_tokens=teacher_tokens,
+            shots=config.train.distill_shots,
         )
 
     kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
@@ -204,6 +208,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         in_prompt=share,
         seed=config.seed,
         by_category=config.data.by_category,
+        teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
     )
     suites = {
         "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],

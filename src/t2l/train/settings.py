@@ -71,6 +71,19 @@ class TrainConfig:
     should cost `contrast_margin` more than with the right one. Doubles the rows of a step."""
     contrast_margin: float = 2.0
     """In nats per answer token."""
+    distill: float = 0.0
+    """Weight of the divergence KL(teacher, student) at the answers' tokens. The teacher is the frozen base with the
+    description and some examples in its prompt."""
+    distill_teacher: Literal["offset", "base"] = "offset"
+    """Whether the teacher bears the offset as it is at that step, without a description's change, or nothing: a small
+    base by itself cannot do most tasks even with examples."""
+    distill_shots: int = 3
+    """Other training examples of the task that a teacher's prompt shows."""
+    distill_temperature: float = 1.0
+    """Softens both distributions; the divergence is scaled by its square (arXiv 1503.02531)."""
+    teacher_tokens: int = 1536
+    """Tokens of a teacher's row. A document that does not fit into it is learnt from its answer alone; `taught` among
+    the numbers of a run is the share that does fit."""
     l2: float = 0.0
     """Weight of the mean square of the written A plus that of B (the reference: 1e-3)."""
     label_smoothing: float = 0.0
@@ -112,6 +125,7 @@ class TrainConfig:
             "steps",
             "tasks_per_step",
             "patience",
+            "teacher_tokens",
             "log_every",
             "evaluate_every",
             "evaluate_batches",
@@ -124,9 +138,11 @@ class TrainConfig:
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("contrast", "l2", "neftune_alpha", "encoding_noise", "weight_decay"):
+        for name in ("contrast", "distill", "distill_shots", "l2", "neftune_alpha", "encoding_noise", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}")
+        if self.distill_temperature <= 0:
+            raise ConfigError(f"train.distill_temperature must be above 0, got {self.distill_temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +186,8 @@ class SftConfig:
                 raise ConfigError("method 'full' starts from the base; train.start_from names a checkpoint of adapters")
             if train.l2:
                 raise ConfigError("method 'full' writes no adapters that train.l2 could keep small")
+            if train.distill:
+                raise ConfigError("method 'full' trains the base, which train.distill needs frozen as the teacher")
         if self.blind:
             reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,23 @@ COMMITMENT = 0.25
 # -------------------------------------------------------------------------------------------------- one step
 
 
-def answer_losses(
-    base: Any, slots: LiveAdapters, *, keep: bool = False, fuse: bool = False
-) -> Callable[..., tuple[Tensor, Tensor]]:
+class Teacher(NamedTuple):
+    """Who the student is to answer like: the base on rows that show it more, without a gradient."""
+
+    tokens: Tensor
+    """(B, S), and so on as in `Batch`; the student may have more rows than these."""
+    positions: Tensor
+    documents: Tensor
+    label_positions: Tensor
+    lora: LoraTensors | None
+    """A single adapter for all rows, or none."""
+    temperature: float
+
+
+def answer_losses(base: Any, slots: LiveAdapters, *, keep: bool = False, fuse: bool = False) -> Callable[..., Any]:
     """The function from a packed batch under adapters, one a row, to losses and hits, (B, A) each.
+
+    With a teacher it also returns the divergence from it, (B, A) for as many rows as the teacher has.
 
     Args:
         base: The base model.
@@ -68,19 +81,15 @@ def answer_losses(
     """
     measure = torch.compile(_losses_and_hits, dynamic=False) if fuse else _losses_and_hits
 
-    def function(
+    def answer_states(
         tokens: Tensor,
         positions: Tensor,
         documents: Tensor,
         label_positions: Tensor,
-        labels: Tensor,
-        a: tuple[Tensor, ...],
-        b: tuple[Tensor, ...],
-        scaling: float,
+        lora: LoraTensors | None,
         noise: Tensor | None = None,
-        smoothing: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        slots.lora = LoraTensors(a, b, scaling) if a else None
+    ) -> Tensor:
+        slots.lora = lora
         embedded = base.get_input_embeddings()(tokens)
         if noise is not None:
             embedded = embedded + noise.to(embedded.dtype)
@@ -93,20 +102,50 @@ def answer_losses(
         if not keep:
             slots.lora = None
         # Only answer tokens meet the vocabulary.
-        index = label_positions[..., None].expand(-1, -1, hidden.shape[-1])
-        return measure(base.lm_head, hidden.gather(1, index), labels, smoothing)
+        return hidden.gather(1, label_positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def function(
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        label_positions: Tensor,
+        labels: Tensor,
+        a: tuple[Tensor, ...],
+        b: tuple[Tensor, ...],
+        scaling: float,
+        noise: Tensor | None = None,
+        smoothing: Tensor | None = None,
+        teacher: Teacher | None = None,
+    ) -> tuple[Tensor, ...]:
+        taught: tuple[Any, ...] = ()
+        if teacher is not None:  # first, for the student's adapters may have to stay where they are
+            with torch.no_grad():
+                taught = answer_states(*teacher[:5]), teacher.temperature
+        lora = LoraTensors(a, b, scaling) if a else None
+        hidden = answer_states(tokens, positions, documents, label_positions, lora, noise)
+        return measure(base.lm_head, hidden, labels, smoothing, *taught)
 
     return function
 
 
 def _losses_and_hits(
-    lm_head: nn.Module, hidden: Tensor, labels: Tensor, smoothing: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    lm_head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    smoothing: Tensor | None,
+    told: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, ...]:
     logits = lm_head(hidden).float()
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     if smoothing is not None:
         losses = torch.lerp(losses, logits.logsumexp(-1) - logits.mean(-1), smoothing)
-    return losses, logits.argmax(-1) == labels
+    hits = logits.argmax(-1) == labels
+    if told is None:
+        return losses, hits
+    own, theirs = (F.log_softmax(x / temperature, -1) for x in (logits[: len(told)], lm_head(told).float()))
+    divergence = F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1)
+    return losses, hits, divergence * temperature**2
 
 
 def neftune_noise(documents: Tensor, width: int, alpha: float) -> Tensor:
@@ -135,7 +174,7 @@ class Trainer:
     """None where the base's own weights are trained."""
     write: Callable[[Tensor, Tensor | None, Tensor | None], LoraTensors]
     """The hypernetwork, compiled or not."""
-    losses: Callable[..., tuple[Tensor, Tensor]]
+    losses: Callable[..., tuple[Tensor, ...]]
     bank: DescriptionBank | None
     """None where nothing is read."""
     optimizer: torch.optim.Optimizer
@@ -179,8 +218,11 @@ class Trainer:
 
     def forward(
         self, batch: Batch, read: Tensor, partners: Tensor, *, learning: bool
-    ) -> tuple[Tensor, Tensor, LoraTensors]:
-        """Losses and hits, (B, A) each, of a batch under the adapters written from `read` (B,); and these."""
+    ) -> tuple[Tensor, Tensor, LoraTensors, Tensor | None]:
+        """Losses and hits, (B, A) each, of a batch under the adapters written from `read` (B,); and these.
+
+        In training, also the divergence from the teacher, if there is one.
+        """
         train, noise, smoothing = self.config.train, None, None
         if train.neftune_alpha:  # zeros when judging, so that there is one compiled function
             width = self.base.get_input_embeddings().embedding_dim
@@ -189,38 +231,53 @@ class Trainer:
             smoothing = torch.full((), train.label_smoothing if learning else 0.0, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             lora = self.adapters(read, partners, learning=learning)
-            losses, hits = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing)
-        return losses, hits, lora
+            teacher = self.teacher(batch) if learning and train.distill else None
+            losses, hits, *rest = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing, teacher)
+        return losses, hits, lora, rest[0] if rest else None
+
+    def teacher(self, batch: Batch) -> Teacher:
+        """The base under the offset as it is now, or by itself, on the teacher's rows."""
+        lora = None
+        if self.config.train.distill_teacher == "offset":
+            assert self.hypernet is not None, "settings refuse a teacher where the base is trained"
+            a, b = self.hypernet.offset()
+            lora = LoraTensors(a, b, self.hypernet.scaling)
+        rows = (batch.teacher_tokens, batch.teacher_positions, batch.teacher_documents, batch.teacher_label_positions)
+        return Teacher(*rows, lora, self.config.train.distill_temperature)
 
     def compare(
         self, batch: Batch, *, learning: bool
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], LoraTensors]:
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], LoraTensors, Tensor | None]:
         """`forward` with the right and with another task's descriptions; the prompts are the same in both.
 
-        One pass of twice the rows where training does the same, so that there is one compiled shape.
+        One pass of twice the rows where training does the same, so that there is one compiled shape. The teacher has a
+        batch's rows once: it knows what is right only.
         """
         right, other = batch.descriptions, batch.others
         if not self.config.train.contrast:
-            losses, hits, lora = self.forward(batch, right, batch.partners, learning=learning)
-            return (losses, hits), self.forward(batch, other, other, learning=learning)[:2], lora
-        twice = Batch(*(torch.cat([x, x]) if x.dim() else x for x in batch))
+            losses, hits, lora, divergence = self.forward(batch, right, batch.partners, learning=learning)
+            return (losses, hits), self.forward(batch, other, other, learning=learning)[:2], lora, divergence
+        once = {name for name in Batch._fields if name.startswith("teacher_") or name == "skipped"}
+        twice = Batch(**{name: x if name in once else torch.cat([x, x]) for name, x in batch._asdict().items()})
         partners = torch.cat([batch.partners, other])
-        losses, hits, lora = self.forward(twice, torch.cat([right, other]), partners, learning=learning)
+        losses, hits, lora, divergence = self.forward(twice, torch.cat([right, other]), partners, learning=learning)
         (loss, other_loss), (hit, other_hit) = losses.chunk(2), hits.chunk(2)
-        return (loss, hit), (other_loss, other_hit), lora
+        return (loss, hit), (other_loss, other_hit), lora, divergence
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss: mean over rows, over a row's documents, over a document's answer tokens."""
         train = self.config.train
         if not train.contrast:
-            losses, _, lora = self.forward(batch, batch.descriptions, batch.partners, learning=True)
+            losses, _, lora, divergence = self.forward(batch, batch.descriptions, batch.partners, learning=True)
             loss = (losses * batch.weights).sum()
         else:
-            (losses, _), (others, _), lora = self.compare(batch, learning=True)
+            (losses, _), (others, _), lora, divergence = self.compare(batch, learning=True)
             share = batch.weights.sum(1)
             right, wrong = (losses * batch.weights).sum(1), (others * batch.weights).sum(1)
             hinge = F.relu(train.contrast_margin - (wrong - right) / share.clamp_min(1e-12))
             loss = right.sum() + train.contrast * (hinge * share).sum()
+        if divergence is not None:
+            loss = loss + train.distill * (divergence * batch.teacher_weights).sum()
         if train.l2:
             sizes = [x.float().square().mean() for x in (*lora.a, *lora.b)]
             loss = loss + train.l2 * torch.stack(sizes).sum() / len(lora.a)
@@ -296,7 +353,7 @@ def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
         for item in range(number):
             batch = Batch(*(x.to(trainer.device) for x in judged[item]))
             if both:
-                right, wrong, _ = trainer.compare(batch, learning=False)
+                right, wrong, *_ = trainer.compare(batch, learning=False)
                 found = {"right": right, "wrong": wrong}
             else:
                 found = {"right": trainer.forward(batch, batch.descriptions, batch.partners, learning=False)[:2]}
@@ -495,6 +552,7 @@ def _loop(
             pending.clear()
 
     examples = tokens = skipped = 0
+    taught = 0.0
     clock = time.monotonic()
     for step, cpu_batch in enumerate(batches, start=first):
         batch = Batch(*(x.to(device, non_blocking=True) for x in cpu_batch))
@@ -504,6 +562,7 @@ def _loop(
         examples += int(cpu_batch.documents.amax(1).add(1).sum())
         tokens += int((cpu_batch.documents >= 0).sum())
         skipped += int(cpu_batch.skipped)
+        taught += float(cpu_batch.teacher_weights.sum())
         out_of_time = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
         last = out_of_time or progress.step == train.steps
         planned = progress.step % train.evaluate_every == 0 or progress.step == train.steps
@@ -523,8 +582,11 @@ def _loop(
                 "minutes_left": each * (train.steps - progress.step) / 60,
                 "memory_gb": memory_gb(device),
             }
+            if train.distill:
+                row["taught"] = taught / len(losses)
             watch.record(row)
             examples = tokens = skipped = 0
+            taught = 0.0
             losses.clear()
             norms.clear()
             clock = time.monotonic()
@@ -638,7 +700,8 @@ def _token_counts(encoder: Encoder | None, texts: list[str]) -> list[int]:
 def _save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, Any]) -> Path:
     """The trained base as a model folder that any tool reads."""
     with new_folder(folder, overwrite=True) as temporary:
-        base.save_pretrained(temporary)
+        with models.quiet_transformers():
+            base.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         weights_sha256 = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
         record = provenance | {"weights_sha256": weights_sha256}
