@@ -47,7 +47,7 @@ def eval_run(
         typer.Option(min=1, help="Items of each task; 20, and 500 of a benchmark, if absent.", show_default=False),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All items.")] = False,
-    held_out: Annotated[int, typer.Option(min=0, help="seen: last descriptions that training has not read.")] = 4,
+    held_out: Annotated[int, typer.Option(min=0, help="Last descriptions of a task that training has not read.")] = 4,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="In place of each suite's own limit.", show_default=False)
     ] = None,
