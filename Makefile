@@ -15,6 +15,9 @@ export T2L_DATA := $(abspath ../shared/data)
 endif
 endif
 
+# Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help setup models demo test test-full lint clean
 
 help:
