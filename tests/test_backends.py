@@ -18,14 +18,17 @@ import pytest
 import torch
 from conftest import random_lora
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
 from t2l import peft_io
 from t2l.apply import applied
+from t2l.cli import app
 from t2l.config import LoraConfig, PromptConfig
 from t2l.endpoint import KEY_VARIABLE, open_endpoint
-from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
-from t2l.eval.backends import Backend, ServerBackend, VLLMBackend, adapter_name
-from t2l.generate import Adapter
+from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, DownloadError
+from t2l.eval import answers, rows, suites
+from t2l.eval.backends import Backend, Facts, ServerBackend, VLLMBackend, adapter_name
+from t2l.generate import Adapter, TextToLora
 from t2l.lora import LoraTensors
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
@@ -165,7 +168,7 @@ def vllm(
     spec: AdapterSpec,
 ) -> type[LLM]:
     module, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
-    vars(module).update(LLM=LLM, SamplingParams=SamplingParams)
+    vars(module).update(LLM=LLM, SamplingParams=SamplingParams, __version__="0.0")
     vars(request).update(LoRARequest=LoRARequest)
     for name, made in (("vllm", module), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):
         monkeypatch.setitem(sys.modules, name, made)
@@ -190,6 +193,7 @@ def test_vllm_answers_each_prompt_under_its_adapter(
         made: Backend = backend
         found = made.answers(prompts, chosen, 6)
         again = made.answers(prompts[:1], [adapters[2]], 6)
+        facts = made.facts()
         folders = {Path(path).parent for path, _ in vllm.made[0].loaded.values()}
         assert len(folders) == 1 and len(list(folders.pop().iterdir())) == 3  # each adapter is written once
         assert backend.answers([], [], 6) == []
@@ -199,7 +203,8 @@ def test_vllm_answers_each_prompt_under_its_adapter(
     assert again == [greedy(tiny_base, tiny_tokenizer, ids[0], adapters[2], 6)[0]]
     assert len(set(found)) == 5
     engine = vllm.made[0]
-    assert engine.calls == [1, 1, 1, 4, 1]  # the check with and without, the plain prompt, the others, the second call
+    assert engine.calls == [3, 3, 1, 4, 1]  # the check with and without, the plain prompt, the others, the second call
+    assert facts == Facts(name="vllm", dtype="float32", device=facts.device, versions={"vllm": "0.0"})
     assert engine.engine["max_lora_rank"] == 8 and engine.engine["enable_prefix_caching"] is False
     assert engine.dtype == "float32" and Path(engine.folder) == base_folder
     assert not any(Path(path).exists() for path, _ in engine.loaded.values())
@@ -307,6 +312,8 @@ class Server:
         if path == "/v1/models":
             spelt = [f"base:{name}" if self.kind == "sglang" else name for name in self.names]
             return 200, {"object": "list", "data": [{"id": name} for name in ["base", *spelt]]}
+        if path == "/version" and self.kind == "vllm":
+            return 200, {"version": "0.9"}
         if path == "/lora-adapters" and self.kind == "llama.cpp":
             return 200, [{"id": i, "path": f"/x/{name}.gguf", "scale": 1.0} for i, name in enumerate(self.names)]
         if path == {"vllm": "/v1/load_lora_adapter", "sglang": "/load_lora_adapter"}.get(self.kind):
@@ -378,9 +385,9 @@ def test_each_request_names_its_adapter(
     assert backend.answers([], [], 7) == []
     gets = [path for path, body in server.requests if body is None]
     assert gets == ["/lora-adapters" if kind == "llama.cpp" else "/v1/models"]
-    assert len(server.completions()) == 22  # the first adapter was compared with the base, once
+    assert len(server.completions()) == 20 + 3 * 2  # each adapter was compared with the base, once
     assert backend.answers(["z"], adapters[2:], 1) == [f"{adapter_name(adapters[2])}|z|1"]
-    assert len(server.completions()) == 23
+    assert len(server.completions()) == 27
     with pytest.raises(ConfigError, match=rf"serves no adapter {adapter_name(empty(spec))}; .* it has: .*other"):
         backend.answers(["a"], [empty(spec)], 7)
 
@@ -518,3 +525,184 @@ def test_settings_that_cannot_be() -> None:
         ServerBackend(endpoint, concurrency=0)
     with pytest.raises(ConfigError, match=r"llama\.cpp loads adapters when it starts"):
         ServerBackend(endpoint, server="llama.cpp", folder=Path("x"))
+
+
+# ----------------------------------------------------------------------------------------------------- a whole run
+
+ROWS = "base,base+description,t2l,t2l+description,t2l-wrong"
+WORDS = {"reverse": "Write the word backwards.", "upper": "Write the word in capital letters."}
+
+
+@pytest.fixture(scope="module")
+def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tasks") / "words.jsonl"
+    lines = [
+        {"task": name, "description": text, "input": word, "output": word.upper(), "split": "test"}
+        for name, text in WORDS.items()
+        for word in ("abc", "ten", "star")
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l"))
+
+
+@pytest.fixture
+def eval_run(tasks_file: Path, checkpoint: str) -> Callable[..., Any]:
+    def call(out: Path, *more: Any) -> Any:
+        common = ("--suite", tasks_file, "--checkpoint", checkpoint, "--out", out, "--device", "cpu", "--seeds", "0")
+        return CliRunner().invoke(app, ["eval", "run", *map(str, (*common, "--max-new-tokens", 5, *more))])
+
+    return call
+
+
+def of_server(server: Server, folder: Path, *more: Any) -> tuple[Any, ...]:
+    return "--backend", server.url, "--served-model", "base", "--adapter-folder", folder, "--batch-tokens", 1, *more
+
+
+def test_a_run_asks_the_server_under_each_rows_adapter(
+    make_server: Callable[[str], Server],
+    eval_run: Callable[..., Any],
+    tasks_file: Path,
+    checkpoint: str,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    server, out = make_server("vllm"), tmp_path / "answers.jsonl"
+    result = eval_run(out, *of_server(server, tmp_path / "shared", "--rows", f"{ROWS},arrow"))
+    assert result.exit_code == 0, result.output
+    file = answers.read(out)
+    t2l = TextToLora.from_pretrained(checkpoint)
+    loaded = {name: peft_io.load_adapter(tmp_path / "shared" / name, t2l.spec) for name in server.names}
+    assert len(loaded) == 2  # the two tasks are each other's wrong ones
+    said = {answers.key_of(line): line for line in file.lines}
+    questions = suites.questions(suites.load_suite(str(tasks_file), per_task=None), [0])
+    assert len(said) == 6 * 5 and len(questions) == 6
+    for question in questions:
+        for name in ROWS.split(","):
+            row = rows.ROWS[name]
+            text = {"t2l": question.description, "t2l-wrong": question.wrong_descriptions[0]}.get(row.adapter)
+            line = said[question.task.suite, name, 0, question.task.name, question.item.id]
+            adapter, _, rest = line["answer"].partition("|")
+            assert rest == f"{rows.prompt_of(row, question, tiny_tokenizer)}|5"
+            if text is None:
+                assert (adapter, line["adapter"]) == ("None", None)
+                continue
+            (expected,) = t2l.generate([text])
+            assert torch.allclose(loaded[adapter].a[0], expected.lora.a[0], atol=1e-6)
+            assert torch.allclose(loaded[adapter].b[1], expected.lora.b[1], atol=1e-6)
+            assert line["adapter"] == rows.short_hash(f"{t2l.config.weights_sha256}/text/{text}")
+    facts = {name: file.header[name] for name in ("backend", "served_model", "dtype", "device")}
+    server_facts = {"backend": "server (vllm)", "served_model": "base", "dtype": "not stated", "device": "server"}
+    assert facts == server_facts
+    assert file.header["versions"]["vllm"] == "0.9"
+    assert "arrow" in file.header["left_out"] and "row arrow is left out: it needs the base" in result.output
+    assert server.url not in out.read_text()
+
+
+def test_a_run_that_the_server_broke_off_goes_on(
+    make_server: Callable[[str], Server], eval_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, server, out = tmp_path / "whole.jsonl", make_server("vllm"), tmp_path / "answers.jsonl"
+    assert eval_run(whole, *of_server(server, tmp_path / "shared", "--rows", ROWS)).exit_code == 0
+    everything = len(server.completions())
+
+    def refuses(handler: BaseHTTPRequestHandler) -> bool:
+        return send(handler, 400, "no more")
+
+    second = make_server("vllm")
+    second.trouble = [lambda _: False] * 19 + [refuses]
+    result = eval_run(out, *of_server(second, tmp_path / "shared", "--rows", ROWS))
+    assert result.exit_code == 1 and "HTTP 400: no more" in result.output
+    kept = out.read_bytes()
+    before = len(answers.read(out).lines)
+    assert 0 < before < 30
+    assert eval_run(out, *of_server(second, tmp_path / "shared", "--rows", ROWS)).exit_code == 0
+    assert out.read_bytes().startswith(kept)
+    found = [{answers.key_of(line): line for line in answers.read(path).lines} for path in (out, whole)]
+    assert found[0] == found[1]
+    # Of the second attempt, what is asked twice is the refused request and the comparisons of two adapters.
+    assert len(second.completions()) <= everything + 1 + 2 * 2
+    for change, message in (
+        (("--backend", "transformers"), "backend 'server (vllm)'; this one has 'transformers'"),
+        (of_server(make_server("sglang"), tmp_path / "shared", "--server", "sglang"), "this one has 'server (sglang)'"),
+    ):
+        done = out.read_bytes()
+        result = eval_run(out, "--rows", ROWS, *change)
+        assert result.exit_code == 1 and message in " ".join(result.output.split())
+        assert out.read_bytes() == done
+
+
+def test_a_run_on_a_server_that_ignores_adapters_is_an_error(
+    make_server: Callable[[str], Server], eval_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    server, out = make_server("vllm"), tmp_path / "answers.jsonl"
+    server.deaf = True
+    result = eval_run(out, *of_server(server, tmp_path / "shared", "--rows", ROWS))
+    assert result.exit_code == 1 and "gives the same log-probabilities with adapter t2l-" in result.output
+    assert {line["row"] for line in answers.read(out).lines} == {"base", "base+description"}
+
+
+def test_each_adapter_is_compared_not_the_first_alone(
+    make_server: Callable[[str], Server], adapters: list[Adapter]
+) -> None:
+    server = make_server("vllm")
+    server.names = [adapter_name(adapter) for adapter in adapters]
+    backend = ServerBackend(open_endpoint(server.url, "base"))
+    backend.answers(["a"], [adapters[0]], 1)
+    server.deaf = True
+    assert backend.answers(["a"], [adapters[0]], 1) == ["None|a|1"]  # known to work
+    with pytest.raises(AdapterNotAppliedError, match=adapter_name(adapters[1])):
+        backend.answers(["a", "a"], [adapters[0], adapters[1]], 1)
+
+
+def test_a_run_with_vllm_is_that_with_transformers(
+    vllm: type[LLM], eval_run: Callable[..., Any], checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LLM, "spec", TextToLora.from_pretrained(checkpoint).spec)
+    files = []
+    for name in ("transformers", "vllm"):
+        result = eval_run(tmp_path / f"{name}.jsonl", "--rows", ROWS, "--backend", name)
+        assert result.exit_code == 0, result.output
+        files.append(answers.read(tmp_path / f"{name}.jsonl"))
+    one, other = ({answers.key_of(line): line for line in file.lines} for file in files)
+    assert one == other
+    assert [file.header["backend"] for file in files] == ["transformers", "vllm"]
+    assert [file.header["dtype"] for file in files] == ["float32", "float32"]
+    assert files[1].header["versions"]["vllm"] == "0.0"
+    assert len(vllm.made) == 1 and vllm.made[0].dtype == "float32"
+    with pytest.raises(DataError, match="cannot share a table: backend is 'transformers' in one, 'vllm' in the other"):
+        answers.merge(files)
+
+
+def test_backends_of_a_run_that_cannot_be(
+    make_server: Callable[[str], Server], eval_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    server, out = make_server("vllm"), tmp_path / "answers.jsonl"
+    for arguments, message in (
+        (("--backend", "llama"), "transformers, vllm or an address such as http://localhost:8000, got 'llama'"),
+        (("--backend", server.url), "needs --served-model"),
+        (("--backend", "ftp://x", "--served-model", "base"), "must be an http or https address"),
+        (("--served-model", "base"), "not for --backend transformers"),
+        (("--backend", server.url, "--served-model", "else"), "serves no model else; it has: base"),
+        (("--backend", server.url, "--served-model", "base", "--suite", "likelihood"), "needs --backend transformers"),
+        (("--backend", server.url, "--served-model", "base", "--rows", "arrow"), "No row is left"),
+    ):
+        result = eval_run(out, *arguments)
+        assert (result.exit_code, message in " ".join(result.output.split())) == (1, True), result.output
+        assert not out.exists()
+    result = eval_run(out, "--backend", server.url, "--served-model", "base", "--rows", "t2l")
+    assert result.exit_code == 1 and "serves no adapter t2l-" in result.output  # and no folder to load it from
+
+
+def test_files_from_before_there_was_a_choice_are_of_transformers(eval_run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    assert eval_run(out, "--rows", "base").exit_code == 0
+    file = answers.read(out)
+    header = {name: value for name, value in file.header.items() if name not in ("backend", "served_model")}
+    out.write_text(answers.to_text(header, file.lines[:2]))
+    assert eval_run(out, "--rows", "base").exit_code == 0
+    assert answers.read(out).lines == file.lines

@@ -62,9 +62,13 @@ def open_endpoint(url: str, model: str, *, timeout: float = 120.0) -> Endpoint:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--endpoint must be an http or https address such as http://localhost:8000, got {url!r}")
+        raise ConfigError(
+            f"--endpoint (or --backend) must be an http or https address such as http://localhost:8000, got {url!r}"
+        )
     if parts.username or parts.password or parts.query:
-        raise ConfigError(f"--endpoint must hold no user name, password or query; put the key into {KEY_VARIABLE}")
+        raise ConfigError(
+            f"--endpoint (or --backend) must hold no user name, password or query; put the key into {KEY_VARIABLE}"
+        )
     key = os.environ.get(KEY_VARIABLE, "").strip() or None
     if key is not None and re.fullmatch(r"[!-~]+", key) is None:
         raise ConfigError(f"{KEY_VARIABLE} holds spaces or signs that cannot stand in a header")

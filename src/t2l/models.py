@@ -440,6 +440,24 @@ def load_causal_lm(
     return model.eval()
 
 
+def load_outline(ref: str, *, progress: bool = True) -> PreTrainedModel:
+    """A language model without its weights, on the device `meta`: its configuration and the shapes of its layers.
+
+    Args:
+        ref: A model reference, see `parse`.
+        progress: As in `resolve_config`.
+
+    Raises:
+        T2LError: As in `load_config`.
+    """
+    config = load_config(ref, progress=progress)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _reading(ref, "model"), quiet_transformers(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).requires_grad_(False).eval()
+
+
 @contextlib.contextmanager
 def _reading(ref: str, what: str) -> Iterator[None]:
     """Turn whatever transformers raises on unreadable files into one error that names the model."""

@@ -1,5 +1,6 @@
 """`t2l eval`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,14 @@ from t2l.cli.common import Device, JsonOption, app, print_json, say, try_writing
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Judge adapters against every control.")
 app.add_typer(eval_app, name="eval")
+
+
+class Convention(StrEnum):
+    """How a server addresses adapters."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama.cpp"
 
 
 @eval_app.command("run")
@@ -55,6 +64,17 @@ def eval_run(
         int | None, typer.Option(min=1, help="Tokens of a batch; less if memory runs out.", show_default=False)
     ] = None,
     device: Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME|URL", help="Who answers: transformers, vllm, or an OpenAI-compatible server.")
+    ] = "transformers",
+    served_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The server's name of the base model.", show_default=False)
+    ] = None,
+    server: Annotated[Convention, typer.Option(help="How the server addresses adapters.")] = Convention.vllm,
+    adapter_folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The server sees it; adapters it lacks go there.", show_default=False),
+    ] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run the models' HumanEval and MBPP code in a sandbox.")
     ] = False,
@@ -87,6 +107,10 @@ def eval_run(
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
         device=None if device is None else device.value,
+        backend=backend,
+        served_model=served_model,
+        server=server.value,
+        adapter_folder=adapter_folder,
         allow_code_execution=allow_code_execution,
         check_floor=not skip_floor_check,
     )

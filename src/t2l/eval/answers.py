@@ -14,7 +14,7 @@ from t2l.files import write_text
 FORMAT_VERSION = 2
 Key = tuple[str, str, int, str, str]
 """Suite, row, seed, task and id of an answer."""
-RUN_FACTS = ("base", "base_revision", "dtype", "per_task", "held_out", "max_new_tokens")
+RUN_FACTS = ("base", "base_revision", "backend", "served_model", "dtype", "per_task", "held_out", "max_new_tokens")
 """Equal in all files of one table."""
 SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
 """Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
@@ -57,6 +57,7 @@ def read(path: Path) -> AnswerFile:
             if number == 1:
                 header = line["run"]
                 version = header["format_version"]
+                header.setdefault("backend", "transformers")  # before there was a choice, files did not say it
                 if version != FORMAT_VERSION:
                     raise DataError(f"{path}: format_version is {version}, this version of t2l reads {FORMAT_VERSION}")
             else:

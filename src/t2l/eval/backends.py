@@ -1,4 +1,4 @@
-"""Who answers prompts under adapters: an engine in this process (vLLM) or an OpenAI-compatible server.
+"""Who answers prompts under adapters: Transformers or vLLM in this process, or an OpenAI-compatible server.
 
 Adapters leave as PEFT folders and are addressed by their content, so that no engine can mistake one for another. vLLM
 is imported only where it is chosen. Knows adapters, engines and one HTTP client. Knows no tasks, rows or scores.
@@ -11,13 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
+import torch
+
 from t2l import models, peft_io
 from t2l.apply import HasLora
-from t2l.endpoint import Endpoint, Say, call, choice
+from t2l.endpoint import Endpoint, Say, call, choice, open_endpoint
 from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
+from t2l.eval import decode
 from t2l.prompt import token_ids
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,8 +32,28 @@ SAME = 1e-3
 Server = Literal["vllm", "sglang", "llama.cpp"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is recorded of a backend, because it can change an answer."""
+
+    name: str
+    """`transformers`, `vllm`, or `server (CONVENTION)`."""
+    dtype: str
+    """Type of the base's weights; `not stated` where a server keeps it to itself."""
+    device: str
+    model: str | None = None
+    """A server's name of the base model."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+NOT_STATED = "not stated"
+
+
 class Backend(Protocol):
     """Answers prompts greedily, each under its own adapter or none."""
+
+    def facts(self) -> Facts:
+        """What it is."""
 
     def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
         """The answers, in the order of the prompts, without special tokens, white space as it came.
@@ -46,6 +71,54 @@ def adapter_name(adapter: HasLora) -> str:
     for tensor in (*adapter.lora.a, *adapter.lora.b):
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return f"t2l-{digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def open_backend(
+    which: str,
+    base: tuple[Any, Any],
+    *,
+    reference: str,
+    device: str,
+    rank: int,
+    server: Server = "vllm",
+    served_model: str | None = None,
+    folder: Path | None = None,
+    log: Say = print,
+) -> Iterator[Backend]:
+    """The backend that settings name.
+
+    Args:
+        which: `transformers`, `vllm`, or a server's address.
+        base: The base model, used by Transformers alone, and its tokenizer.
+        reference: Model reference of the base.
+        device: Where vLLM runs; as here, in bfloat16 on a GPU and in float32 elsewhere.
+        rank: Largest rank of the adapters.
+        server: A server's convention.
+        served_model: A server's name of the base model.
+        folder: See `ServerBackend`.
+        log: Receives what the user should know.
+
+    Raises:
+        ConfigError: if settings do not go together, vLLM is absent, or the server does not serve the model.
+        DownloadError: if the server is not there.
+    """
+    if "://" in which:
+        if served_model is None:
+            raise ConfigError(f"--backend {which} needs --served-model, the server's name of the base model")
+        yield ServerBackend(open_endpoint(which, served_model), server=server, folder=folder, say=log)
+        return
+    if served_model is not None or folder is not None:
+        raise ConfigError(f"--served-model and --adapter-folder are for a server's address, not for --backend {which}")
+    if which == "transformers":
+        yield TransformersBackend(*base)
+    elif which == "vllm":
+        # Not all of the GPU's memory: the hypernetwork and its encoder are there too.
+        engine = {"dtype": "bfloat16" if device.startswith("cuda") else "float32", "gpu_memory_utilization": 0.8}
+        with VLLMBackend(reference, rank=rank, engine=engine) as backend:
+            yield backend
+    else:
+        raise ConfigError(f"--backend is transformers, vllm or an address such as http://localhost:8000, got {which!r}")
 
 
 class _Folders:
@@ -98,6 +171,53 @@ def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(inner, f"{place}/{inner.get('token', key) if isinstance(inner, dict) else key}")
 
 
+# -------------------------------------------------------------------------------------------------- Transformers
+
+
+class TransformersBackend:
+    """A model in this process, all adapters of a call in one batch.
+
+    That each adapter changes something is checked where they are made, see `t2l.eval.rows.require_effect`.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def facts(self) -> Facts:
+        """As `Backend.facts`."""
+        parameter = next(self._model.parameters())
+        device = torch.cuda.get_device_name() if parameter.device.type == "cuda" else str(parameter.device)
+        return Facts(name="transformers", dtype=str(parameter.dtype).removeprefix("torch."), device=device)
+
+    def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
+        """As `Backend.answers`.
+
+        Raises:
+            ConfigError: if there are not as many adapters as prompts.
+        """
+        _check(prompts, adapters, max_new_tokens)
+        ids = token_ids(self._tokenizer, list(prompts)) if prompts else []
+        answers = [""] * len(prompts)
+        for plain in (True, False):
+            chosen = [i for i, adapter in enumerate(adapters) if (adapter is None) is plain]
+            present = [adapter for adapter in adapters if adapter is not None]
+            if chosen:
+                said = decode.greedy(
+                    self._model,
+                    self._tokenizer,
+                    [ids[i] for i in chosen],
+                    None if plain else present,
+                    max_new_tokens=max_new_tokens,
+                )
+                for i, text in zip(chosen, said, strict=True):
+                    answers[i] = text
+        return answers
+
+
 # --------------------------------------------------------------------------------------------------------- vLLM
 
 
@@ -130,7 +250,7 @@ class VLLMBackend:
             raise ConfigError(
                 f"This backend needs vLLM, which cannot be imported ({error}): pip install vllm"
             ) from error
-        self._sampling, self._request = vllm.SamplingParams, LoRARequest
+        self._sampling, self._request, self._version = vllm.SamplingParams, LoRARequest, str(vllm.__version__)
         settings: dict[str, Any] = {
             "model": str(models.resolve(base)),
             "enable_lora": True,
@@ -140,11 +260,13 @@ class VLLMBackend:
             "enable_prefix_caching": False,
             "seed": 0,
         }
-        self._engine = vllm.LLM(**(settings | (engine or {})))
+        settings |= engine or {}
+        self._dtype = str(settings.get("dtype", "auto"))
+        self._engine = vllm.LLM(**settings)
         self._temporary = tempfile.TemporaryDirectory(prefix="t2l-vllm-")
         self._folders = _Folders(Path(self._temporary.name))
         self._requests: dict[str, Any] = {}
-        self._checked = False
+        self._checked: set[str] = set()
 
     def __enter__(self) -> "VLLMBackend":
         return self
@@ -156,12 +278,17 @@ class VLLMBackend:
         """Removes the adapters' folders."""
         self._temporary.cleanup()
 
+    def facts(self) -> Facts:
+        """As `Backend.facts`."""
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return Facts(name="vllm", dtype=self._dtype, device=device, versions={"vllm": self._version})
+
     def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
         """As `Backend.answers`.
 
         Raises:
             ConfigError: if there are not as many adapters as prompts.
-            AdapterNotAppliedError: if the first adapter changes no log-probability.
+            AdapterNotAppliedError: if an adapter that comes for the first time changes no log-probability.
         """
         _check(prompts, adapters, max_new_tokens)
         # As tokens: the prompt has its special tokens, and vLLM would add one to a text.
@@ -169,12 +296,18 @@ class VLLMBackend:
         names = _named(adapters, adapter_name)
         plain = [i for i, name in enumerate(names) if name is None]
         adapted = [(i, self._request_for(name, adapters[i])) for i, name in enumerate(names) if name is not None]
-        if adapted and not self._checked:
-            (i, request), sampling = adapted[0], self._sampling(temperature=0.0, max_tokens=1, logprobs=5)
-            one, other = (self._generate([ids[i]], sampling, lora)[0].logprobs[0] for lora in ([request], None))
-            found = [{str(token): given[token].logprob for token in given} for given in (one, other)]
-            _require_effect(found[0], found[1], request.lora_name, "vLLM")
-            self._checked = True
+        new = {request.lora_name: (i, request) for i, request in adapted if request.lora_name not in self._checked}
+        if new:
+            sampling = self._sampling(temperature=0.0, max_tokens=1, logprobs=5)
+            first = [ids[i] for i, _ in new.values()]
+            found = [
+                [{str(token): one.logprobs[0][token].logprob for token in one.logprobs[0]} for one in outputs]
+                for lora in ([request for _, request in new.values()], None)
+                for outputs in (self._generate(first, sampling, lora),)
+            ]
+            for name, one, other in zip(new, *found, strict=True):
+                _require_effect(one, other, name, "vLLM")
+            self._checked |= new.keys()
         sampling = self._sampling(temperature=0.0, max_tokens=max_new_tokens)
         answers = [""] * len(prompts)
         # Two calls, because by the published signature a list of requests may not hold None.
@@ -235,10 +368,37 @@ class ServerBackend:
             raise ConfigError("llama.cpp loads adapters when it starts (--lora), so it cannot be given a folder")
         self._endpoint, self._server, self._concurrency = endpoint, server, concurrency
         self._folders = None if folder is None else _Folders(folder)
-        self._name, self._checked = name or adapter_name, False
+        self._name, self._checked = name or adapter_name, set[str]()
         self._say, self._sleep = say, sleep
         self._fields: dict[str, dict[str, Any]] | None = None
         """What a request must hold to be answered under an adapter, by its name."""
+
+    def facts(self) -> Facts:
+        """As `Backend.facts`; what the server does not say of itself is `not stated`.
+
+        Raises:
+            ConfigError: if it does not serve the model.
+            DownloadError: if it is not there.
+        """
+        self._fields = dict(self._served())
+        model = self._endpoint.model
+        if self._server != "llama.cpp" and model not in self._fields:  # llama.cpp serves one, whatever it is called
+            has = ", ".join(sorted(self._fields)[:5]) or "none"
+            raise ConfigError(f"{self._endpoint.root} serves no model {model}; it has: {has}")
+        where = {"vllm": "/version", "sglang": "/get_server_info", "llama.cpp": "/props"}[self._server]
+        try:
+            said = self._call(where)
+        except DownloadError:
+            said = {}
+        said = said if isinstance(said, dict) else {}
+        version = str(said.get("build_info" if self._server == "llama.cpp" else "version", NOT_STATED))
+        return Facts(
+            name=f"server ({self._server})",
+            dtype=str(said.get("dtype", NOT_STATED)),
+            device="server",
+            model=model,
+            versions={self._server: version},
+        )
 
     def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
         """As `Backend.answers`. The first request that fails for good ends the others.
@@ -246,19 +406,25 @@ class ServerBackend:
         Raises:
             ConfigError: if there are not as many adapters as prompts, or the server lacks an adapter.
             DownloadError: if it refuses, is not there, or answers with something else.
-            AdapterNotAppliedError: if the first adapter changes no log-probability.
+            AdapterNotAppliedError: if an adapter that comes for the first time changes no log-probability.
         """
         _check(prompts, adapters, max_new_tokens)
         names = _named(adapters, self._name)
         by_name = {name: adapter for name, adapter in zip(names, adapters, strict=True) if name and adapter}
         self._require(by_name)
-        first = next((i for i, name in enumerate(names) if name), None)
-        if first is not None and not self._checked:
-            given = [self._complete(prompts[first], name, 1, logprobs=5) for name in (names[first], None)]
-            one, other = (answer["choices"][0].get("logprobs") for answer in given)
-            _require_effect(one, other, str(names[first]), self._endpoint.root)
-            self._checked = True
+        new = {name: prompt for name, prompt in zip(names, prompts, strict=True) if name and name not in self._checked}
         failed = threading.Event()
+
+        def compare(name: str, prompt: str) -> None:
+            if failed.is_set():
+                return
+            try:
+                given = [self._complete(prompt, name, 1, logprobs=5), self._complete(prompt, None, 1, logprobs=5)]
+                one, other = (answer["choices"][0].get("logprobs") for answer in given)
+                _require_effect(one, other, name, self._endpoint.root)
+            except BaseException:
+                failed.set()
+                raise
 
         def ask(prompt: str, name: str | None) -> str:
             if failed.is_set():
@@ -270,6 +436,8 @@ class ServerBackend:
                 raise
 
         with ThreadPoolExecutor(self._concurrency) as pool:
+            list(pool.map(compare, new.keys(), new.values()))
+            self._checked |= new.keys()
             return list(pool.map(ask, prompts, names))
 
     def _complete(self, prompt: str, name: str | None, max_tokens: int, **more: Any) -> Any:

@@ -16,8 +16,9 @@ import torch
 
 from t2l import models
 from t2l.errors import ConfigError, DataError, EvaluationError, OutputError
-from t2l.eval import answers, decode, metrics, rows, suites
+from t2l.eval import answers, backends, decode, metrics, rows, suites
 from t2l.eval.answers import Key, key_of
+from t2l.eval.backends import Backend
 from t2l.eval.report import below_floor, gather
 from t2l.eval.rows import AdapterSource, Row
 from t2l.eval.suites import Question
@@ -27,6 +28,8 @@ from t2l.library import AdapterLibrary
 from t2l.prompt import token_ids
 
 Log = Callable[[str], None]
+NEED_WEIGHTS = ("arrow", "t2l-best-of")
+"""Adapters that are no plain LoRA of one prompt, or are made with the base model: no other backend serves them."""
 ARROW_ELEMENTS = 2**32
 """PEFT's Arrow holds tokens x adapters x features at a time; its batches are kept under this."""
 
@@ -53,6 +56,14 @@ class Settings:
     base: str | None = None
     """The base model, where no checkpoint or library says it."""
     device: str | None = None
+    backend: str = "transformers"
+    """Who answers, see `backends.open_backend`."""
+    served_model: str | None = None
+    """A server's name of the base model."""
+    server: backends.Server = "vllm"
+    """A server's way to address adapters."""
+    adapter_folder: Path | None = None
+    """A folder that the server sees; adapters that it lacks are written there and loaded."""
     batch_tokens: int | None = None
     allow_code_execution: bool = False
     check_floor: bool = True
@@ -96,6 +107,12 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         OutputError: if the file cannot be written.
     """
     chosen = rows.choose_rows(settings.rows)
+    here = settings.backend == "transformers"
+    if not here and "likelihood" in settings.suites:
+        raise ConfigError(
+            f"Suite likelihood needs --backend transformers, got {settings.backend}: other backends give answers, not "
+            "the likelihoods of all choices. Run it to a file of its own"
+        )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = {
         name: None if reference is None else TextToLora.from_pretrained(reference, device=device)
@@ -111,7 +128,8 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
     if reference is None:
         raise ConfigError("Nothing says which base model is judged: give --checkpoint, --library or --base")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    base = (models.load_causal_lm(reference, device=device, dtype=dtype), models.load_tokenizer(reference))
+    model = models.load_causal_lm(reference, device=device, dtype=dtype) if here else models.load_outline(reference)
+    base = (model, models.load_tokenizer(reference))
     source = AdapterSource(base, **loaded, libraries=libraries, held_out=settings.held_out, log=log)
     tasks = [
         dataclasses.replace(task, max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
@@ -127,17 +145,32 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
     if not tasks:
         raise DataError("No task is left to judge: every description is too long for the checkpoint's encoder")
     left_out = source.left_out(chosen)
+    if not here:
+        needs = "it needs the base model's weights here, so --backend transformers"
+        left_out |= {row.name: needs for row in chosen if row.adapter in NEED_WEIGHTS or row.way in NEED_WEIGHTS}
     for name, why in left_out.items():
         log(f"row {name} is left out: {why}")
     chosen = [row for row in chosen if row.name not in left_out]
     if not chosen:
         raise ConfigError("No row is left to run")
-    header = _header(settings, source, reference, tasks, chosen, left_out)
-    judge(source, tasks, chosen, out, header=header, settings=settings, log=log)
+    with backends.open_backend(
+        settings.backend,
+        base,
+        reference=reference,
+        device=device,
+        rank=max((spec.rank for spec in specs), default=1),
+        server=settings.server,
+        served_model=settings.served_model,
+        folder=settings.adapter_folder,
+        log=log,
+    ) as backend:
+        header = _header(settings, source, backend.facts(), reference, tasks, chosen, left_out)
+        judge(source, backend, tasks, chosen, out, header=header, settings=settings, log=log)
 
 
 def judge(
     source: AdapterSource,
+    backend: Backend,
     tasks: Sequence[suites.JudgedTask],
     chosen: Sequence[Row],
     out: Path,
@@ -181,7 +214,7 @@ def judge(
                 progress.add(len(text))
 
             floor, plain, adapted, routed = _stages(asked)
-            for line in _answer(source, floor, settings):
+            for line in _answer(source, backend, floor, settings):
                 write(line)
             if settings.check_floor:
                 require_floor(out)
@@ -189,7 +222,7 @@ def judge(
             for part in (plain, adapted, routed):
                 if part:
                     with rows.arrow(source.model, source.training[0]) if part is routed else nullcontext():
-                        for line in _answer(source, part, settings):
+                        for line in _answer(source, backend, part, settings):
                             write(line)
     except OSError as error:
         raise OutputError(f"Cannot write answers to {out}: {error.strerror or error}") from error
@@ -221,10 +254,13 @@ def _stages(asked: Sequence[Asked]) -> tuple[list[Asked], ...]:
     return stages
 
 
-def _answer(source: AdapterSource, asked: Sequence[Asked], settings: Settings) -> Iterator[list[dict[str, Any]]]:
+def _answer(
+    source: AdapterSource, backend: Backend, asked: Sequence[Asked], settings: Settings
+) -> Iterator[list[dict[str, Any]]]:
     """Lines of one batch after the other."""
-    on_gpu = next(source.model.parameters()).device.type == "cuda"
-    budget = settings.batch_tokens or (2**18 if on_gpu else 2**13)
+    # Another backend makes its own batches; these are what an interruption loses.
+    kind = next(source.model.parameters()).device.type
+    budget = settings.batch_tokens or {"cpu": 2**13, "meta": 2**16}.get(kind, 2**18)
     if asked and asked[0].row.adapter == "arrow":
         library = source.training[0]
         widest = max(max(t.in_features, t.out_features) for t in library.spec.targets)
@@ -246,12 +282,10 @@ def _answer(source: AdapterSource, asked: Sequence[Asked], settings: Settings) -
             chosen = [part[i] for i in batch]
             decode.require_room(source.model, len(chosen[0].ids) + limit, f"{chosen[0].key}")
             used = _adapters(source, chosen)
-            said = decode.greedy(
-                source.model,
-                source.tokenizer,
-                [a.ids for a in chosen for _ in range(votes)],
-                [adapter for mine in used for adapter in mine] or None,
-                max_new_tokens=limit,
+            said = backend.answers(
+                [a.prompt for a in chosen for _ in range(votes)],
+                [adapter for mine in used for adapter in (mine or (None,))],
+                limit,
             )
             lines = []
             for n, a in enumerate(chosen):
@@ -335,13 +369,13 @@ def _with_twins(a: Asked, line: dict[str, Any]) -> list[dict[str, Any]]:
 def _header(
     settings: Settings,
     source: AdapterSource,
+    backend: backends.Facts,
     reference: str,
     tasks: Sequence[suites.JudgedTask],
     chosen: Sequence[Row],
     left_out: dict[str, str],
 ) -> dict[str, Any]:
     """Facts of a run; those that `answers.FACTS` names must be equal to go on with a file."""
-    parameter = next(source.model.parameters())
 
     def checksum(loaded: TextToLora | None) -> str | None:
         return None if loaded is None else loaded.config.weights_sha256
@@ -350,7 +384,9 @@ def _header(
         "format_version": answers.FORMAT_VERSION,
         "base": _public(reference),
         "base_revision": models.fingerprint(reference),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "backend": backend.name,
+        "served_model": backend.model,
+        "dtype": backend.dtype,
         "checkpoint": settings.checkpoint and _public(settings.checkpoint),
         "checkpoint_sha256": checksum(source.checkpoint),
         "description_in_training_prompts": source.checkpoint and source.checkpoint.prompt.description_in_prompt,
@@ -363,7 +399,7 @@ def _header(
         "per_task": "all" if settings.full else settings.per_task,
         "held_out": settings.held_out,
         "max_new_tokens": settings.max_new_tokens,
-        "versions": TextToLora.versions(),
+        "versions": TextToLora.versions() | backend.versions,
         "seeds": list(settings.seeds),
         "rows": [row.name for row in chosen],
         "left_out": left_out,
@@ -378,7 +414,7 @@ def _header(
             for suite in dict.fromkeys(task.suite for task in tasks)
             for mine in ([task for task in tasks if task.suite == suite],)
         },
-        "device": torch.cuda.get_device_name() if parameter.device.type == "cuda" else str(parameter.device),
+        "device": backend.device,
         "batch_tokens": settings.batch_tokens,
     }
 
