@@ -572,7 +572,7 @@ def test_a_run_asks_the_server_under_each_rows_adapter(
     tmp_path: Path,
 ) -> None:
     server, out = make_server("vllm"), tmp_path / "answers.jsonl"
-    result = eval_run(out, *of_server(server, tmp_path / "shared", "--rows", f"{ROWS},arrow"))
+    result = eval_run(out, *of_server(server, tmp_path / "shared", "--rows", f"{ROWS},arrow", "--batch-tokens", 4096))
     assert result.exit_code == 0, result.output
     file = answers.read(out)
     t2l = TextToLora.from_pretrained(checkpoint)
