@@ -122,6 +122,17 @@ def read_facts(folder: Path) -> PeftFacts:
     rank, alpha, base = config.get("r"), config.get("lora_alpha"), config.get("base_model_name_or_path")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(base, str):
         raise CheckpointError(f"{folder / CONFIG} lacks r, lora_alpha or base_model_name_or_path")
+    modules = read_modules(folder, rank)
+    return PeftFacts(base, rank, float(alpha), bool(config.get("use_rslora", False)), modules)
+
+
+def read_modules(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
+    """Paths of the modules that a PEFT LoRA folder adapts, each with its (in, out) features; tensors are not read.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or pickled, holds anything else, a module lacks A or B, or a
+            tensor's rank is another.
+    """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in read_shapes(folder / WEIGHTS).items():
         match = _TENSOR_NAME.fullmatch(name)
@@ -142,7 +153,7 @@ def read_facts(folder: Path) -> PeftFacts:
         modules[path] = (parts["A"][1], parts["B"][0])
     if not modules:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensors")
-    return PeftFacts(base, rank, float(alpha), bool(config.get("use_rslora", False)), modules)
+    return modules
 
 
 def _plain_lora(folder: Path) -> dict[str, Any]:

@@ -116,23 +116,18 @@ def needs_base(config: "CheckpointConfig") -> bool:
 def _spec_of_adapter(folder: Path) -> "AdapterSpec":
     """The shape of somebody's PEFT folder, from its own files: its base model need not be at hand."""
     from t2l import peft_io
-    from t2l.files import read_json, read_tensors
+    from t2l.files import read_json
     from t2l.spec import AdapterSpec, Target
 
     config = read_json(folder / peft_io.CONFIG)
-    shapes = {name: tuple(x.shape) for name, x in read_tensors(folder / peft_io.WEIGHTS).items()}
-    # peft_io alone spells PEFT's keys; what it puts around a module's path is read off it.
-    marker = Target(name="?", path="?", in_features=1, out_features=1)
-    (before, after_a), (_, after_b) = (peft_io.tensor_name(marker, 0, part).split("?") for part in "AB")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
     sizes: dict[str, tuple[int, int]] = {}
     layers: set[int] = set()
-    for name, shape in shapes.items():
-        found = re.fullmatch(rf"{re.escape(before)}(.+?\.)(\d+)(\..+){re.escape(after_a)}", name)
-        partner = shapes.get(name.removesuffix(after_a) + after_b)
-        if found and partner and len(shape) == len(partner) == 2:
-            sizes[f"{found[1]}{{layer}}{found[3]}"] = (shape[1], partner[0])
-            layers.add(int(found[2]))
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, int):
+        for path, size in peft_io.read_modules(folder, rank).items():
+            if found := re.fullmatch(r"(.+?\.)(\d+)(\..+)", path):
+                sizes[f"{found[1]}{{layer}}{found[3]}"] = size
+                layers.add(int(found[2]))
     if not sizes or not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise CheckpointError(f"{folder} holds no LoRA of a Transformer's layers that can be read")
     named = config.get("target_modules")
