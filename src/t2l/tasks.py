@@ -6,6 +6,7 @@ Knows files of tasks and the frozen split. Knows nothing of training, evaluation
 import hashlib
 import json
 import os
+import random
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -329,3 +330,14 @@ def _collect(rows: Iterable[tuple[str, str, Any]], source: str) -> list[Task]:
         Task(name, tuple(descriptions[name]), {split: tuple(e) for split, e in examples[name].items()})
         for name in sorted(examples)
     ]
+
+
+def made_up_words(draw: random.Random, *, words: tuple[int, int], letters: tuple[int, int]) -> list[str]:
+    """Words that mean nothing: as many, and each as long, as the two ranges say; the control for any description."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    return ["".join(draw.choices(alphabet, k=draw.randint(*letters))) for _ in range(draw.randint(*words))]
+
+
+def as_sentence(words: Sequence[str]) -> str:
+    """Words with a capital first and a full stop last."""
+    return " ".join(words).capitalize() + "."

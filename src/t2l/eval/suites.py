@@ -16,12 +16,14 @@ from t2l.eval import code, metrics
 from t2l.tasks import (
     Example,
     Task,
+    as_sentence,
     data_dir,
     drawn_descriptions,
     held_out_descriptions,
     load_own,
     load_sni,
     load_splits,
+    made_up_words,
     written_descriptions,
 )
 
@@ -174,15 +176,10 @@ def questions(
 
 def random_text(draw: random.Random, fits: Callable[[str], bool] = lambda text: True) -> str:
     """Made-up words in the length of a usual description, or as many of them as an encoder can read."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(draw.randint(12, 28))]
-    while len(words) > 1 and not fits(_sentence(words)):
+    words = made_up_words(draw, words=(12, 28), letters=(2, 9))
+    while len(words) > 1 and not fits(as_sentence(words)):
         words.pop()  # made-up words take more tokens than real ones
-    return _sentence(words)
-
-
-def _sentence(words: Sequence[str]) -> str:
-    return " ".join(words).capitalize() + "."
+    return as_sentence(words)
 
 
 def readable(tasks: Sequence[JudgedTask], fits: Callable[[str], bool]) -> tuple[list[JudgedTask], list[str]]:

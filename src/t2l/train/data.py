@@ -19,11 +19,13 @@ from t2l.errors import ConfigError, DataError
 from t2l.prompt import render, token_ids
 from t2l.tasks import (
     Task,
+    as_sentence,
     held_out_descriptions,
     load_descriptions,
     load_own,
     load_sni,
     load_splits,
+    made_up_words,
     require_trainable,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
@@ -109,9 +111,7 @@ def _with_descriptions(tasks: list[Task], config: DataConfig) -> list[Task]:
 
 def random_text(draw: random.Random) -> str:
     """Made-up words in the length of a short description."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ("".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(draw.randint(8, 16)))
-    return " ".join(words).capitalize() + "."
+    return as_sentence(made_up_words(draw, words=(8, 16), letters=(2, 7)))
 
 
 def _take_out(tasks: list[Task], number: int, seed: int) -> tuple[list[Task], list[Task]]:

@@ -17,6 +17,7 @@ from t2l.config import PromptConfig
 from t2l.errors import DataError
 from t2l.prompt import render, token_ids
 from t2l.tasks import Example, Task
+from t2l.train.batches import answer_text
 
 
 class Rows(NamedTuple):
@@ -100,7 +101,7 @@ def tokenize_examples(
     texts = task.descriptions or ("",)
     prompts = [render(tokenizer, texts[rng.integers(len(texts))], e.input, prompt) for e in examples]
     outputs = [example.outputs[:1] if first_answer else example.outputs for example in examples]
-    flat = [answer.strip() + tokenizer.eos_token for found in outputs for answer in found]
+    flat = [answer_text(answer, tokenizer.eos_token) for found in outputs for answer in found]
     prompt_ids = token_ids(tokenizer, prompts) if prompts else []
     answer_ids = iter(token_ids(tokenizer, flat) if flat else [])
     pieces: list[list[int]] = []
