@@ -9,7 +9,7 @@ Beside the rows may stand a teacher's: the same documents, each after the descri
 Shape letters: B rows (tasks), T tokens of a row, S tokens of a teacher's row, A answer tokens of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -79,6 +79,15 @@ class Pool:
     """Where the hypernetwork reads no descriptions: positions in the run's list of texts to read, one for each
     example or one for all."""
     category: str | None = None
+    answers: Mapping[str, str] | None = None
+    """What is answered in place of the examples' own answers, where that is something else."""
+    variants: tuple["Pool", ...] = ()
+    """The same examples with other answers, each with descriptions that say so."""
+
+    def answer(self, example: Example, rng: np.random.Generator) -> str:
+        """One of the example's right answers."""
+        own = example.outputs[int(rng.integers(len(example.outputs)))]
+        return own if self.answers is None else self.answers[own.strip()]
 
     @property
     def readable(self) -> tuple[int, ...]:
@@ -102,6 +111,8 @@ class Batches(Dataset):
         one_example: Whether a row holds a single example, because its adapter is written from that example's input.
         teacher_tokens: S; 0 for no teacher's rows.
         shots: Examples that a teacher's document shows before its own input, none with that input.
+        relabel: Share of rows that are of a variant of their task, where it has some.
+        relabel_unsaid: Whether also rows whose prompt does not show the description: not where nothing else reads it.
 
     Raises:
         DataError: if the tokenizer has no way to end an answer.
@@ -122,11 +133,14 @@ class Batches(Dataset):
         one_example: bool = False,
         teacher_tokens: int = 0,
         shots: int = 0,
+        relabel: float = 0.0,
+        relabel_unsaid: bool = True,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.teacher_tokens, self.shots = teacher_tokens, shots
+        self.relabel, self.relabel_unsaid = relabel, relabel_unsaid
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
         self.groups = [list(range(len(self.pools)))]
@@ -183,14 +197,15 @@ class Batches(Dataset):
         skipped = 0
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
-        chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
         prompts = [PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt)) for _ in pools]
+        self._relabel(step, pools, shown, prompts)
+        chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
         left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
         while left:  # a second time only for rows into which nothing drawn so far fits
             drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
             left = {row: picks[self.candidates :] for row, picks in left.items()}
             examples = [pools[row].examples[pick] for row, pick in drawn]
-            outputs = [e.outputs[int(rng.integers(len(e.outputs)))] for e in examples]
+            outputs = [pools[row].answer(e, rng) for (row, _), e in zip(drawn, examples, strict=True)]
             rendered = [
                 render(self.tokenizer, self.texts[shown[row]], e.input, prompts[row])
                 for (row, _), e in zip(drawn, examples, strict=True)
@@ -228,6 +243,15 @@ class Batches(Dataset):
         teacher = self._teacher(step, taught, pools, shown, weights) if self.teacher_tokens else [NO_TEACHER] * 5
         return Batch._make([*arrays, *texts, torch.tensor(skipped), *teacher])
 
+    def _relabel(self, step: int, pools: list[Pool], shown: list[int], prompts: Sequence[PromptConfig]) -> None:
+        """Puts variants in the place of some rows' tasks, and their descriptions in the place of what is shown."""
+        rng = np.random.default_rng((self.seed, 6, step))
+        for row, (pool, prompt) in enumerate(zip(pools, prompts, strict=True)):
+            said = self.relabel_unsaid or prompt.description_in_prompt
+            if pool.variants and said and rng.random() < self.relabel:
+                pools[row] = pool.variants[int(rng.integers(len(pool.variants)))]
+                shown[row] = int(rng.choice(pools[row].descriptions))
+
     def _teacher(
         self, step: int, documents: list["_Document"], pools: list[Pool], shown: list[int], weights: np.ndarray
     ) -> list[Tensor]:
@@ -240,7 +264,7 @@ class Batches(Dataset):
                 self.texts[shown[d.row]],
                 pools[d.row].examples[d.pick].input,
                 prompt,
-                examples=self._shown_before(pools[d.row].examples, d.pick, rng),
+                examples=self._shown_before(pools[d.row], d.pick, rng),
             )
             for d in documents
         ]
@@ -252,8 +276,9 @@ class Batches(Dataset):
                 fits[d.row, d.label : d.label + len(d.answer)] = 1
         return list(map(torch.from_numpy, (*laid.arrays, weights * fits)))
 
-    def _shown_before(self, examples: Sequence[Example], pick: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    def _shown_before(self, pool: Pool, pick: int, rng: np.random.Generator) -> list[tuple[str, str]]:
         """Other examples' inputs and answers, no input twice; fewer than `shots` where the task has no more."""
+        examples = pool.examples
         inputs, found = {examples[pick].input.strip()}, list[tuple[str, str]]()
         for number in rng.permutation(len(examples)):
             if len(found) == self.shots:
@@ -261,7 +286,7 @@ class Batches(Dataset):
             other = examples[number]
             if other.input.strip() not in inputs:
                 inputs.add(other.input.strip())
-                found.append((other.input, other.outputs[int(rng.integers(len(other.outputs)))]))
+                found.append((other.input, pool.answer(other, rng)))
         return found
 
     def loader(self, steps: range, *, workers: int, pin: bool) -> DataLoader:

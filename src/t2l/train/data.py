@@ -29,6 +29,7 @@ from t2l.tasks import (
     require_trainable,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
+from t2l.train.relabel import variants
 from t2l.train.settings import DataConfig, SftConfig
 
 Lengths = Callable[[list[str]], list[int]]
@@ -65,7 +66,7 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
         held_out = [task for task in tasks if not task.examples.get("train") and task.examples.get("val")]
         if not train:
             raise DataError(f"{config.tasks} has no task with examples of split 'train'")
-    train, held_out = _with_descriptions(train, config), _with_descriptions(held_out, config)
+    train, held_out = _with_descriptions(train, config), _with_descriptions(held_out, config, trained=False)
     train, more = _take_out(train, config.hold_out, config.seed)
     if config.only:
         absent = sorted(set(config.only) - {task.name for task in train})
@@ -83,8 +84,11 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     return train, [*held_out, *more]
 
 
-def _with_descriptions(tasks: list[Task], config: DataConfig) -> list[Task]:
-    """Tasks with the wanted kind of descriptions; those that have none of it are left out."""
+def _with_descriptions(tasks: list[Task], config: DataConfig, *, trained: bool = True) -> list[Task]:
+    """Tasks with the wanted kind of descriptions; those that have none of it are left out.
+
+    Held-out tasks that a file does not describe keep their own descriptions.
+    """
     if config.with_definition:
         tasks = [task for task in tasks if task.definition and set(task.descriptions) - {task.definition}]
     if config.descriptions == "own" or not tasks:
@@ -98,11 +102,14 @@ def _with_descriptions(tasks: list[Task], config: DataConfig) -> list[Task]:
         found = {task.name: (random_text(random.Random(f"description/{task.name}")),) for task in tasks}
     else:
         found = load_descriptions(Path(config.descriptions))
+        if trained and not any(task.name in found for task in tasks):
+            raise DataError(f"{config.descriptions} describes none of the tasks, such as {tasks[0].name}")
         if config.keep_descriptions:
-            both = {task.name: (*task.descriptions, *found.get(task.name, ())) for task in tasks}
-            if not found.keys() & both.keys():
-                raise DataError(f"{config.descriptions} describes none of the tasks, such as {tasks[0].name}")
+            # A task's last descriptions may be held out for judging; those of a file never are.
+            both = {task.name: (*found.get(task.name, ()), *task.descriptions) for task in tasks}
             found = {name: tuple(dict.fromkeys(texts)) for name, texts in both.items()}
+        elif not trained:
+            found = {task.name: found.get(task.name, task.descriptions) for task in tasks}
     kept = [replace(task, descriptions=found[task.name]) for task in tasks if found.get(task.name)]
     if not kept:
         raise DataError(f"data.descriptions '{config.descriptions}': no task of {config.tasks} has any")
@@ -172,15 +179,32 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
     if not train:
         raise DataError("No task is left: all of them are too long")
 
-    descriptions = sorted({text for task in (*train, *validation) for text in task.descriptions})
+    kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
+    others = _variants(train, kept, config.data, lambda texts: dict(zip(texts, lengths(texts), strict=True)), window)
+    descriptions = sorted(
+        {text for task in (*train, *validation) for text in task.descriptions}
+        | {text for found in others.values() for _, texts in found for text in texts}
+    )
     texts = _texts_to_read(config, train, validation, descriptions)
     place, read = {text: i for i, text in enumerate(descriptions)}, {text: i for i, text in enumerate(texts)}
+    share = config.data.file_share
+    preferred = load_descriptions(Path(config.data.descriptions)) if share else {}
 
     def pool(task: Task, split: str, allowed: Sequence[str]) -> Pool:
         examples = task.examples[split]
         keys = {"description": (), "task": (task.name,), "input": [e.input.strip() for e in examples]}[config.reads]
-        return Pool(
-            task.name, examples, tuple(place[t] for t in allowed), tuple(read[key] for key in keys), task.category
+        reads = tuple(read[key] for key in keys)
+        return Pool(task.name, examples, tuple(place[t] for t in allowed), reads, task.category)
+
+    def training_pool(task: Task) -> Pool:
+        texts = _preferred(kept[task.name][0], preferred.get(task.name, ()), share)
+        own = pool(task, "train", texts)
+        return replace(
+            own,
+            variants=tuple(
+                replace(own, descriptions=tuple(place[text] for text in said), answers=answers)
+                for answers, said in others[task.name]
+            ),
         )
 
     def batches(
@@ -199,13 +223,14 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             one_example=config.reads == "input",
             teacher_tokens=teacher_tokens,
             shots=config.train.distill_shots,
+            relabel=config.data.relabel,
+            relabel_unsaid=not config.blind,
         )
 
-    kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
-    share = config.train.description_in_prompt
+    in_prompt = config.train.description_in_prompt
     training = batches(
-        [pool(task, "train", kept[task.name][0]) for task in train],
-        in_prompt=share,
+        [training_pool(task) for task in train],
+        in_prompt=in_prompt,
         seed=config.seed,
         by_category=config.data.by_category,
         teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
@@ -217,7 +242,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         if config.reads != "task"
         else [],
     }
-    modes = [mode for mode, used in (("adapter", share < 1), ("adapter+prompt", share > 0)) if used]
+    modes = [mode for mode, used in (("adapter", in_prompt < 1), ("adapter+prompt", in_prompt > 0)) if used]
     judged = {
         f"{name}/{mode}": batches(pools, in_prompt=float(mode != "adapter"), seed=1)
         for name, pools in suites.items()
@@ -231,11 +256,44 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         "descriptions": sum(len(trained) for trained, _ in kept.values()),
         "descriptions_over_window": dropped,
         "tasks_without_description_in_window": lost,
+        "tasks_with_variants": sum(bool(found) for found in others.values()),
         "tasks_too_long": sorted(too_long),
         "inputs_over_window": unread,
         "held_out_tasks": [task.name for task in validation],
     }
     return RunData(texts, training, judged, summary)
+
+
+def _variants(
+    tasks: list[Task],
+    kept: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
+    config: DataConfig,
+    lengths: Callable[[list[str]], dict[str, int]],
+    window: int,
+) -> dict[str, list[tuple[dict[str, str], tuple[str, ...]]]]:
+    """Other answers of each task and descriptions that say so, of those descriptions that are trained on."""
+    if not config.relabel:
+        return {task.name: [] for task in tasks}
+    made = {
+        task.name: variants(replace(task, descriptions=kept[task.name][0]), config.relabel_variants, config.seed)
+        for task in tasks
+    }
+    if not any(made.values()):
+        raise DataError("data.relabel: no task has a few short answers that other words could take the place of")
+    counts = lengths(sorted({text for found in made.values() for _, texts in found for text in texts}))
+    fitting = {
+        name: [(answers, tuple(text for text in texts if counts[text] <= window)) for answers, texts in found]
+        for name, found in made.items()
+    }
+    return {name: [variant for variant in found if variant[1]] for name, found in fitting.items()}
+
+
+def _preferred(texts: Sequence[str], some: Sequence[str], share: float) -> tuple[str, ...]:
+    """All of `texts`, those of `some` so often that one of them is drawn about as often as `share` says."""
+    mine = [text for text in texts if text in some]
+    rest = len(texts) - len(mine)
+    more = round(share / (1 - share) * rest / len(mine)) - 1 if mine else 0
+    return (*texts, *(mine * more))
 
 
 def _texts_to_read(config: SftConfig, train: list[Task], held_out: list[Task], descriptions: list[str]) -> list[str]:

@@ -22,6 +22,13 @@ class DataConfig:
     as `t2l.tasks.load_descriptions` reads it."""
     keep_descriptions: bool = True
     """Whether those of a file come on top of a task's own, or in their place."""
+    file_share: float = 0.0
+    """How often a description of the file is drawn for a task that has others too; 0 draws all alike."""
+    relabel: float = 0.0
+    """Share of rows, of those whose task has a few short answers, that have other words for answers, which only the
+    description says; see `t2l.train.relabel`."""
+    relabel_variants: int = 6
+    """Of each such task."""
     with_definition: bool = False
     """Leave out tasks that lack a definition within the encoder's window, or any other description: runs on either
     kind then train on the same tasks."""
@@ -42,10 +49,22 @@ class DataConfig:
         for name in ("held_out_descriptions", "hold_out"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("file_share", "relabel"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.file_share == 1:
+            raise ConfigError("data.file_share 1 leaves a task's other descriptions out; set keep_descriptions false")
+        if self.relabel_variants < 1:
+            raise ConfigError(f"data.relabel_variants must be at least 1, got {self.relabel_variants}")
         if self.max_tasks is not None and self.max_tasks < 1:
             raise ConfigError(f"data.max_tasks must be at least 1 or null, got {self.max_tasks}")
-        if not self.keep_descriptions and self.descriptions in ("own", "definitions", "paraphrases", "random"):
-            raise ConfigError("data.keep_descriptions false needs a file in data.descriptions to take their place")
+        if self.descriptions in ("own", "definitions", "paraphrases", "random"):
+            if not self.keep_descriptions:
+                raise ConfigError("data.keep_descriptions false needs a file in data.descriptions to take their place")
+            if self.file_share:
+                raise ConfigError("data.file_share needs a file in data.descriptions")
+        elif self.file_share and not self.keep_descriptions:
+            raise ConfigError("data.file_share mixes a file with a task's own descriptions: keep_descriptions true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +207,8 @@ class SftConfig:
                 raise ConfigError("method 'full' writes no adapters that train.l2 could keep small")
             if train.distill:
                 raise ConfigError("method 'full' trains the base, which train.distill needs frozen as the teacher")
+        if self.data.relabel and self.reads != "description":
+            raise ConfigError(f"data.relabel says answers in descriptions; here is read the '{self.reads}'")
         if self.blind:
             reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]

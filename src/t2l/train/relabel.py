@@ -1,0 +1,167 @@
+"""Variants of a task whose answers are other words, which only the description says.
+
+A task with few distinct answers can be told from its inputs alone, answers included: nothing has to be read. Here the
+same inputs get different answers, so what the description says decides ("Write maple for Yes and river for No").
+After symbol tuning (arXiv 2305.08298), which swaps labels in prompts; here for the text an adapter is written from.
+Knows words only.
+"""
+
+import random
+from collections.abc import Sequence
+
+from t2l.tasks import Task
+
+MOST_ANSWERS = 8
+"""Distinct answers of a task that has variants."""
+LONGEST_ANSWER = 40
+"""Characters; longer answers are no labels."""
+NAMED = 0.35
+"""Share of variants that keep the task's own answers and name them."""
+
+OPPOSITES = (
+    "yes no",
+    "true false",
+    "correct incorrect",
+    "right wrong",
+    "positive negative",
+    "good bad",
+    "valid invalid",
+    "agree disagree",
+    "same different",
+    "accept reject",
+    "pass fail",
+    "related unrelated",
+    "match mismatch",
+    "likely unlikely",
+    "safe unsafe",
+    "1 0",
+    "1 2",
+    "a b",
+    "x y",
+    "up down",
+    "left right",
+    "on off",
+)
+"""Answers as tasks with two of them like to have."""
+SERIES = ("a b c d e f g h", "1 2 3 4 5 6 7 8", "i ii iii iv v vi vii viii")
+WORDS = (
+    "apple river stone cloud maple tiger candle window garden silver bridge carpet falcon ginger harbor island "
+    "jacket kettle lemon meadow needle ocean pepper quartz rabbit saddle temple umbrella velvet walnut yellow zebra "
+    "anchor basket copper dragon engine feather guitar hammer iron jungle kitten ladder mirror nectar orange pencil "
+    "queen rocket summer ticket valley winter amber bronze castle desert eagle forest grape honey ivory jewel "
+    "lantern marble noodle olive parrot ribbon shadow thunder violet whale cotton daisy ember flute glove helmet "
+    "ink lotus mango novel onion piano rose sugar tulip wagon north south east west spring autumn first second "
+    "third fourth high low middle strong weak open closed early late light heavy formal casual factual fictional "
+    "personal public question statement event person place object animal food sport music science history travel "
+    "health money family weather"
+)
+
+LISTS = (
+    "Answer {or_}.",
+    "The answer is {or_}.",
+    "The possible answers are {and_}.",
+    "Reply with {or_} and nothing else.",
+    "Labels: {list_}.",
+    "Options: {list_}.",
+    "Output only {or_}.",
+    "Choose between {and_}.",
+    "Your reply must be one of: {list_}.",
+    "Say {or_}.",
+    "Print {or_}.",
+)
+SWAPS = (
+    "Write {new} for {old}",
+    "Answer {new} where it is {old}",
+    "Say {new} in place of {old}",
+    "Use {new} to mean {old}",
+    "Output {new} if the answer would be {old}",
+    "Reply {new} when it is {old}",
+    "{new} stands for {old}",
+    "{new} means {old}",
+)
+SWAP_LISTS = ("Labels: {pairs}.", "Answers: {pairs}.", "Codes: {pairs}.", "Answer with a code. {pairs}.")
+
+
+def answers_of(task: Task) -> tuple[str, ...]:
+    """A task's distinct answers, the most frequent first, if they are few and short; none otherwise."""
+    counts: dict[str, int] = {}
+    for example in task.examples.get("train", ()):
+        for output in example.outputs:
+            counts[output.strip()] = counts.get(output.strip(), 0) + 1
+            if len(counts) > MOST_ANSWERS or len(output.strip()) > LONGEST_ANSWER:
+                return ()
+    return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))) if len(counts) > 1 else ()
+
+
+def variants(task: Task, number: int, seed: int) -> list[tuple[dict[str, str], tuple[str, ...]]]:
+    """Other words for a task's answers, and descriptions that say which.
+
+    Args:
+        task: With descriptions and training examples.
+        number: Of variants.
+        seed: Of the draw; the same task and seed give the same variants.
+
+    Returns:
+        For each variant the new answer to every old one, and some of the descriptions with a sentence that names the
+        answers. Empty if the task's answers are not a few short ones.
+    """
+    answers = answers_of(task)
+    if not answers:
+        return []
+    found = []
+    for turn in range(number):
+        draw = random.Random(f"{seed}/{task.name}/relabel/{turn}")
+        named = draw.random() < NAMED
+        new = dict(zip(answers, answers, strict=True)) if named else _other_words(answers, draw)
+        texts = draw.sample(task.descriptions, min(8, len(task.descriptions)))
+        # A few texts would otherwise always carry the same sentence.
+        texts = [_with_sentence(text, new, draw) for text in (texts * 4)[: max(4, len(texts))]]
+        found.append((new, tuple(dict.fromkeys(texts))))
+    return found
+
+
+def _other_words(answers: Sequence[str], draw: random.Random) -> dict[str, str]:
+    """As many different words as there are answers, none of them an answer of the task."""
+    known = {answer.casefold() for answer in answers}
+    words = WORDS.split()
+    lists = [draw.sample(words, len(answers)) for _ in range(4)]
+    lists.append(draw.choice(SERIES).split()[: len(answers)])
+    if len(answers) == 2:
+        lists += [pair.split() for pair in draw.sample(OPPOSITES, 4)]
+    # However many answers are words of ours, some words are left.
+    last = draw.sample([word for word in words if word not in known], len(answers))
+    chosen = next((some for some in draw.sample(lists, len(lists)) if not known & set(some)), last)
+    case = draw.choice((str.lower, str.lower, str.capitalize, str.capitalize, str.upper))
+    return {answer: case(word) for answer, word in zip(answers, draw.sample(chosen, len(chosen)), strict=True)}
+
+
+def _with_sentence(text: str, new: dict[str, str], draw: random.Random) -> str:
+    """The description with a sentence that names the answers after it, or now and then before."""
+    quote = draw.choice(("{}", "{}", '"{}"', "'{}'"))
+    pairs = [(quote.format(old), quote.format(word)) for old, word in new.items()]
+    draw.shuffle(pairs)
+    if all(old == word for old, word in pairs):
+        words = [word for _, word in pairs]
+        sentence = draw.choice(LISTS).format(
+            or_=_joined(words, "or"), and_=_joined(words, "and"), list_=", ".join(words)
+        )
+    elif draw.random() < 0.6:
+        how = draw.choice(SWAPS)
+        first = how.format(old=pairs[0][0], new=pairs[0][1])
+        # The verb stands once, as in "Write maple for Yes and river for No".
+        link = how[how.index("{new}") :]
+        rest = [link.format(old=old, new=word) for old, word in pairs[1:]]
+        sentence = _joined([first, *rest], "and") + "."
+    else:
+        form = draw.choice(("{new} ({old})", "{new} = {old}", "{old}: {new}", "{old} -> {new}"))
+        listed = ", ".join(form.format(old=old, new=word) for old, word in pairs)
+        sentence = draw.choice(SWAP_LISTS).format(pairs=listed)
+    text = text.strip()
+    if draw.random() < 0.2:
+        return f"{sentence} {text}"
+    return f"{text if text[-1:] in '.?!:' else text + '.'} {sentence}"
+
+
+def _joined(parts: Sequence[str], word: str) -> str:
+    """`a, b or c`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
