@@ -616,6 +616,19 @@ def test_description_file_adds_or_replaces(config: SftConfig, tmp_path: Path) ->
         return {pool.name: {data.texts[n] for n in pool.descriptions} for pool in data.train.pools}
 
     assert texts() == {"no": set(ANSWERS["no"]), "yes": {*ANSWERS["yes"], "Agree with me."}}
+    # What is held out for judging stays held out, whatever a file adds.
+    settings = replace(config.data, held_out_descriptions=1, descriptions=str(path))
+    data = prepare_data(replace(config, data=settings), make_tokenizer(), lengths)
+    judged = next(iter(data.judged.values()))
+    assert {pool.name: {data.texts[n] for n in pool.descriptions} for pool in judged.pools} == {
+        name: {texts_[-1]} for name, texts_ in ANSWERS.items()
+    }
+    # A task's two texts of the file are drawn as often as its six others.
+    settings = replace(config.data, held_out_descriptions=0, descriptions=str(path), file_share=0.5)
+    data = prepare_data(replace(config, data=settings), make_tokenizer(), lengths)
+    (yes,) = (pool for pool in data.train.pools if pool.name == "yes")
+    drawn = Counter(data.texts[n] for n in yes.descriptions)
+    assert sum(drawn[text] for text in ("Agree with me.", "Say yes.")) == pytest.approx(sum(drawn.values()) / 2, abs=1)
     assert texts(keep_descriptions=False) == {"yes": {"Agree with me.", "Say yes."}}
     path.write_text(json.dumps({"task": "ja", "description": ["Agree with me."]}) + "\n")
     with pytest.raises(DataError, match="describes none of the tasks, such as no"):
@@ -792,6 +805,25 @@ def still(config: SftConfig) -> SftConfig:
 def prepared(config: SftConfig) -> tuple[RunData, Batch]:
     data = prepare_data(config, make_tokenizer(), lengths)
     return data, data.train[0]
+
+
+def test_judging_keeps_nothing_for_a_backward_pass(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU three batches' activations stayed in memory at a time, three times a training step's."""
+    data, batch = prepared(still)
+    trainer = make_trainer(still, own_base, data)
+    held: list[torch.Tensor] = []
+
+    def compare(*arguments: Any, **options: Any) -> Any:
+        right, wrong, lora, divergence = Trainer.compare(trainer, *arguments, **options)
+        held.extend([right[0], wrong[0], *lora.a, *lora.b])
+        return right, wrong, lora, divergence
+
+    monkeypatch.setattr(trainer, "compare", compare)
+    sft.evaluate(trainer, data)
+    assert held and not any(x.requires_grad for x in held)
+    assert trainer.loss(batch).requires_grad
 
 
 def test_label_smoothing_is_torchs_and_only_in_training(

@@ -233,6 +233,8 @@ class Trainer:
             lora = self.adapters(read, partners, learning=learning)
             teacher = self.teacher(batch) if learning and train.distill else None
             losses, hits, *rest = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing, teacher)
+        if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
+            losses, lora = losses.detach(), lora.map(Tensor.detach)
         return losses, hits, lora, rest[0] if rest else None
 
     def teacher(self, batch: Batch) -> Teacher:
