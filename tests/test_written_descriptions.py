@@ -11,7 +11,7 @@ from t2l import models
 from t2l.datasets.overlap import normalise
 from t2l.encoder import check_description
 from t2l.errors import DataError, ModelNotFoundError
-from t2l.tasks import Task, drawn_descriptions, load_splits, written_descriptions
+from t2l.tasks import load_descriptions, load_splits, written_descriptions
 
 BENCHMARKS = {
     "arc_challenge",
@@ -27,8 +27,9 @@ BENCHMARKS = {
 }
 MAX_TOKENS = 100
 GRAM_WORDS = 6
-What = Literal["benchmarks", "test"]
-WHATS: tuple[What, ...] = ("benchmarks", "test")
+What = Literal["benchmarks", "choosing", "test"]
+WHATS: tuple[What, ...] = ("benchmarks", "choosing", "test")
+TRAINED = Path(__file__).resolve().parents[1] / "configs" / "descriptions.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,10 @@ def grams(text: str) -> set[str]:
     return {" ".join(words[i : i + GRAM_WORDS]) for i in range(len(words) - GRAM_WORDS + 1)}
 
 
-def test_every_test_task_and_benchmark_is_described() -> None:
-    assert set(written_descriptions("test")) == load_splits().test
+def test_every_judged_task_and_benchmark_is_described() -> None:
+    splits = load_splits()
+    assert set(written_descriptions("test")) == splits.test
+    assert set(written_descriptions("choosing")) == splits.validation | splits.held_back
     assert set(written_descriptions("benchmarks")) == BENCHMARKS
 
 
@@ -94,15 +97,15 @@ def test_wording_is_not_the_data_sets(what: What, task_rows: list[dict[str, Any]
             assert not grams(text) & known, name
 
 
-def test_only_two_lists_exist() -> None:
-    with pytest.raises(DataError, match="benchmarks and test, not of 'train'"):
+def test_own_training_descriptions_are_of_training_tasks_and_share_no_wording_with_judged_ones() -> None:
+    splits, trained = load_splits(), load_descriptions(TRAINED)
+    assert set(trained) == splits.train - splits.held_back
+    known = {gram for texts in trained.values() for text in texts for gram in grams(text)}
+    for what in WHATS:
+        shared = {name for name, texts in written_descriptions(what).items() for t in texts if grams(t) & known}
+        assert not shared, what
+
+
+def test_only_three_lists_exist() -> None:
+    with pytest.raises(DataError, match="benchmarks, choosing, test, not of 'train'"):
         written_descriptions("train")  # type: ignore[arg-type]
-
-
-def test_drawn_descriptions_do_not_depend_on_order() -> None:
-    texts = tuple(f"Description number {i}." for i in range(9))
-    drawn = drawn_descriptions(Task("mine", texts, {}))
-    assert len(drawn) == 3 and set(drawn) < set(texts)
-    assert drawn_descriptions(Task("mine", texts[::-1], {})) == drawn
-    assert drawn_descriptions(Task("other", texts, {})) != drawn
-    assert set(drawn_descriptions(Task("mine", texts[:2], {}))) == set(texts[:2])

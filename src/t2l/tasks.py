@@ -3,7 +3,6 @@
 Knows files of tasks and the frozen split. Knows nothing of training, evaluation or models.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -71,21 +70,22 @@ def load_splits() -> Splits:
     )
 
 
-def written_descriptions(what: Literal["benchmarks", "test"]) -> dict[str, tuple[str, ...]]:
+def written_descriptions(what: Literal["benchmarks", "choosing", "test"]) -> dict[str, tuple[str, ...]]:
     """Reads the descriptions that were written by hand for judging and are never trained on.
 
     Args:
-        what: `test` for the frozen split's test tasks, `benchmarks` for the ten benchmarks.
+        what: `test` for the frozen split's test tasks, `choosing` for the validation and held-back tasks, on which
+            settings are chosen, `benchmarks` for the ten benchmarks.
 
     Returns:
         Task or benchmark to its three descriptions: a short one, a usual one, a detailed one.
 
     Raises:
-        DataError: if `what` is neither.
+        DataError: if `what` is none of these.
     """
-    files = {"benchmarks": "benchmark_descriptions", "test": "test_descriptions"}
+    files = {kind: f"{kind.removesuffix('s')}_descriptions" for kind in ("benchmarks", "choosing", "test")}
     if what not in files:
-        raise DataError(f"There are written descriptions of {' and '.join(files)}, not of {what!r}")
+        raise DataError(f"There are written descriptions of {', '.join(files)}, not of {what!r}")
     return {name: tuple(texts) for name, texts in _frozen(files[what]).items()}
 
 
@@ -185,15 +185,6 @@ def held_out_descriptions(task: Task, number: int) -> tuple[tuple[str, ...], tup
     if number == 0 or keep < 2 * number:
         return task.descriptions, ()
     return task.descriptions[:keep], task.descriptions[keep:]
-
-
-def drawn_descriptions(task: Task, number: int = 3) -> tuple[str, ...]:
-    """The descriptions by which a task without written ones is judged: the same `number` (or all) in every run.
-
-    Only for tasks that are not trained on: any of their descriptions may be drawn.
-    """
-    order = sorted(task.descriptions, key=lambda text: hashlib.sha256(f"{task.name}:{text}".encode()).hexdigest())
-    return tuple(order[:number])
 
 
 def load_jsonl(path: Path) -> list[Task]:

