@@ -22,7 +22,7 @@ from t2l.files import sha256
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 ANSWERS = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*.jsonl.gz")])
-TABLES = sorted(RESULTS.glob("*.md"))
+TABLES = sorted([*RESULTS.glob("*.md"), *RESULTS.glob("short-runs/*.md")])
 
 
 def shipped() -> set[str]:
