@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import peft_io
+from t2l.checkpoint import load_checkpoint, save_checkpoint
 from t2l.config import LoraConfig
-from t2l.errors import ConfigError, DataError, TrainingError
+from t2l.errors import ConfigError, DataError, SpecMismatchError, TrainingError
 from t2l.library import AdapterLibrary
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, load_splits
@@ -120,9 +122,9 @@ def test_many_at_once_are_what_each_alone_is(config: OracleConfig, together: Ada
         assert {k: v for k, v in mine.items() if isinstance(v, str | list)} == {
             k: v for k, v in theirs.items() if isinstance(v, str | list)
         }
-        for key in ("steps", "stopped_at", "examples", "validation_examples", "loss", "base_loss", "exact_match"):
+        for key in ("steps", "stopped_at", "examples", "validation_examples", "loss", "start_loss", "exact_match"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-4)
-        assert mine["steps"] > 0 and mine["loss"] < mine["base_loss"]
+        assert mine["steps"] > 0 and mine["loss"] < mine["start_loss"]
     adapters = together.stack()
     assert (adapters.b[0][0] - adapters.b[0][1]).abs().max() > 1e-3  # and not all the same one
 
@@ -271,7 +273,7 @@ def test_early_stop_keeps_the_best_weights(config: OracleConfig, jsonl: Path, tm
     assert bad["stopped_by"] == "no better validation loss" and bad["stopped_at"] == bad["steps"] + 8
     assert good["stopped_at"] == 16
     if bad["steps"] == 0:  # then it is the adapter that does nothing
-        assert bad["loss"] == bad["base_loss"]
+        assert bad["loss"] == bad["start_loss"]
         assert all(not b.any() for b in library.stack(["contrary"]).b)
 
 
@@ -286,7 +288,7 @@ def test_patience_begins_anew_with_every_better_look(
 
     monkeypatch.setattr(OracleTrainer, "_validate", scripted)
     facts = run(changed(only(config, "digit"), steps=40), tmp_path / "run").index["digit"]
-    assert (facts["base_loss"], facts["loss"], facts["steps"], facts["stopped_at"]) == (5.0, 3.0, 12, 20)
+    assert (facts["start_loss"], facts["loss"], facts["steps"], facts["stopped_at"]) == (5.0, 3.0, 12, 20)
 
 
 def test_a_task_that_breaks_is_left_out_and_named(
@@ -508,3 +510,43 @@ def test_compiled_is_the_same(config: OracleConfig, together: AdapterLibrary, tm
     assert counters["stats"]["unique_graphs"] == 4
     for name in together.names:
         assert largest_difference(compiled, together, name) <= 1e-4
+
+
+# ------------------------------------------------------------------------------------------- from a multi-task LoRA
+
+
+def test_adapters_start_from_a_multi_task_lora(
+    config: OracleConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
+) -> None:
+    """With steps too small to count they are that LoRA; with real ones each becomes better than it."""
+    spec = AdapterSpec.from_config(tiny_config, config.base, config.lora)
+    folder = make_checkpoint(tmp_path / "multitask", spec=spec, variant="none")
+    loaded = load_checkpoint(folder)
+    with torch.no_grad():
+        for b in loaded.hypernet.offset.b:
+            b.normal_(std=0.02)
+    save_checkpoint(folder, loaded.hypernet, spec, loaded.config, card="A LoRA.\n", overwrite=True, dtype=torch.float32)
+    still = run(changed(config, start_from=str(folder), learning_rate=1e-9, steps=4), tmp_path / "still")
+    origin_a, origin_b = loaded.hypernet.offset()
+    for name in still.names:
+        found = still.stack([name])
+        for mine, origin in zip((*found.a, *found.b), (*origin_a, *origin_b), strict=True):
+            torch.testing.assert_close(mine[0], origin.detach(), atol=1e-6, rtol=0)
+    library = run(changed(config, start_from=str(folder)), tmp_path / "run")
+    assert all(facts["loss"] < facts["start_loss"] for facts in library.index.values())
+    assert [facts["start_loss"] for facts in library.index.values()] == pytest.approx(
+        [facts["start_loss"] for facts in still.index.values()], abs=1e-5
+    )
+
+
+def test_what_adapters_cannot_start_from_is_named(
+    config: OracleConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
+) -> None:
+    spec = AdapterSpec.from_config(tiny_config, config.base, config.lora)
+    reads = make_checkpoint(tmp_path / "reads", spec=spec)
+    with pytest.raises(ConfigError, match="variant 'L'; adapters start from a multi-task LoRA"):
+        run(changed(config, start_from=str(reads)), tmp_path / "a")
+    other = make_checkpoint(tmp_path / "other", variant="none")
+    with pytest.raises(SpecMismatchError, match=r"This run is for .* is "):
+        run(changed(config, start_from=str(other)), tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

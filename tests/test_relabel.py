@@ -112,6 +112,51 @@ def test_rows_of_a_variant_answer_and_say_its_words() -> None:
     assert not any((batch.descriptions == 0).any() for batch in shown)
 
 
+def test_the_other_description_is_often_of_the_same_task_with_other_answers() -> None:
+    tokenizer = make_tokenizer()
+    own = Pool("a", task("yes", "no").examples["train"], (0,))
+    pool = replace(
+        own,
+        variants=(
+            replace(own, descriptions=(1,), answers={"yes": "up", "no": "down"}),
+            replace(own, descriptions=(2,), answers={"yes": "up", "no": "down"}),
+            replace(own, descriptions=(3,), answers={"yes": "left", "no": "right"}),
+        ),
+    )
+    other = Pool("b", task("so", "not", name="b").examples["train"], (4,))
+    batches = Batches(
+        [pool, other],
+        list("abcde"),
+        tokenizer,
+        rows=16,
+        tokens=64,
+        answer_tokens=24,
+        in_prompt=0.0,
+        seed=0,
+        relabel=1.0,
+    )
+    found = [batches[step] for step in range(8)]
+    pairs = [(int(mine), int(theirs)) for b in found for mine, theirs in zip(b.descriptions, b.others, strict=True)]
+    assert {pair for pair in pairs if pair[0] in (1, 2)} == {(1, 3), (2, 3), (1, 4), (2, 4)}
+    assert {pair for pair in pairs if pair[0] == 3} == {(3, 1), (3, 2), (3, 4)}
+    near = sum(theirs != 4 for mine, theirs in pairs if mine in (1, 2, 3))
+    assert 0.25 < near / sum(mine in (1, 2, 3) for mine, _ in pairs) < 0.75
+
+
+def test_some_rows_read_made_up_words_with_the_right_prompt_and_answers() -> None:
+    tokenizer = make_tokenizer()
+    pools = [Pool("a", task("yes", "no").examples["train"], (0,)), Pool("b", task("so", "not").examples["train"], (1,))]
+    texts = ["Say yes or no.", "Say so or not.", "Xu qer.", "Omm ban."]
+    settings: dict[str, Any] = {"rows": 16, "tokens": 64, "answer_tokens": 24, "in_prompt": 1.0, "seed": 0}
+    plain = Batches(pools, texts, tokenizer, **settings)[0]
+    batch = Batches(pools, texts, tokenizer, **settings, made_up=(2, 3), made_up_share=0.5)[0]
+    for name in ("tokens", "labels", "others", "weights"):
+        assert np.array_equal(getattr(batch, name), getattr(plain, name)), name
+    changed = batch.descriptions != plain.descriptions
+    assert 3 < int(changed.sum()) < 13
+    assert set(batch.descriptions[changed].tolist()) == {2, 3}
+
+
 def test_a_teachers_examples_have_the_variants_answers_too() -> None:
     tokenizer = make_tokenizer()
     own = Pool("a", task("yes", "no").examples["train"], (0,))
@@ -138,6 +183,7 @@ def test_a_teachers_examples_have_the_variants_answers_too() -> None:
     ("settings", "error"),
     [
         ({"relabel": 1.5}, r"data\.relabel must be in \[0, 1\], got 1\.5"),
+        ({"made_up": -0.1}, r"data\.made_up must be in"),
         ({"relabel_variants": 0}, "relabel_variants must be at least 1"),
         ({"file_share": 0.5}, "file_share needs a file"),
         ({"file_share": 1.0, "descriptions": "x.jsonl"}, "set keep_descriptions false"),

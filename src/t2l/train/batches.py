@@ -113,6 +113,8 @@ class Batches(Dataset):
         shots: Examples that a teacher's document shows before its own input, none with that input.
         relabel: Share of rows that are of a variant of their task, where it has some.
         relabel_unsaid: Whether also rows whose prompt does not show the description: not where nothing else reads it.
+        made_up: Positions of texts that describe nothing.
+        made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
 
     Raises:
         DataError: if the tokenizer has no way to end an answer.
@@ -135,12 +137,15 @@ class Batches(Dataset):
         shots: int = 0,
         relabel: float = 0.0,
         relabel_unsaid: bool = True,
+        made_up: Sequence[int] = (),
+        made_up_share: float = 0.0,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.teacher_tokens, self.shots = teacher_tokens, shots
         self.relabel, self.relabel_unsaid = relabel, relabel_unsaid
+        self.made_up, self.made_up_share = made_up, made_up_share
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
         self.groups = [list(range(len(self.pools)))]
@@ -198,8 +203,11 @@ class Batches(Dataset):
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
         prompts = [PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt)) for _ in pools]
-        self._relabel(step, pools, shown, prompts)
+        self._relabel(step, tasks, pools, shown, others, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
+        if self.made_up_share:
+            third = np.random.default_rng((self.seed, 7, step))
+            chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]
         left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
         while left:  # a second time only for rows into which nothing drawn so far fits
             drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
@@ -243,14 +251,30 @@ class Batches(Dataset):
         teacher = self._teacher(step, taught, pools, shown, weights) if self.teacher_tokens else [NO_TEACHER] * 5
         return Batch._make([*arrays, *texts, torch.tensor(skipped), *teacher])
 
-    def _relabel(self, step: int, pools: list[Pool], shown: list[int], prompts: Sequence[PromptConfig]) -> None:
-        """Puts variants in the place of some rows' tasks, and their descriptions in the place of what is shown."""
+    def _relabel(
+        self,
+        step: int,
+        tasks: Sequence[int],
+        pools: list[Pool],
+        shown: list[int],
+        others: list[int],
+        prompts: Sequence[PromptConfig],
+    ) -> None:
+        """Puts variants in the place of some rows' tasks, and their descriptions in the place of what is shown.
+
+        In half of these rows the other description is of the same task too, but of other answers.
+        """
         rng = np.random.default_rng((self.seed, 6, step))
-        for row, (pool, prompt) in enumerate(zip(pools, prompts, strict=True)):
+        for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
+            variants = self.pools[task].variants
             said = self.relabel_unsaid or prompt.description_in_prompt
-            if pool.variants and said and rng.random() < self.relabel:
-                pools[row] = pool.variants[int(rng.integers(len(pool.variants)))]
-                shown[row] = int(rng.choice(pools[row].descriptions))
+            if not (variants and said and rng.random() < self.relabel):
+                continue
+            pools[row] = variants[int(rng.integers(len(variants)))]
+            shown[row] = int(rng.choice(pools[row].descriptions))
+            unlike = [x for x in variants if x.answers != pools[row].answers]
+            if unlike and rng.random() < 0.5:
+                others[row] = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 
     def _teacher(
         self, step: int, documents: list["_Document"], pools: list[Pool], shown: list[int], weights: np.ndarray

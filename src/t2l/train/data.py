@@ -185,6 +185,9 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         {text for task in (*train, *validation) for text in task.descriptions}
         | {text for found in others.values() for _, texts in found for text in texts}
     )
+    # After all others, whose places then do not depend on them.
+    made_up = _made_up(lengths, window) if config.data.made_up else []
+    descriptions += made_up
     texts = _texts_to_read(config, train, validation, descriptions)
     place, read = {text: i for i, text in enumerate(descriptions)}, {text: i for i, text in enumerate(texts)}
     share = config.data.file_share
@@ -208,7 +211,13 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         )
 
     def batches(
-        pools: list[Pool], *, in_prompt: float, seed: int, by_category: bool = False, teacher_tokens: int = 0
+        pools: list[Pool],
+        *,
+        in_prompt: float,
+        seed: int,
+        by_category: bool = False,
+        teacher_tokens: int = 0,
+        made_up: Sequence[int] = (),
     ) -> Batches:
         return Batches(
             pools,
@@ -225,6 +234,8 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             shots=config.train.distill_shots,
             relabel=config.data.relabel,
             relabel_unsaid=not config.blind,
+            made_up=made_up,
+            made_up_share=config.data.made_up if made_up else 0.0,
         )
 
     in_prompt = config.train.description_in_prompt
@@ -234,6 +245,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         seed=config.seed,
         by_category=config.data.by_category,
         teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
+        made_up=range(len(descriptions) - len(made_up), len(descriptions)),
     )
     suites = {
         "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],
@@ -286,6 +298,13 @@ def _variants(
         for name, found in made.items()
     }
     return {name: [variant for variant in found if variant[1]] for name, found in fitting.items()}
+
+
+def _made_up(lengths: Lengths, window: int, number: int = 512) -> list[str]:
+    """Texts of made-up words that the encoder can read."""
+    draw = random.Random("made_up")
+    texts = [as_sentence(made_up_words(draw, words=(4, 24), letters=(2, 9))) for _ in range(number)]
+    return [text for text, length in zip(texts, lengths(texts), strict=True) if length <= window]
 
 
 def _preferred(texts: Sequence[str], some: Sequence[str], share: float) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from t2l import models
 from t2l.apply import compiled, live
+from t2l.checkpoint import load_checkpoint
 from t2l.config import LoraConfig, PromptConfig, to_plain
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.files import new_folder, read_json, read_tensors
@@ -86,6 +87,9 @@ class OracleTrainConfig:
     """Looks without a better validation loss after which an adapter is done; its best weights are kept."""
     shared_start: bool = True
     """Whether all adapters start from the same A, which keeps them close to one another and easy to reconstruct."""
+    start_from: str | None = None
+    """Checkpoint of a multi-task LoRA (variant `none`) that all adapters start from: what tasks have in common then is
+    in all of them alike, and a network that reconstructs them need not learn it."""
     compile: bool = False
     """Compile the step: a minute at the start, then much faster on a GPU."""
     save_minutes: float = 2.0
@@ -285,16 +289,23 @@ class Slots:
                 x.copy_(tensors[f"{name}/{i}"])
 
     @torch.no_grad()
-    def start(self, slot: int, name: str, *, seed: int, shared: bool) -> None:
-        """A fresh adapter as PEFT initialises it: A kaiming-uniform, B zero. Drawn on the CPU, alike on any device."""
+    def start(self, slot: int, name: str, *, seed: int, shared: bool, origin: LoraTensors | None = None) -> None:
+        """A copy of `origin`, or a fresh adapter as PEFT initialises it: A kaiming-uniform, B zero.
+
+        Drawn on the CPU, alike on any device.
+        """
+        for x in (*self.mean, *self.square):
+            x[slot].zero_()
+        self.alive[slot] = True
+        if origin is not None:
+            for weight, value in zip(self.weights, (*origin.a, *origin.b), strict=True):
+                weight[slot].copy_(value)
+            return
         generator = torch.Generator().manual_seed(seed if shared else (seed << 32) + zlib.crc32(name.encode()))
         for i, target in enumerate(self.spec.targets):
             weight, bound = self.weights[i][slot], target.in_features**-0.5
             weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
             self.weights[len(self.spec.targets) + i][slot].zero_()
-        for x in (*self.mean, *self.square):
-            x[slot].zero_()
-        self.alive[slot] = True
 
     @torch.no_grad()
     def keep_best(self, improved_K: Tensor) -> None:
@@ -369,8 +380,8 @@ class Running:
     data: TaskData
     stream: Stream
     step: int = 0
-    base_loss: float = float("nan")
-    base_exact_match: float = float("nan")
+    start_loss: float = float("nan")
+    start_exact_match: float = float("nan")
     best_loss: float = float("inf")
     best_exact_match: float = 0.0
     best_step: int = 0
@@ -394,6 +405,7 @@ class OracleTrainer:
         run: Where finished adapters and states go.
         device: Where training happens.
         log: Where progress lines go.
+        origin: What all adapters start from, if not from nothing.
     """
 
     def __init__(
@@ -405,7 +417,9 @@ class OracleTrainer:
         run: Path,
         device: torch.device,
         log: Callable[[str], None],
+        origin: LoraTensors | None = None,
     ) -> None:
+        self.origin = origin
         self.config, self.base, self.spec, self.run, self.device, self.log = config, base, spec, run, device, log
         self.data = {x.task.name: x for x in data}
         self.slots = Slots(spec, min(config.train.tasks_at_once, len(data)), device)
@@ -481,7 +495,7 @@ class OracleTrainer:
     # ------------------------------------------------------------------------------------------ between steps
 
     def _fill(self) -> None:
-        """Gives empty slots to waiting tasks; the new ones' validation loss as the base alone has it is their first."""
+        """Gives empty slots to waiting tasks; the new ones' validation loss as they start is their first."""
         fresh = []
         train = self.config.train
         for slot, running in enumerate(self.running):
@@ -496,7 +510,7 @@ class OracleTrainer:
                     seed=self.config.seed,
                 )
                 self.running[slot] = Running(data, stream)
-                self.slots.start(slot, name, seed=self.config.seed, shared=train.shared_start)
+                self.slots.start(slot, name, seed=self.config.seed, shared=train.shared_start, origin=self.origin)
                 fresh.append(slot)
         if not fresh:
             return
@@ -504,8 +518,8 @@ class OracleTrainer:
         for slot in fresh:
             running = self.running[slot]
             assert running is not None
-            running.base_loss = running.best_loss = loss_K[slot]
-            running.base_exact_match = running.best_exact_match = match_K[slot]
+            running.start_loss = running.best_loss = loss_K[slot]
+            running.start_exact_match = running.best_exact_match = match_K[slot]
         self.slots.keep_best(self._mask(fresh))
 
     def _mask(self, slots: Sequence[int]) -> Tensor:
@@ -609,9 +623,9 @@ class OracleTrainer:
             "steps": running.best_step,
             "stopped_at": running.step,
             "stopped_by": why,
-            "base_loss": running.base_loss,
+            "start_loss": running.start_loss,
             "loss": running.best_loss,
-            "base_exact_match": running.base_exact_match,
+            "start_exact_match": running.start_exact_match,
             "exact_match": running.best_exact_match,
             "seconds": round(running.seconds, 3),
         }
@@ -703,6 +717,19 @@ class OracleTrainer:
         return save_library(folder, lora, self.spec, kept, purpose=purpose, overwrite=True)
 
 
+def _start_from(folder: Path, spec: AdapterSpec) -> LoraTensors:
+    """The multi-task LoRA of a checkpoint."""
+    loaded = load_checkpoint(folder)
+    if loaded.hypernet.head is not None:
+        raise ConfigError(
+            f"train.start_from: {folder} is a hypernetwork of variant '{loaded.config.hypernet.variant}'; adapters "
+            "start from a multi-task LoRA, a checkpoint of variant 'none'"
+        )
+    spec.require_same_shape(loaded.spec, this="This run", that=f"train.start_from {folder}")
+    a, b = loaded.hypernet.offset()
+    return LoraTensors(a, b, loaded.hypernet.scaling)
+
+
 def _not_hooked(*_: Any) -> tuple[Tensor, Tensor]:
     raise AssertionError("the base is hooked in `train`")
 
@@ -747,7 +774,8 @@ def train_oracles(
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     base = models.load_causal_lm(config.base, device=str(chosen), dtype=dtype)
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
-    trainer = OracleTrainer(config, base, spec, data, run, chosen, log)
+    origin = None if config.train.start_from is None else _start_from(Path(config.train.start_from), spec)
+    trainer = OracleTrainer(config, base, spec, data, run, chosen, log, origin)
     if not going_on:
         begin_run(run, plain)
     else:

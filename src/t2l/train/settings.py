@@ -29,6 +29,9 @@ class DataConfig:
     description says; see `t2l.train.relabel`."""
     relabel_variants: int = 6
     """Of each such task."""
+    made_up: float = 0.0
+    """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
+    then does no harm."""
     with_definition: bool = False
     """Leave out tasks that lack a definition within the encoder's window, or any other description: runs on either
     kind then train on the same tasks."""
@@ -49,7 +52,7 @@ class DataConfig:
         for name in ("held_out_descriptions", "hold_out"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("file_share", "relabel"):
+        for name in ("file_share", "made_up", "relabel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
@@ -209,6 +212,8 @@ class SftConfig:
                 raise ConfigError("method 'full' trains the base, which train.distill needs frozen as the teacher")
         if self.data.relabel and self.reads != "description":
             raise ConfigError(f"data.relabel says answers in descriptions; here is read the '{self.reads}'")
+        if self.data.made_up and (self.reads != "description" or self.blind):
+            raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
         if self.blind:
             reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
