@@ -596,3 +596,12 @@ def test_progress_says_what_is_left() -> None:
     assert told[0].startswith("4 of 10 answers")
     assert told[1].startswith("10 of 10 answers")
     assert "0.0 min left" in told[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    result = CliRunner().invoke(app, ["eval", "run", "--suite", "seen", "--out", str(out), "--device", "cuda"])
+    assert result.exit_code == 1
+    assert "--device cuda: torch finds no CUDA device here" in result.output
+    assert not out.exists()

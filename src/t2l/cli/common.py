@@ -13,6 +13,7 @@ import typer
 import typer.core
 
 from t2l.errors import (
+    ConfigError,
     DataError,
     DescriptionError,
     OutputError,
@@ -138,3 +139,12 @@ def described(folder: Path) -> str | None:
         return None
     quoted = re.search(r"^# LoRA adapter written from a description\n\n((?:>.*\n)+)", card, re.MULTILINE)
     return None if quoted is None else "\n".join(line[2:] for line in quoted[1].splitlines()).strip() or None
+
+
+def checked_device(device: Device | None) -> str | None:
+    """The device's name, if it is there."""
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; `t2l doctor` says more")
+    return None if device is None else device.value

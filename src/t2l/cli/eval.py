@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from t2l.cli.common import Device, JsonOption, app, print_json, say, try_writing
+from t2l.cli.common import Device, JsonOption, app, checked_device, print_json, say, try_writing
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Judge adapters against every control.")
 app.add_typer(eval_app, name="eval")
@@ -106,7 +106,7 @@ def eval_run(
         held_out=held_out,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
-        device=None if device is None else device.value,
+        device=checked_device(device),
         backend=backend,
         served_model=served_model,
         server=server.value,

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from t2l.cli.common import Device, JsonOption, app, print_json, say, try_writing
-from t2l.errors import ConfigError
+from t2l.cli.common import Device, JsonOption, app, checked_device, print_json, say, try_writing
 
 if TYPE_CHECKING:
     from t2l.tasks import Task
@@ -28,15 +27,6 @@ MinutesOption = Annotated[
     float | None, typer.Option(min=0.0, show_default=False, help="Stop and save after this time.")
 ]
 DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
-
-
-def checked_device(device: Device | None) -> str | None:
-    """The device's name, if it is there."""
-    import torch
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; `t2l doctor` says more")
-    return None if device is None else device.value
 
 
 def benchmark_tasks() -> "list[Task]":
