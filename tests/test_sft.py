@@ -718,6 +718,18 @@ def test_held_out_tasks_and_subsets(packed: Callable[..., RunData]) -> None:
     assert ([pool.name for pool in alone.train.pools], alone.judged.keys()) == (["task3"], {"seen/adapter"})
 
 
+def test_choosing_tasks_are_watched_by_their_written_descriptions(
+    packed: Callable[..., RunData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever descriptions are trained on."""
+    written = {"task24": ("By hand.", "Written by hand.")}
+    monkeypatch.setattr(train_data, "written_descriptions", lambda what: {"choosing": written}[what])
+    for kind in ("own", "definitions", "random"):
+        data = packed(descriptions=kind)
+        pools = {pool.name: pool for pool in data.judged["validation/adapter"].pools}
+        assert {data.texts[n] for n in pools["task24"].descriptions} == set(written["task24"])
+
+
 def test_categories_come_equally_often(packed: Callable[..., RunData]) -> None:
     """Two thirds of the tasks are of one category, and its tasks still come once before any comes again."""
     train = packed(by_category=True).train

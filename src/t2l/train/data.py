@@ -27,6 +27,7 @@ from t2l.tasks import (
     load_splits,
     made_up_words,
     require_trainable,
+    written_descriptions,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
 from t2l.train.relabel import variants
@@ -58,7 +59,13 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
         names = sorted(splits.train - splits.held_back)
         require_trainable(names)
         chosen_on = splits.validation | splits.held_back
-        train, held_out = load_sni(names, splits=("train", "val")), load_sni(chosen_on, splits=("val",))
+        train = load_sni(names, splits=("train", "val"))
+        # Watched with the descriptions that settings are chosen by, which are never trained on.
+        written = written_descriptions("choosing")
+        held_out = [
+            replace(task, descriptions=written.get(task.name, task.descriptions))
+            for task in load_sni(chosen_on, splits=("val",))
+        ]
     else:
         tasks = load_own(config.tasks)
         require_trainable(task.name for task in tasks)
@@ -66,7 +73,8 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
         held_out = [task for task in tasks if not task.examples.get("train") and task.examples.get("val")]
         if not train:
             raise DataError(f"{config.tasks} has no task with examples of split 'train'")
-    train, held_out = _with_descriptions(train, config), _with_descriptions(held_out, config, trained=False)
+        held_out = _with_descriptions(held_out, config, trained=False)
+    train = _with_descriptions(train, config)
     train, more = _take_out(train, config.hold_out, config.seed)
     if config.only:
         absent = sorted(set(config.only) - {task.name for task in train})
