@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train.batches import Batches, Pool
-from t2l.train.relabel import MOST_ANSWERS, answers_of, variants
+from t2l.train.relabel import FORMS, MOST_ANSWERS, Form, Words, answers_of, variants
 from t2l.train.settings import DataConfig
 
 
@@ -31,7 +31,10 @@ def task(*answers: str, descriptions: tuple[str, ...] = ("Say which.", "Which on
 def test_every_answer_has_its_own_new_one_and_every_text_says_it(answers: list[str], seed: int) -> None:
     found = variants(task(*answers), 6, seed)
     assert len(found) == 6
-    for new, texts in found:
+    for change, texts in found:
+        assert isinstance(change, Words)
+        new = change.new
+        assert [change(f" {answer} ") for answer in answers] == [new[answer] for answer in answers]
         assert set(new) == set(answers) and len(set(new.values())) == len(answers)
         kept = all(old == word for old, word in new.items())
         assert kept or not {w.casefold() for w in new.values()} & {a.casefold() for a in answers}
@@ -44,13 +47,15 @@ def test_every_answer_has_its_own_new_one_and_every_text_says_it(answers: list[s
 
 def test_sentences_pair_old_and_new_and_are_varied() -> None:
     found = variants(task("positive", "negative"), 40, 0)
-    swaps = [(new, text) for new, texts in found for text in texts if new["positive"] != "positive"]
+    named = [(change.new, texts) for change, texts in found if isinstance(change, Words)]
+    swaps = [(new, text) for new, texts in named for text in texts if new["positive"] != "positive"]
     assert len(swaps) > 60
     for new, text in swaps:
         for old, other in (("positive", "negative"), ("negative", "positive")):
             (part,) = (part for part in re.split(r", | and ", text) if old in part)
-            assert re.search(rf"\b{new[old]}\b", part), text
-            assert not re.search(rf"\b{new[other]}\b", part), text
+            assert re.search(rf"\b{re.escape(new[old])}\b", part), text
+            # One may be the other with a word before it, as in "maple" and "not maple".
+            assert new[other] in new[old] or not re.search(rf"\b{re.escape(new[other])}\b", part), text
     assert len({new["positive"] for new, _ in swaps}) > 12
     assert len({re.sub("|".join(map(re.escape, new.values())), "_", text) for new, text in swaps}) > 25
 
@@ -71,9 +76,22 @@ def test_same_seed_same_variants_and_another_seed_others() -> None:
         ("yes", "a whole sentence is no label, is it, or so one says"),
     ],
 )
-def test_open_answers_have_no_variants(answers: tuple[str, ...]) -> None:
+def test_open_answers_change_their_form(answers: tuple[str, ...]) -> None:
     assert answers_of(task(*answers)) == ()
-    assert variants(task(*answers), 3, 0) == []
+    found = variants(task(*answers), 60, 0)
+    assert {change for change, _ in found} == set(FORMS)
+    for change, texts in found:
+        assert isinstance(change, Form)
+        for answer in answers:
+            assert answer.casefold() in change(f"{answer} ").casefold()
+        assert all(any(said in text for said in FORMS[change]) for text in texts)
+
+
+def test_forms_are_told_apart() -> None:
+    """No two forms make the same of an answer, and no sentence says two of them."""
+    assert len({form("Two words") for form in FORMS}) == len(FORMS)
+    sentences = [said for texts in FORMS.values() for said in texts]
+    assert len(set(sentences)) == len(sentences)
 
 
 def test_rows_of_a_variant_answer_and_say_its_words() -> None:
@@ -82,7 +100,7 @@ def test_rows_of_a_variant_answer_and_say_its_words() -> None:
     examples = task("yes", "no").examples["train"]
     texts = ["Say yes or no.", "Say up for yes and down for no.", "Do else."]
     own = Pool("a", examples, (0,))
-    with_variant = replace(own, variants=(replace(own, descriptions=(1,), answers={"yes": "up", "no": "down"}),))
+    with_variant = replace(own, variants=(replace(own, descriptions=(1,), reword=Words({"yes": "up", "no": "down"})),))
     other = Pool("b", tuple(Example(f"{n}", f"else {n}", ("so",)) for n in range(9)), (2,))
 
     def batches(pool: Pool, **changes: Any) -> Batches:
@@ -118,9 +136,9 @@ def test_the_other_description_is_often_of_the_same_task_with_other_answers() ->
     pool = replace(
         own,
         variants=(
-            replace(own, descriptions=(1,), answers={"yes": "up", "no": "down"}),
-            replace(own, descriptions=(2,), answers={"yes": "up", "no": "down"}),
-            replace(own, descriptions=(3,), answers={"yes": "left", "no": "right"}),
+            replace(own, descriptions=(1,), reword=Words({"yes": "up", "no": "down"})),
+            replace(own, descriptions=(2,), reword=Words({"yes": "up", "no": "down"})),
+            replace(own, descriptions=(3,), reword=Words({"yes": "left", "no": "right"})),
         ),
     )
     other = Pool("b", task("so", "not", name="b").examples["train"], (4,))
@@ -160,7 +178,7 @@ def test_some_rows_read_made_up_words_with_the_right_prompt_and_answers() -> Non
 def test_a_teachers_examples_have_the_variants_answers_too() -> None:
     tokenizer = make_tokenizer()
     own = Pool("a", task("yes", "no").examples["train"], (0,))
-    pool = replace(own, variants=(replace(own, descriptions=(1,), answers={"yes": "up", "no": "down"}),))
+    pool = replace(own, variants=(replace(own, descriptions=(1,), reword=Words({"yes": "up", "no": "down"})),))
     batch = Batches(
         [pool],
         ["Say yes or no.", "Say up or down."],

@@ -9,7 +9,7 @@ Beside the rows may stand a teacher's: the same documents, each after the descri
 Shape letters: B rows (tasks), T tokens of a row, S tokens of a teacher's row, A answer tokens of a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -79,15 +79,15 @@ class Pool:
     """Where the hypernetwork reads no descriptions: positions in the run's list of texts to read, one for each
     example or one for all."""
     category: str | None = None
-    answers: Mapping[str, str] | None = None
-    """What is answered in place of the examples' own answers, where that is something else."""
+    reword: Callable[[str], str] | None = None
+    """Makes what is answered of the examples' own answers, where that is something else."""
     variants: tuple["Pool", ...] = ()
     """The same examples with other answers, each with descriptions that say so."""
 
     def answer(self, example: Example, rng: np.random.Generator) -> str:
         """One of the example's right answers."""
         own = example.outputs[int(rng.integers(len(example.outputs)))]
-        return own if self.answers is None else self.answers[own.strip()]
+        return own if self.reword is None else self.reword(own)
 
     @property
     def readable(self) -> tuple[int, ...]:
@@ -272,7 +272,7 @@ class Batches(Dataset):
                 continue
             pools[row] = variants[int(rng.integers(len(variants)))]
             shown[row] = int(rng.choice(pools[row].descriptions))
-            unlike = [x for x in variants if x.answers != pools[row].answers]
+            unlike = [x for x in variants if x.reword != pools[row].reword]
             if unlike and rng.random() < 0.5:
                 others[row] = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 

@@ -30,7 +30,7 @@ from t2l.tasks import (
     written_descriptions,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
-from t2l.train.relabel import variants
+from t2l.train.relabel import Form, Words, variants
 from t2l.train.settings import DataConfig, SftConfig
 
 Lengths = Callable[[list[str]], list[int]]
@@ -213,8 +213,8 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         return replace(
             own,
             variants=tuple(
-                replace(own, descriptions=tuple(place[text] for text in said), answers=answers)
-                for answers, said in others[task.name]
+                replace(own, descriptions=tuple(place[text] for text in said), reword=reword)
+                for reword, said in others[task.name]
             ),
         )
 
@@ -290,19 +290,17 @@ def _variants(
     config: DataConfig,
     lengths: Callable[[list[str]], dict[str, int]],
     window: int,
-) -> dict[str, list[tuple[dict[str, str], tuple[str, ...]]]]:
-    """Other answers of each task and descriptions that say so, of those descriptions that are trained on."""
+) -> dict[str, list[tuple[Words | Form, tuple[str, ...]]]]:
+    """Variants of each task, with texts made of those descriptions that are trained on."""
     if not config.relabel:
         return {task.name: [] for task in tasks}
     made = {
         task.name: variants(replace(task, descriptions=kept[task.name][0]), config.relabel_variants, config.seed)
         for task in tasks
     }
-    if not any(made.values()):
-        raise DataError("data.relabel: no task has a few short answers that other words could take the place of")
     counts = lengths(sorted({text for found in made.values() for _, texts in found for text in texts}))
     fitting = {
-        name: [(answers, tuple(text for text in texts if counts[text] <= window)) for answers, texts in found]
+        name: [(reword, tuple(text for text in texts if counts[text] <= window)) for reword, texts in found]
         for name, found in made.items()
     }
     return {name: [variant for variant in found if variant[1]] for name, found in fitting.items()}

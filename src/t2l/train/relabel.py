@@ -1,13 +1,16 @@
-"""Variants of a task whose answers are other words, which only the description says.
+"""Variants of a task whose answers are other words or of another form, which only the description says.
 
 A task with few distinct answers can be told from its inputs alone, answers included: nothing has to be read. Here the
 same inputs get different answers, so what the description says decides ("Write maple for Yes and river for No").
 After symbol tuning (arXiv 2305.08298), which swaps labels in prompts; here for the text an adapter is written from.
+Open answers keep their words and change their form ("Put the answer in square brackets").
 Knows words only.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from t2l.tasks import Task
 
@@ -17,6 +20,50 @@ LONGEST_ANSWER = 40
 """Characters; longer answers are no labels."""
 NAMED = 0.35
 """Share of variants that keep the task's own answers and name them."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A new answer for every one that the task has."""
+
+    new: Mapping[str, str]
+
+    def __call__(self, answer: str) -> str:
+        """The new answer."""
+        return self.new[answer.strip()]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The same answer, written otherwise."""
+
+    wrap: str = "{}"
+    case: Literal["", "lower", "upper"] = ""
+
+    def __call__(self, answer: str) -> str:
+        """The answer in this form."""
+        answer = answer.strip()
+        return self.wrap.format({"": answer, "lower": answer.lower(), "upper": answer.upper()}[self.case])
+
+
+FORMS = {
+    Form("[{}]"): ("Put the answer in square brackets.", "Answer in [brackets].", "The reply stands between [ and ]."),
+    Form("({})"): ("Put the answer in round brackets.", "Answer (in parentheses)."),
+    Form('"{}"'): ("Put the answer in double quotes.", 'Quote your answer "like this".'),
+    Form("Answer: {}"): (
+        "Start with Answer: and then give it.",
+        'Begin the reply with "Answer:".',
+        "Output: Answer: ...",
+    ),
+    Form("Result: {}"): ('Write "Result:" before the answer.', "Your reply begins with Result:"),
+    Form("- {}"): ("Write the answer as a list item after a dash.", "Begin with a dash and a space."),
+    Form("{}."): ("End the answer with a full stop.", "Finish with a period."),
+    Form("{} END"): ("Write END after the answer.", "The last word of the reply is END."),
+    Form("<{}>"): ("Put the answer between < and >.", "Answer in <angle brackets>."),
+    Form(case="upper"): ("Answer in capital letters.", "WRITE THE ANSWER IN UPPER CASE.", "Use capitals only."),
+    Form(case="lower"): ("Answer in lower case.", "Use small letters only."),
+}
+"""Ways to write an open answer, and what says so."""
 
 OPPOSITES = (
     "yes no",
@@ -93,8 +140,8 @@ def answers_of(task: Task) -> tuple[str, ...]:
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))) if len(counts) > 1 else ()
 
 
-def variants(task: Task, number: int, seed: int) -> list[tuple[dict[str, str], tuple[str, ...]]]:
-    """Other words for a task's answers, and descriptions that say which.
+def variants(task: Task, number: int, seed: int) -> list[tuple[Words | Form, tuple[str, ...]]]:
+    """Other words for a task's answers, or another form of them, and descriptions that say which.
 
     Args:
         task: With descriptions and training examples.
@@ -102,64 +149,71 @@ def variants(task: Task, number: int, seed: int) -> list[tuple[dict[str, str], t
         seed: Of the draw; the same task and seed give the same variants.
 
     Returns:
-        For each variant the new answer to every old one, and some of the descriptions with a sentence that names the
-        answers. Empty if the task's answers are not a few short ones.
+        For each variant what makes the new answer of an old one, and some of the descriptions with a sentence that
+        says so. Words where the task has a few short answers, otherwise forms.
     """
-    answers = answers_of(task)
-    if not answers:
-        return []
-    found = []
+    answers, found = answers_of(task), list[tuple[Words | Form, tuple[str, ...]]]()
     for turn in range(number):
         draw = random.Random(f"{seed}/{task.name}/relabel/{turn}")
-        named = draw.random() < NAMED
-        new = dict(zip(answers, answers, strict=True)) if named else _other_words(answers, draw)
+        if answers:
+            named = draw.random() < NAMED
+            new = dict(zip(answers, answers, strict=True)) if named else _other_words(answers, draw)
+            change: Words | Form = Words(new)
+        else:
+            change = draw.choice(list(FORMS))
         texts = draw.sample(task.descriptions, min(8, len(task.descriptions)))
         # A few texts would otherwise always carry the same sentence.
-        texts = [_with_sentence(text, new, draw) for text in (texts * 4)[: max(4, len(texts))]]
-        found.append((new, tuple(dict.fromkeys(texts))))
+        texts = [_with_sentence(text, change, draw) for text in (texts * 4)[: max(4, len(texts))]]
+        found.append((change, tuple(dict.fromkeys(texts))))
     return found
 
 
 def _other_words(answers: Sequence[str], draw: random.Random) -> dict[str, str]:
     """As many different words as there are answers, none of them an answer of the task."""
     known = {answer.casefold() for answer in answers}
-    words = WORDS.split()
-    lists = [draw.sample(words, len(answers)) for _ in range(4)]
-    lists.append(draw.choice(SERIES).split()[: len(answers)])
-    if len(answers) == 2:
-        lists += [pair.split() for pair in draw.sample(OPPOSITES, 4)]
+    words, number = WORDS.split(), len(answers)
+    lists = [draw.sample(words, number) for _ in range(3)]
+    link = draw.choice((" ", "_", "-"))
+    lists.append([link.join(draw.sample(words, 2)) for _ in range(number)])
+    lists.append(draw.choice(SERIES).split()[:number])
+    if number == 2:
+        lists += [pair.split() for pair in draw.sample(OPPOSITES, 3)]
+        lists += [[word, draw.choice(("not ", "non-", "no ")) + word] for word in draw.sample(words, 2)]
     # However many answers are words of ours, some words are left.
-    last = draw.sample([word for word in words if word not in known], len(answers))
-    chosen = next((some for some in draw.sample(lists, len(lists)) if not known & set(some)), last)
+    last = draw.sample([word for word in words if word not in known], number)
+    fitting = (some for some in draw.sample(lists, len(lists)) if not known & set(some) and len(set(some)) == number)
+    chosen = next(fitting, last)
     case = draw.choice((str.lower, str.lower, str.capitalize, str.capitalize, str.upper))
-    return {answer: case(word) for answer, word in zip(answers, draw.sample(chosen, len(chosen)), strict=True)}
+    return {answer: case(word) for answer, word in zip(answers, draw.sample(chosen, number), strict=True)}
 
 
-def _with_sentence(text: str, new: dict[str, str], draw: random.Random) -> str:
-    """The description with a sentence that names the answers after it, or now and then before."""
+def _with_sentence(text: str, change: Words | Form, draw: random.Random) -> str:
+    """The description with a sentence that says how to answer after it, or now and then before."""
+    sentence = draw.choice(FORMS[change]) if isinstance(change, Form) else _naming(change.new, draw)
+    text = text.strip()
+    if draw.random() < 0.2:
+        return f"{sentence} {text}"
+    return f"{text if text[-1:] in '.?!:' else text + '.'} {sentence}"
+
+
+def _naming(new: Mapping[str, str], draw: random.Random) -> str:
+    """A sentence that names the answers."""
     quote = draw.choice(("{}", "{}", '"{}"', "'{}'"))
     pairs = [(quote.format(old), quote.format(word)) for old, word in new.items()]
     draw.shuffle(pairs)
     if all(old == word for old, word in pairs):
         words = [word for _, word in pairs]
-        sentence = draw.choice(LISTS).format(
-            or_=_joined(words, "or"), and_=_joined(words, "and"), list_=", ".join(words)
-        )
-    elif draw.random() < 0.6:
+        either, both = _joined(words, "or"), _joined(words, "and")
+        return draw.choice(LISTS).format(or_=either, and_=both, list_=", ".join(words))
+    if draw.random() < 0.6:
         how = draw.choice(SWAPS)
         first = how.format(old=pairs[0][0], new=pairs[0][1])
         # The verb stands once, as in "Write maple for Yes and river for No".
         link = how[how.index("{new}") :]
-        rest = [link.format(old=old, new=word) for old, word in pairs[1:]]
-        sentence = _joined([first, *rest], "and") + "."
-    else:
-        form = draw.choice(("{new} ({old})", "{new} = {old}", "{old}: {new}", "{old} -> {new}"))
-        listed = ", ".join(form.format(old=old, new=word) for old, word in pairs)
-        sentence = draw.choice(SWAP_LISTS).format(pairs=listed)
-    text = text.strip()
-    if draw.random() < 0.2:
-        return f"{sentence} {text}"
-    return f"{text if text[-1:] in '.?!:' else text + '.'} {sentence}"
+        return _joined([first, *(link.format(old=old, new=word) for old, word in pairs[1:])], "and") + "."
+    form = draw.choice(("{new} ({old})", "{new} = {old}", "{old}: {new}", "{old} -> {new}"))
+    listed = ", ".join(form.format(old=old, new=word) for old, word in pairs)
+    return draw.choice(SWAP_LISTS).format(pairs=listed)
 
 
 def _joined(parts: Sequence[str], word: str) -> str:

@@ -25,10 +25,10 @@ class DataConfig:
     file_share: float = 0.0
     """How often a description of the file is drawn for a task that has others too; 0 draws all alike."""
     relabel: float = 0.0
-    """Share of rows, of those whose task has a few short answers, that have other words for answers, which only the
-    description says; see `t2l.train.relabel`."""
+    """Share of rows whose answers are other words, where the task has a few short ones, or else of another form; only
+    the description says which, see `t2l.train.relabel`."""
     relabel_variants: int = 6
-    """Of each such task."""
+    """Of each task."""
     made_up: float = 0.0
     """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
     then does no harm."""
