@@ -61,7 +61,8 @@ def eval_run(
         int | None, typer.Option(min=1, help="In place of each suite's own limit.", show_default=False)
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a batch; less if memory runs out.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Tokens of a batch; what a GPU has room for, if absent.", show_default=False),
     ] = None,
     device: Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)] = None,
     backend: Annotated[

@@ -32,6 +32,8 @@ NEED_WEIGHTS = ("arrow", "t2l-best-of")
 """Adapters that are no plain LoRA of one prompt, or are made with the base model: no other backend serves them."""
 ARROW_ELEMENTS = 2**32
 """PEFT's Arrow holds tokens x adapters x features at a time; its batches are kept under this."""
+LIKELIHOOD_TOKENS = 2**18
+"""Most tokens that a batch of likelihoods is counted from where the user says nothing: larger ones are no faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +260,7 @@ def _answer(
     source: AdapterSource, backend: Backend, asked: Sequence[Asked], settings: Settings
 ) -> Iterator[list[dict[str, Any]]]:
     """Lines of one batch after the other."""
-    # Another backend makes its own batches; these are what an interruption loses.
-    kind = next(source.model.parameters()).device.type
-    budget = settings.batch_tokens or {"cpu": 2**13, "meta": 2**16}.get(kind, 2**18)
-    if asked and asked[0].row.adapter == "arrow":
-        library = source.training[0]
-        widest = max(max(t.in_features, t.out_features) for t in library.spec.targets)
-        budget = max(1, min(budget, ARROW_ELEMENTS // (widest * len(library.names))))
-    # Together what can share a batch: adapters of one shape, and answers of one limit, as a batch runs until its
-    # longest is done.
+    # Together what can share a batch: adapters of one shape, and answers of one limit.
     groups: dict[Any, list[Asked]] = {}
     for a in asked:
         task = a.question.task
@@ -274,11 +268,19 @@ def _answer(
         group = (task.kind == "likelihood", task.max_new_tokens, votes, source.shape(a.row))
         groups.setdefault(group, []).append(a)
     for (likelihood, limit, votes, _), part in groups.items():
+        # Another backend makes its own batches; these are what an interruption loses.
+        tokens, sequences = decode.room(source.model, source.spec(part[0].row))
+        tokens = settings.batch_tokens or (min(tokens, LIKELIHOOD_TOKENS) if likelihood else tokens)
+        if part[0].row.adapter == "arrow":
+            library = source.training[0]
+            widest = max(max(t.in_features, t.out_features) for t in library.spec.targets)
+            tokens = max(1, min(tokens, ARROW_ELEMENTS // (widest * len(library.names))))
         if likelihood:
             # Every token of a choice meets the whole vocabulary: logits are what takes memory.
-            yield from _likelihoods(source, part, max(1, budget // 4))
+            yield from _likelihoods(source, part, max(1, tokens // 4))
             continue
-        for batch in decode.batches([len(a.ids) + limit for a in part], max_tokens=budget // votes):
+        lengths = [len(a.ids) + limit for a in part]
+        for batch in decode.batches(lengths, max_tokens=tokens // votes, max_sequences=max(1, sequences // votes)):
             chosen = [part[i] for i in batch]
             decode.require_room(source.model, len(chosen[0].ids) + limit, f"{chosen[0].key}")
             used = _adapters(source, chosen)

@@ -329,15 +329,19 @@ class AdapterSource:
         wide = replace(spec, rank=TEXTS * spec.rank)
         return replace(wide, alpha=wide.alpha * spec.scaling / wide.scaling)
 
-    def shape(self, row: Row) -> Any:
-        """What must be equal for adapters to share a batch; None for the base model and Arrow's own."""
+    def spec(self, row: Row) -> AdapterSpec | None:
+        """Of the row's adapters; None for the base model and Arrow's own."""
         if row.adapter in ("base", "arrow"):
             return None
         owner: Any = {"multitask": self.multitask, "hyperdecoders": self.hyperdecoders}.get(row.adapter)
         if owner is None:
             owner = self.checkpoint if row.adapter.startswith("t2l") else self.libraries[0]
-        spec = self.wide if row.way == "t2l-average" else owner.spec
-        return spec.layers, spec.targets, spec.rank, spec.scaling
+        return self.wide if row.way == "t2l-average" else owner.spec
+
+    def shape(self, row: Row) -> Any:
+        """What must be equal for adapters to share a batch."""
+        spec = self.spec(row)
+        return spec and (spec.layers, spec.targets, spec.rank, spec.scaling)
 
     def has(self, row: Row, question: Question) -> bool:
         """Whether the row answers this question.
