@@ -30,6 +30,7 @@ from t2l.train.compress import (
     compress,
     fitting_head,
     prepare_scores,
+    principal,
     read_scores,
     recovered,
     subset,
@@ -243,11 +244,35 @@ def test_the_checkpoint_is_the_first_networks(compressed: tuple[Path, dict[str, 
     assert network["parameters"] == sum(p.numel() for p in t2l.hypernet.parameters())
 
 
+def test_principal_components_are_numpys(spec: AdapterSpec) -> None:
+    """The projection on the first right singular vectors of the centred adapters, laid out as vectors."""
+    lora = LoraTensors.stack([random_lora(spec, n) for n in range(7)])
+    flat = torch.cat([x.flatten(1) for x in (*lora.a, *lora.b)], 1).double().numpy()
+    mean = flat.mean(0)
+    _, sizes, right = np.linalg.svd(flat - mean, full_matrices=False)
+    for number in (0, 1, 4, 6):
+        found = principal(lora, number)
+        made = torch.cat([x.flatten(1) for x in (*found.a, *found.b)], 1).numpy()
+        basis = right[:number]
+        np.testing.assert_allclose(made, mean + (flat - mean) @ basis.T @ basis, atol=1e-5)
+        left = ((flat - made) ** 2).sum()
+        assert left == pytest.approx((sizes[number:] ** 2).sum(), rel=1e-3, abs=1e-4)
+
+
 def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, Any]]) -> None:
     out, plain = compressed
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(plain))
     scores = read_scores(out / "scores.jsonl")
-    rows = ("base", "oracle", "all, trained", "all, held-out", "two, trained", "two, held-out")
+    rows = (
+        "base",
+        "oracle",
+        "mean of all",
+        "3 components",
+        "all, trained",
+        "all, held-out",
+        "two, trained",
+        "two, held-out",
+    )
     assert tuple(dict.fromkeys(s.row for s in scores)) == rows
     for row, found in plain["rows"].items():
         mine = [s for s in scores if s.row == row]
@@ -260,6 +285,16 @@ def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, An
     text = (out / "report.md").read_text()
     assert "| all | 4 | trained |" in text and "| two | 2 | held-out |" in text and "| oracle | 3 | 15 |" in text
     assert all(f"| {name} |" in text for name in NAMES)
+    # Three components and the mean hold all of four adapters.
+    of = {row: [s.loss for s in scores if s.row == row] for row in ("oracle", "3 components", "mean of all")}
+    for exact, made in zip(of["oracle"], of["3 components"], strict=True):
+        assert made == pytest.approx(exact, abs=1e-3)
+    assert of["mean of all"] != of["oracle"]
+    assert plain["rows"]["base"]["recovered"] is None and plain["rows"]["oracle"]["recovered"] in (
+        None,
+        [1.0] * 3,
+        (1.0,) * 3,
+    )
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -359,7 +394,8 @@ def test_from_tasks_to_a_checkpoint_on_the_command_line(oracle_files: Path, base
     assert done.exit_code == 0, done.output
     rows = list(json.loads((way / "judged" / "report.json").read_text())["rows"])
     kinds = ["trained", "held-out", "random", "other"]
-    assert rows == ["base", "oracle", *(f"small, {k}" for k in kinds), "one-hot, trained", "one-hot, other"]
+    assert rows[:4] == ["base", "oracle", "mean of all", "1 components"]
+    assert rows[4:] == [*(f"small, {k}" for k in kinds), "one-hot, trained", "one-hot, other"]
     wrong = t2l("library", "judge", imported.folder, way / "small", "-o", way / "wrong", "--device", "cpu")
     assert wrong.exit_code == 1 and "was not trained to reconstruct" in wrong.stderr
 

@@ -151,7 +151,7 @@ def judge_library(
     try_writing(out.absolute())
     from t2l.files import new_folder
     from t2l.library import AdapterLibrary
-    from t2l.train.compress import judge_network, prepare_scores, write_report
+    from t2l.train.compress import judge_network, prepare_scores, score_controls, write_report
 
     opened = AdapterLibrary.open(library)
     chosen = _device(device)
@@ -159,8 +159,6 @@ def judge_library(
     scored, scores, networks = None, [], []
     if tasks:
         scored = prepare_scores(opened, tasks, _base(opened.spec.base_model, chosen), limit=limit)
-        scores += scored.score("base", None, opened.names)
-        scores += scored.score("oracle", opened.stack(), opened.names)
     for folder in checkpoints:
         # runs/recon-L/checkpoint is the network of the run recon-L.
         label = folder.resolve().parent.name if folder.name == "checkpoint" else folder.name
@@ -168,6 +166,8 @@ def judge_library(
         networks.append(network)
         scores += found
         say(f"judged {label}")
+    if scored is not None:
+        scores = score_controls(scored, opened, networks[0].parameters) + scores
     with new_folder(out) as temporary:
         report = write_report(temporary, opened, networks, scores)
     if as_json:

@@ -239,6 +239,42 @@ def texts_for(kind: Kind, known: Descriptions, names: Sequence[str], fits: Calla
     return made_up
 
 
+def principal(lora: LoraTensors, number: int) -> LoraTensors:
+    """Each adapter as the mean of all plus its projection on their first principal components.
+
+    Of all ways to write N adapters as mixtures of `number` tensors of an adapter's size and their mean, the one with
+    the least squared error on A and B. With 0 every adapter becomes the mean.
+
+    Args:
+        lora: A batch of N adapters.
+        number: At most N.
+    """
+    n = lora.a[0].shape[0]
+    parts = [(x - x.mean(0)).flatten(1).double() for x in (*lora.a, *lora.b)]
+    _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in parts]).sum(0))  # the largest come last
+    kept = vectors[:, n - number :]
+    mean = torch.full((n, n), 1 / n, dtype=torch.double, device=kept.device)
+    mixture = mean + kept @ kept.mT @ (torch.eye(n, dtype=torch.double, device=kept.device) - mean)
+    return lora.map(lambda x: torch.einsum("nm,m...->n...", mixture.to(x.dtype), x))
+
+
+def score_controls(scored: Scored, library: AdapterLibrary, parameters: int) -> list[Scores]:
+    """Rows that a network is to be compared with: base, oracles, their mean, and the principal components of its size.
+
+    Args:
+        scored: Examples and model.
+        library: The adapters.
+        parameters: Of the network.
+    """
+    names, everything = library.names, library.stack()
+    number = min(parameters // library.spec.num_parameters, len(names) - 1)
+    scores = scored.score("base", None, names) + scored.score("oracle", everything, names)
+    scores += scored.score("mean of all", principal(everything, 0), names)
+    if number:
+        scores += scored.score(f"{number} components", principal(everything, number), names)
+    return scores
+
+
 def written_adapters(t2l: TextToLora, texts: Sequence[str]) -> LoraTensors:
     """Adapters for texts as one batch, on the CPU."""
     found = [a.lora.map(lambda x: x.cpu()) for i in range(0, len(texts), 32) for a in t2l.generate(texts[i : i + 32])]
@@ -362,6 +398,7 @@ def report(library: AdapterLibrary, networks: Sequence[Network], scores: Sequenc
                 # Where there are few tasks the interval over them says little; the per-task ones are over examples.
                 "exact_match": interval([float(np.mean(s.exact_match)) for s in mine]),
                 "loss": interval([float(np.mean(s.loss)) for s in mine]),
+                "recovered": None if row == "base" else recovered(scores, row, tasks),
             }
             for row in rows
         },
@@ -386,7 +423,8 @@ def markdown(plain: Mapping[str, Any], *, most_tasks: int = 40) -> str:
         "Size is that of the network's weights in fp16, without the encoder, which is a model of its own. Errors are "
         "of ΔW over all layers and modules of an adapter, the mean over adapters: relative Frobenius distance, cosine. "
         "Recovered is the share of the adapters' gain over the base in exact match that is left, with a 95 % "
-        "bootstrap interval over tasks.\n",
+        "bootstrap interval over tasks. “Components” are as many principal components of the adapters as the first "
+        "network has room for: mixtures of them are the best linear compression to its size.\n",
         "| network | adapters | reads | parameters | MB | of their size | relative error | cosine | recovered |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -402,18 +440,18 @@ def markdown(plain: Mapping[str, Any], *, most_tasks: int = 40) -> str:
                 f"{network['share']:.0%}",
                 f"{errors['relative']:.3f}",
                 f"{errors['cosine']:.3f}",
-                "–" if share is None else f"{share[0]:.1%} [{share[1]:.1%}, {share[2]:.1%}]",
+                _share(share),
             ]
             parts.append(f"| {' | '.join(cells)} |")
     if plain["rows"]:
         parts += [
             "\nTeacher-forced exact match and loss on held-out examples; 95 % bootstrap intervals, over tasks.\n",
-            "| row | tasks | n | exact match | loss |",
-            "| --- | --- | --- | --- | --- |",
+            "| row | tasks | n | exact match | loss | recovered |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         for row, found in plain["rows"].items():
             cells = [row, str(found["tasks"]), str(found["n"]), _spread(found["exact_match"]), _spread(found["loss"])]
-            parts.append(f"| {' | '.join(cells)} |")
+            parts.append(f"| {' | '.join([*cells, _share(found['recovered'])])} |")
     if plain["tasks"]:
         rows = list(plain["rows"])
         shown = list(plain["tasks"])[:most_tasks]
@@ -443,6 +481,10 @@ def markdown(plain: Mapping[str, Any], *, most_tasks: int = 40) -> str:
             for i in order[:most_tasks]
         ]
     return "\n".join(parts) + "\n"
+
+
+def _share(values: Sequence[float] | None) -> str:
+    return "–" if values is None else f"{values[0]:.1%} [{values[1]:.1%}, {values[2]:.1%}]"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -606,18 +648,18 @@ def compress(
             raise TrainingError(
                 f"Time ran out at step {done} of {config.train.steps} of network “{label}”; the same command goes on"
             )
-    scored, scores = None, []
+    scored = None
     if tasks:
         assert base is not None, "scores need the base model"
         scored = prepare_scores(library, tasks, base, limit=limit)
-        scores += scored.score("base", None, library.names)
-        scores += scored.score("oracle", library.stack(), library.names)
-    networks = []
+    networks, scores = [], list[Scores]()
     for label in points:
         network, found = judge_network(label, runs / label / "checkpoint", library, scored, kinds=kinds, device=device)
         networks.append(network)
         scores += found
         log(f"network “{label}” judged")
+    if scored is not None:
+        scores = score_controls(scored, library, networks[0].parameters) + scores
     with new_folder(out, overwrite=overwrite) as temporary:
         kept = runs / next(iter(points)) / "checkpoint"
         shutil.copytree(kept, temporary, dirs_exist_ok=True)
