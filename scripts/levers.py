@@ -32,6 +32,8 @@ class Lever:
     """In T2L's run alone; the multi-task LoRA is then that of the recipe."""
     both: tuple[str, ...] = ()
     """In both runs: data, prompts, targets, rank. A multi-task LoRA of its own is trained."""
+    pretrained: bool = False
+    """Whether T2L starts from the multi-task LoRA."""
 
 
 DESCRIPTIONS = ("data.descriptions=configs/descriptions.jsonl", "data.file_share=0.5")
@@ -65,6 +67,8 @@ LEVERS = {
     "kl": Lever(("train.distill=1.0",)),
     "variant-M": Lever(("hypernet.variant=M",)),
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
+    "offset-pretrained": Lever(pretrained=True),
+    "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
     **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},
 }
 """The protocol's table, and those of its Deviations."""
@@ -147,13 +151,13 @@ def trained(run: Path) -> bool:
     return bool(training["steps"] == training["planned_steps"])
 
 
-def training(run: Path, seed: int, changes: Sequence[str]) -> Job:
+def training(run: Path, seed: int, changes: Sequence[str], after: tuple[str, ...] = ()) -> Job:
     """`t2l train sft`, from where it was left."""
     assignments = [f"seed={seed}", "train.tensorboard=false", *changes]
     options = [part for assignment in assignments for part in ("--set", assignment)]
     resume = ["--resume"] if (run / "config.json").is_file() else []
     command = (*T2L, "train", "sft", "--config", str(RECIPE), "--run", str(run), *options, *resume)
-    return Job(run.name, command, done=lambda: trained(run))
+    return Job(run.name, command, after, done=lambda: trained(run))
 
 
 def jobs_of(name: str, seed: int, out: Path, *, common: Sequence[str] = (), batch_tokens: int = 2**18) -> list[Job]:
@@ -168,8 +172,10 @@ def jobs_of(name: str, seed: int, out: Path, *, common: Sequence[str] = (), batc
     """
     lever = LEVERS[name]
     run, other = out / f"{name}-{seed}", out / f"{name if lever.both else 'base'}-{seed}-multitask"
-    t2l = training(run, seed, [*common, *lever.both, *lever.own])
     multitask = training(other, seed, [*common, *lever.both, *MULTITASK])
+    origin = [f"train.start_from={other / 'checkpoint'}"] if lever.pretrained else []
+    waits = (multitask.name,) if lever.pretrained else ()
+    t2l = training(run, seed, [*common, *lever.both, *lever.own, *origin], waits)
     judge = (*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", "minimum", "--seeds", "0")
     judge += ("--per-task", "30", "--batch-tokens", str(batch_tokens), "--out", str(out / f"{name}-{seed}.jsonl"))
     judge += ("--checkpoint", str(run / "checkpoint"), "--multitask", str(other / "checkpoint"))

@@ -80,7 +80,7 @@ def test_every_lever_is_a_setting_that_differs_from_the_recipe(script: ModuleTyp
         t2l = build(SftConfig, override(plain, [*lever.both, *lever.own]))
         multitask = build(SftConfig, override(plain, [*lever.both, *script.MULTITASK]))
         assert multitask.blind and not t2l.blind
-        assert (t2l == recipe) == (name == "base"), name
+        assert (t2l == recipe) == (name == "base" or lever == script.Lever(pretrained=True)), name
         assert t2l.data.tasks == multitask.data.tasks == "sni"
 
 
@@ -89,6 +89,9 @@ def test_a_row_needs_two_trainings_and_goes_on_where_it_was(script: ModuleType, 
     assert (first.name, second.name) == ("contrast-0.1-3", "base-3-multitask")
     assert judged.after == (first.name, second.name)
     assert script.jobs_of("relabel", 3, tmp_path)[1].name == "relabel-3-multitask"
+    late = script.jobs_of("offset-frozen", 3, tmp_path)[0]
+    assert late.after == ("base-3-multitask",)
+    assert f"train.start_from={tmp_path / 'base-3-multitask' / 'checkpoint'}" in late.command
     assert "--resume" not in first.command and not first.done()
     run = tmp_path / first.name
     (run / "checkpoint").mkdir(parents=True)
