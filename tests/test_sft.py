@@ -37,7 +37,7 @@ from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task
 from t2l.train import data as train_data
 from t2l.train import sft
-from t2l.train.batches import Batch, Batches, Pool
+from t2l.train.batches import SHARED, Batch, Batches, Pool
 from t2l.train.data import DescriptionBank, RunData, prepare_data
 from t2l.train.settings import DataConfig, SftConfig, TrainConfig
 from t2l.train.sft import Trainer, _checkpoint_layers, answer_losses, make_optimizer, neftune_noise, train
@@ -290,6 +290,7 @@ def test_packed_rows_lose_what_their_documents_lose_alone(
 ) -> None:
     """No token sees another document, positions begin anew, labels are the next tokens, each row has its adapter."""
     batch = make_batches(tiny_tokenizer)[0]
+    assert (batch.documents == SHARED).any(1).all()
     spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
     adapters = [Adapter(random_lora(spec, seed), spec, "", {}) for seed in range(4)]
     stacked = LoraTensors.stack([x.lora for x in adapters])
@@ -299,9 +300,9 @@ def test_packed_rows_lose_what_their_documents_lose_alone(
     for row in range(4):
         with applied(tiny_base, adapters[row]), torch.no_grad():
             for document in range(int(batch.documents[row].max()) + 1):
-                tokens = batch.tokens[row][batch.documents[row] == document]
+                tokens = batch.tokens[row][within(batch, row, document)]
                 # Rotary positions are relative, so the losses alone would not tell.
-                assert batch.positions[row][batch.documents[row] == document].tolist() == list(range(len(tokens)))
+                assert batch.positions[row][within(batch, row, document)].tolist() == list(range(len(tokens)))
                 own = batch.label_documents[row] == document
                 labels = batch.labels[row][own]
                 assert torch.equal(labels[:-1], tokens[1 - len(labels) :])
@@ -314,11 +315,46 @@ def test_packed_rows_lose_what_their_documents_lose_alone(
     assert seen >= 8
 
 
+def within(batch: Batch, row: int, document: int) -> torch.Tensor:
+    """Where a row holds a document, what it begins with in common with the others included."""
+    return (batch.documents[row] == document) | (batch.documents[row] == SHARED)
+
+
 def documents_of(batch: Batch, tokenizer: PreTrainedTokenizerBase, row: int) -> list[str]:
     return [
-        tokenizer.decode(batch.tokens[row][batch.documents[row] == n])
-        for n in range(int(batch.documents[row].max()) + 1)
+        tokenizer.decode(batch.tokens[row][within(batch, row, n)]) for n in range(int(batch.documents[row].max()) + 1)
     ]
+
+
+def test_what_prompts_begin_with_stands_once(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """So that more documents fit into a row; each is still a whole prompt with an answer of its own task."""
+    shared, apart = (make_batches(tiny_tokenizer, in_prompt=1.0, share_beginnings=share) for share in (True, False))
+    counts = []
+    for batches in (shared, apart):
+        count = 0
+        for step in range(4):
+            batch = batches[step]
+            for row in range(4):
+                pool = batches.pools[batches.task_of_row(step, row)]
+                text = batches.texts[batch.descriptions[row]]
+                known = {e.input.strip(): e.outputs for e in pool.examples}
+                for n, document in enumerate(documents_of(batch, tiny_tokenizer, row)):
+                    start, question = document.split("<assistant>")[0].removesuffix("\n").split("\n\n")
+                    assert start == f"<s><user>{text}"
+                    own = batch.label_documents[row] == n
+                    answer = tiny_tokenizer.decode(batch.labels[row][own]).removesuffix(tiny_tokenizer.eos_token)
+                    assert answer in known[question]
+                    count += 1
+            assert bool((batch.documents == SHARED).any()) == (batches is shared)
+        counts.append(count)
+    assert counts[0] > 1.2 * counts[1]
+
+
+def test_noise_on_embeddings_keeps_documents_apart(config: SftConfig) -> None:
+    """It is drawn by a document's own length."""
+    for alpha in (0.0, 5.0):
+        data = prepare_data(shorter(config, neftune_alpha=alpha), make_tokenizer(), lengths)
+        assert bool((data.train[0].documents == SHARED).any()) == (alpha == 0.0)
 
 
 def test_weights_of_a_batch(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -852,7 +888,7 @@ def test_label_smoothing_is_torchs_and_only_in_training(
     assert torch.equal(judging, expected)
     with torch.no_grad():
         row, own = 0, batch.label_documents[0] == 0
-        length = int((batch.documents[0] == 0).sum())
+        length = int(within(batch, 0, 0).sum())
         adapter = Adapter(lora.unbind()[row], trainer_spec(trainer), "", {})
         with applied(make_base(own_base.config), adapter) as model:
             logits = model(batch.tokens[:1, :length]).logits[0][batch.label_positions[row][own]]
@@ -895,7 +931,7 @@ def test_distilled_loss_is_the_divergence_document_by_document(
                 longer = batch.teacher_tokens[row][batch.teacher_documents[row] == number]
                 rows.append(len(longer) > 0)
                 if rows[-1]:
-                    own = log_probabilities(batch.tokens[row][batch.documents[row] == number], labels, students[row])
+                    own = log_probabilities(batch.tokens[row][within(batch, row, number)], labels, students[row])
                     theirs = log_probabilities(longer, labels, offset if teacher == "offset" else None)
                     found += (theirs.exp() * (theirs - own)).sum(-1).mean().item() * 2.0**2
             expected += found / (int(batch.documents[row].max()) + 1) / 4

@@ -1,8 +1,10 @@
 """Batches of packed sequences: step s of a run is a pure function of (seed, s), so resuming needs no sampler state.
 
 Each row of a batch is one task with one description; several of the task's examples stand in it one after
-another, kept apart by document numbers, until the row's tokens or its answer tokens are used up. All shapes are
-static, so a compiled step compiles once. Knows tasks and tokenizers; knows no models.
+another, kept apart by document numbers, until the row's tokens or its answer tokens are used up. What all prompts of
+a row begin with (a system message, the description) stands there once, and every document sees it: each still has the
+very states it would have alone. All shapes are static, so a compiled step compiles once. Knows tasks and tokenizers;
+knows no models.
 
 Beside the rows may stand a teacher's: the same documents, each after the description and some other examples.
 
@@ -23,8 +25,11 @@ from t2l.errors import DataError
 from t2l.prompt import render, token_ids
 from t2l.tasks import Example, Task
 
-CANDIDATES = 6
+CANDIDATES = 12
 """Examples drawn for a row at a time; those that do not fit any more are left out."""
+
+SHARED = -2
+"""Document number of what all documents of a row begin with."""
 
 NO_TEACHER = torch.zeros(0)
 """The teacher's fields of a batch without one."""
@@ -36,9 +41,9 @@ class Batch(NamedTuple):
     tokens: Tensor
     """(B, T)"""
     positions: Tensor
-    """(B, T), starting again at 0 in each document."""
+    """(B, T), in each document going on from the row's shared beginning."""
     documents: Tensor
-    """(B, T) number of the document in its row, -1 for padding."""
+    """(B, T) number of the document in its row, `SHARED` for what all of them begin with, -1 for padding."""
     label_positions: Tensor
     """(B, A) position in the row whose next token is the label."""
     labels: Tensor
@@ -115,6 +120,7 @@ class Batches(Dataset):
         relabel_unsaid: Whether also rows whose prompt does not show the description: not where nothing else reads it.
         made_up: Positions of texts that describe nothing.
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
+        share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
 
     Raises:
         DataError: if the tokenizer has no way to end an answer.
@@ -139,6 +145,7 @@ class Batches(Dataset):
         relabel_unsaid: bool = True,
         made_up: Sequence[int] = (),
         made_up_share: float = 0.0,
+        share_beginnings: bool = True,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
@@ -146,6 +153,7 @@ class Batches(Dataset):
         self.teacher_tokens, self.shots = teacher_tokens, shots
         self.relabel, self.relabel_unsaid = relabel, relabel_unsaid
         self.made_up, self.made_up_share = made_up, made_up_share
+        self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
         self.groups = [list(range(len(self.pools)))]
@@ -220,6 +228,10 @@ class Batches(Dataset):
             ]
             prompt_ids = token_ids(self.tokenizer, rendered)
             answer_ids = token_ids(self.tokenizer, [answer_text(answer, self.eos) for answer in outputs])
+            begun = [0] * self.rows
+            if self.share_beginnings:
+                for row in left:
+                    begun[row] = _beginning([ids for (r, _), ids in zip(drawn, prompt_ids, strict=True) if r == row])
             for (row, pick), question, answer in zip(drawn, prompt_ids, answer_ids, strict=True):
                 length = len(question) + len(answer) - 1  # the last answer token is only ever a label
                 if length > self.tokens or len(answer) > self.answer_tokens:
@@ -227,12 +239,13 @@ class Batches(Dataset):
                     continue
                 label = used_answers[row]
                 label_end = label + len(answer)
-                full = laid.used[row] + length > self.tokens or label_end > self.answer_tokens
+                more = length - (begun[row] if count[row] else 0)
+                full = laid.used[row] + more > self.tokens or label_end > self.answer_tokens
                 if full or (self.one_example and count[row]):
                     continue
                 if self.one_example:
                     chosen[row] = pools[row].reads[pick]
-                laid.put(row, count[row], question, answer, label)
+                laid.put(row, count[row], question, answer, label, begun[row])
                 taught.append(_Document(row, count[row], int(pick), answer, label))
                 labels[row, label:label_end] = answer
                 label_documents[row, label:label_end] = count[row]
@@ -349,20 +362,34 @@ class _Rows:
         self.label_positions = np.zeros((rows, answer_tokens), np.int64)
         self.used = [0] * rows
 
-    def put(self, row: int, number: int, question: list[int], answer: list[int], label: int) -> None:
-        """Adds a document; the last answer token is only ever a label."""
-        start = self.used[row]
-        end = start + len(question) + len(answer) - 1
-        self.tokens[row, start:end] = question + answer[:-1]
-        self.positions[row, start:end] = np.arange(end - start)
+    def put(self, row: int, number: int, question: list[int], answer: list[int], label: int, begun: int = 0) -> None:
+        """Adds a document; the last answer token is only ever a label.
+
+        `begun` tokens of its prompt are those that all documents of the row begin with.
+        """
+        if begun and not self.used[row]:
+            self.tokens[row, :begun], self.positions[row, :begun] = question[:begun], np.arange(begun)
+            self.documents[row, :begun] = SHARED
+            self.used[row] = begun
+        start, own = self.used[row], question[begun:]
+        end = start + len(own) + len(answer) - 1
+        self.tokens[row, start:end] = own + answer[:-1]
+        self.positions[row, start:end] = begun + np.arange(end - start)
         self.documents[row, start:end] = number
-        self.label_positions[row, label : label + len(answer)] = np.arange(start + len(question) - 1, end)
+        self.label_positions[row, label : label + len(answer)] = np.arange(start + len(own) - 1, end)
         self.used[row] = end
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """As in `Batch`: tokens, positions, documents, label positions."""
         return self.tokens, self.positions, self.documents, self.label_positions
+
+
+def _beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own."""
+    first, last = min(prompts), max(prompts)  # what these two share, all share
+    shortest = min(map(len, prompts)) - 1
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
 
 def _quiet_worker(_: int) -> None:

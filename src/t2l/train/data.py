@@ -244,6 +244,8 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             relabel_unsaid=not config.blind,
             made_up=made_up,
             made_up_share=config.data.made_up if made_up else 0.0,
+            # Noise on the base's embeddings is drawn for each document by its own length.
+            share_beginnings=not config.train.neftune_alpha,
         )
 
     in_prompt = config.train.description_in_prompt

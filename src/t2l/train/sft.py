@@ -32,7 +32,7 @@ from t2l.files import new_folder, sha256
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.train.batches import Batch
+from t2l.train.batches import SHARED, Batch
 from t2l.train.curves import write_report
 from t2l.train.data import DescriptionBank, RunData, prepare_data
 from t2l.train.running import schedule, versions
@@ -94,8 +94,9 @@ def answer_losses(base: Any, slots: LiveAdapters, *, keep: bool = False, fuse: b
         if noise is not None:
             embedded = embedded + noise.to(embedded.dtype)
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        # A token sees what came before it in its own document.
-        visible = (documents[:, :, None] == documents[:, None, :]) & (place[:, None] >= place)
+        # A token sees what came before it in its own document, and what all documents of the row begin with.
+        seen = (documents[:, :, None] == documents[:, None, :]) | (documents == SHARED)[:, None, :]
+        visible = seen & (place[:, None] >= place)
         hidden = base.base_model(
             inputs_embeds=embedded, position_ids=positions, attention_mask=visible[:, None], use_cache=False
         ).last_hidden_state
@@ -562,7 +563,7 @@ def _loop(
         progress.step = step + 1
         watch.step(progress.step)
         examples += int(cpu_batch.documents.amax(1).add(1).sum())
-        tokens += int((cpu_batch.documents >= 0).sum())
+        tokens += int((cpu_batch.documents != -1).sum())
         skipped += int(cpu_batch.skipped)
         taught += float(cpu_batch.teacher_weights.sum())
         out_of_time = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
