@@ -385,7 +385,7 @@ class _Rows:
         return self.tokens, self.positions, self.documents, self.label_positions
 
 
-def _beginning(prompts: Sequence[Sequence[int]]) -> int:
+def _beginning(prompts: list[list[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own."""
     first, last = min(prompts), max(prompts)  # what these two share, all share
     shortest = min(map(len, prompts)) - 1
