@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2l.errors import DataError
 from t2l.eval import answers
 from t2l.eval.report import Scores, difference, estimate, gather
+from t2l.eval.rows import MINIMUM
 from t2l.files import read_json
 
 RECIPE = Path("configs/zero-shot.yaml")
@@ -210,9 +212,15 @@ def points(rows: dict[str, Scores]) -> dict[str, tuple[float, float, float]]:
 
 def table(out: Path) -> str:
     """Markdown of every judged run, the best S first; differences with 95 % intervals over tasks, in points."""
-    lines = []
-    for path in out.glob("*.jsonl"):
-        rows = together(path)
+    lines, partial = [], []
+    for path in sorted(out.glob("*.jsonl")):
+        try:
+            rows = together(path)
+        except DataError:  # answers are missing
+            rows = {}
+        if not rows.keys() >= {row.name for row in MINIMUM}:
+            partial.append(path.stem)
+            continue
         form, (score, _, _) = max(points(rows).items(), key=lambda item: item[1][0])
         end = "+description" if form == "description" else ""
         shown = ("base+description", "multitask+description", f"t2l{end}", f"t2l-wrong{end}", f"t2l-random{end}")
@@ -224,7 +232,8 @@ def table(out: Path) -> str:
         lines.append((score, f"| {' | '.join(cells)} |"))
     names = "base | multi-task LoRA | T2L | another task's | random text"  # the first two with the description
     head = f"run | prompt of T2L | {names} | D1 | D2 | D4, lower end | S"
-    return "\n".join([f"| {head} |", "| --- " * 11 + "|", *(line for _, line in sorted(lines, reverse=True))])
+    text = "\n".join([f"| {head} |", "| --- " * 11 + "|", *(line for _, line in sorted(lines, reverse=True))])
+    return text + (f"\n\nNot judged to the end: {', '.join(partial)}" if partial else "")
 
 
 def main() -> int:

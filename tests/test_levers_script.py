@@ -120,3 +120,6 @@ def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType
     best = max(value[0] for value in script.points(rows).values())
     assert text.splitlines()[2].startswith("| base-0 |") and text.endswith(f"| {best:+.1f} |")
     assert os.listdir(tmp_path) == ["base-0.jsonl"]
+    (tmp_path / "begun-0.jsonl").write_text(answers.to_text(header(), []))
+    (tmp_path / "half-0.jsonl").write_text(answers.to_text(header(), lines[:-7]))
+    assert script.table(tmp_path) == f"{text}\n\nNot judged to the end: begun-0, half-0"
