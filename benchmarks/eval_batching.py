@@ -105,9 +105,8 @@ def main() -> None:
     pairs = [(ids, adapter) for ids in prompts for adapter in adapters]
 
     def stay(ids: list[list[int]], used: list[Adapter]) -> None:
-        longest, pad = max(map(len, ids)), tokenizer.pad_token_id
-        tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+        pad = tokenizer.pad_token_id
+        tokens, mask = decode._left_padded(ids, pad, device)
         settings = {"max_new_tokens": options.new_tokens, "do_sample": False, "pad_token_id": pad}
         with applied(base, used), torch.no_grad():
             base.generate(tokens, attention_mask=mask, eos_token_id=ends or None, **settings)

@@ -310,8 +310,7 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
             one = hypernet("sentence", variant="none")
 
             def shared(*_: Any, one: Hypernet = one) -> LoraTensors:
-                a, b = one.offset()
-                return LoraTensors(a, b, one.scaling)
+                return one.offset_lora()
 
             add("lora" + suffix, trainer(one, shared, losses, None), batch)
             for kind, encoder in encoders.items():

@@ -112,10 +112,9 @@ def run_jobs(jobs: Sequence[Job], logs: Path, *, gpus: int, at_once: int, until:
             for name, (process, _) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    (finished if process.returncode == 0 else failed).add(name)
-                    print(
-                        f"{name}: {'done' if process.returncode == 0 else f'failed, see {logs / name}.log'}", flush=True
-                    )
+                    well = process.returncode == 0
+                    (finished if well else failed).add(name)
+                    print(f"{name}: {'done' if well else f'failed, see {logs / name}.log'}", flush=True)
             for job in list(waiting):
                 lost = failed.intersection(job.after)
                 load = [sum(gpu == used for _, used in running.values()) for gpu in range(gpus)]

@@ -47,22 +47,24 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+"""Three layers of width 32; k and v are half as wide as q. Ids as in `make_tokenizer`."""
+
+
 def make_config(**changes: Any) -> LlamaConfig:
-    """Three layers of width 32; k and v are half as wide as q. Ids as in `make_tokenizer`."""
-    values: dict[str, Any] = {
-        "vocab_size": 264,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
-    return LlamaConfig(**(values | changes))
+    """A Llama of the sizes above."""
+    return LlamaConfig(**(SMALL | {"max_position_embeddings": 512} | changes))
 
 
 def make_base(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_base, make_config, random_lora
+from conftest import SMALL, make_base, make_config, random_lora
 from transformers import AutoModelForCausalLM, Lfm2Config, MistralConfig
 
 from t2l.apply import applied
@@ -16,18 +16,6 @@ from t2l.eval import decode
 from t2l.generate import Adapter
 from t2l.spec import AdapterSpec
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 # Answers as ids: a text hides which bytes were no character.
 IDS = SimpleNamespace(pad_token_id=2, eos_token_id=1, batch_decode=lambda said, skip_special_tokens: said)
 

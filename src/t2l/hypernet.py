@@ -110,6 +110,11 @@ class Hypernet(nn.Module):
         codebook = self.trunk.codebook if isinstance(self.trunk, SentenceTrunk) else None
         return codebook.commitment if isinstance(codebook, VectorQuantizer) else None
 
+    def offset_lora(self) -> LoraTensors:
+        """The LoRA that all descriptions share, as a single adapter; its tensors are the parameters themselves."""
+        a, b = self.offset()
+        return LoraTensors(a, b, self.scaling)
+
     def load_offset(self, lora: LoraTensors) -> None:
         """Starts from a trained LoRA: with untrained heads every description then gives exactly this adapter.
 

@@ -151,23 +151,18 @@ def judge_library(
     try_writing(out.absolute())
     from t2l.files import new_folder
     from t2l.library import AdapterLibrary
-    from t2l.train.compress import judge_network, prepare_scores, score_controls, write_report
+    from t2l.train.compress import judge_networks, prepare_scores, write_report
 
     opened = AdapterLibrary.open(library)
     chosen = _device(device)
     tasks = scoring_tasks(opened, score or [])
-    scored, scores, networks = None, [], []
+    scored = None
     if tasks:
         scored = prepare_scores(opened, tasks, _base(opened.spec.base_model, chosen), limit=limit)
-    for folder in checkpoints:
-        # runs/recon-L/checkpoint is the network of the run recon-L.
-        label = folder.resolve().parent.name if folder.name == "checkpoint" else folder.name
-        network, found = judge_network(label, folder, opened, scored, kinds=kinds, device=chosen)
-        networks.append(network)
-        scores += found
-        say(f"judged {label}")
-    if scored is not None:
-        scores = score_controls(scored, opened, networks[0].parameters) + scores
+    # runs/recon-L/checkpoint is the network of the run recon-L.
+    labels = [(x.resolve().parent if x.name == "checkpoint" else x).name for x in checkpoints]
+    folders = list(zip(labels, checkpoints, strict=True))
+    networks, scores = judge_networks(folders, opened, scored, kinds=kinds, device=chosen, log=say)
     with new_folder(out) as temporary:
         report = write_report(temporary, opened, networks, scores)
     if as_json:

@@ -450,8 +450,7 @@ class AdapterSource:
     def _offset(self) -> LoraTensors:
         """What the checkpoint's adapters have in common."""
         assert self.checkpoint is not None, "rows without a checkpoint are left out"
-        a, b = self.checkpoint.hypernet.offset()
-        return LoraTensors(tuple(x.detach() for x in a), tuple(x.detach() for x in b), self.checkpoint.spec.scaling)
+        return self.checkpoint.hypernet.offset_lora().map(torch.Tensor.detach)
 
     def _log_likelihoods(self, adapters: Sequence[Adapter], inputs: Sequence[str]) -> list[float]:
         """Summed log-probability of all inputs' tokens under each adapter, each input where the user's words stand."""

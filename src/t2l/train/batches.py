@@ -213,7 +213,7 @@ class Batches(Dataset):
         prompts = [PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt)) for _ in pools]
         self._relabel(step, tasks, pools, shown, others, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
-        if self.made_up_share:
+        if self.made_up:
             third = np.random.default_rng((self.seed, 7, step))
             chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]
         left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
@@ -228,10 +228,10 @@ class Batches(Dataset):
             ]
             prompt_ids = token_ids(self.tokenizer, rendered)
             answer_ids = token_ids(self.tokenizer, [answer_text(answer, self.eos) for answer in outputs])
-            begun = [0] * self.rows
-            if self.share_beginnings:
-                for row in left:
-                    begun[row] = _beginning([ids for (r, _), ids in zip(drawn, prompt_ids, strict=True) if r == row])
+            of_row: dict[int, list[list[int]]] = {row: [] for row in left}
+            for (row, _), question in zip(drawn, prompt_ids, strict=True):
+                of_row[row].append(question)
+            begun = {row: _beginning(found) if self.share_beginnings else 0 for row, found in of_row.items()}
             for (row, pick), question, answer in zip(drawn, prompt_ids, answer_ids, strict=True):
                 length = len(question) + len(answer) - 1  # the last answer token is only ever a label
                 if length > self.tokens or len(answer) > self.answer_tokens:

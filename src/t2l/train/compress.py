@@ -250,11 +250,12 @@ def principal(lora: LoraTensors, number: int) -> LoraTensors:
         number: At most N.
     """
     n = lora.a[0].shape[0]
-    parts = [(x - x.mean(0)).flatten(1).double() for x in (*lora.a, *lora.b)]
-    _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in parts]).sum(0))  # the largest come last
-    kept = vectors[:, n - number :]
-    mean = torch.full((n, n), 1 / n, dtype=torch.double, device=kept.device)
-    mixture = mean + kept @ kept.mT @ (torch.eye(n, dtype=torch.double, device=kept.device) - mean)
+    mixture = torch.full((n, n), 1 / n, dtype=torch.double, device=lora.a[0].device)
+    if number:
+        centred = ((x - x.mean(0)).flatten(1).double() for x in (*lora.a, *lora.b))  # one copy at a time
+        _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in centred]).sum(0))  # the largest come last
+        kept = vectors[:, n - number :]
+        mixture += kept @ kept.mT @ (torch.eye(n, dtype=torch.double, device=kept.device) - mixture)
     return lora.map(lambda x: torch.einsum("nm,m...->n...", mixture.to(x.dtype), x))
 
 
@@ -333,6 +334,27 @@ def judge_network(
     return network, scores
 
 
+def judge_networks(
+    folders: Sequence[tuple[str, Path]],
+    library: AdapterLibrary,
+    scored: Scored | None,
+    *,
+    kinds: Sequence[Kind],
+    device: str,
+    log: Callable[[str], None],
+) -> tuple[list[Network], list[Scores]]:
+    """`judge_network` of each (label, checkpoint); with examples, the rows that they are compared with come first."""
+    networks, scores = [], list[Scores]()
+    for label, folder in folders:
+        network, found = judge_network(label, folder, library, scored, kinds=kinds, device=device)
+        networks.append(network)
+        scores += found
+        log(f"network “{label}” judged")
+    if scored is not None:
+        scores = score_controls(scored, library, networks[0].parameters) + scores
+    return networks, scores
+
+
 # --------------------------------------------------------------------------------------------------- the report
 
 
@@ -368,6 +390,7 @@ def report(library: AdapterLibrary, networks: Sequence[Network], scores: Sequenc
     rows = list(dict.fromkeys(s.row for s in scores))
     tasks = list(dict.fromkeys(s.task for s in scores))
     by_cell = {(s.row, s.task): s for s in scores}
+    shares = {row: recovered(scores, row, tasks) for row in rows if row != "base"}
     return {
         "library": {
             "sha256": library.checksum,
@@ -385,9 +408,7 @@ def report(library: AdapterLibrary, networks: Sequence[Network], scores: Sequenc
                     for kind, found in network.errors.items()
                 },
                 "errors": network.errors,
-                "recovered": {
-                    kind: recovered(scores, f"{network.label}, {kind}", network.adapters) for kind in network.errors
-                },
+                "recovered": {kind: shares.get(f"{network.label}, {kind}") for kind in network.errors},
             }
             for network in networks
         ],
@@ -398,7 +419,7 @@ def report(library: AdapterLibrary, networks: Sequence[Network], scores: Sequenc
                 # Where there are few tasks the interval over them says little; the per-task ones are over examples.
                 "exact_match": interval([float(np.mean(s.exact_match)) for s in mine]),
                 "loss": interval([float(np.mean(s.loss)) for s in mine]),
-                "recovered": None if row == "base" else recovered(scores, row, tasks),
+                "recovered": shares.get(row),
             }
             for row in rows
         },
@@ -652,14 +673,8 @@ def compress(
     if tasks:
         assert base is not None, "scores need the base model"
         scored = prepare_scores(library, tasks, base, limit=limit)
-    networks, scores = [], list[Scores]()
-    for label in points:
-        network, found = judge_network(label, runs / label / "checkpoint", library, scored, kinds=kinds, device=device)
-        networks.append(network)
-        scores += found
-        log(f"network “{label}” judged")
-    if scored is not None:
-        scores = score_controls(scored, library, networks[0].parameters) + scores
+    folders = [(label, runs / label / "checkpoint") for label in points]
+    networks, scores = judge_networks(folders, library, scored, kinds=kinds, device=device, log=log)
     with new_folder(out, overwrite=overwrite) as temporary:
         kept = runs / next(iter(points)) / "checkpoint"
         shutil.copytree(kept, temporary, dirs_exist_ok=True)

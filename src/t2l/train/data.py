@@ -188,7 +188,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         raise DataError("No task is left: all of them are too long")
 
     kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
-    others = _variants(train, kept, config.data, lambda texts: dict(zip(texts, lengths(texts), strict=True)), window)
+    others = _variants(train, kept, config.data, lengths, window)
     descriptions = sorted(
         {text for task in (*train, *validation) for text in task.descriptions}
         | {text for found in others.values() for _, texts in found for text in texts}
@@ -243,7 +243,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             relabel=config.data.relabel,
             relabel_unsaid=not config.blind,
             made_up=made_up,
-            made_up_share=config.data.made_up if made_up else 0.0,
+            made_up_share=config.data.made_up,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
         )
@@ -290,7 +290,7 @@ def _variants(
     tasks: list[Task],
     kept: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
     config: DataConfig,
-    lengths: Callable[[list[str]], dict[str, int]],
+    lengths: Lengths,
     window: int,
 ) -> dict[str, list[tuple[Words | Form, tuple[str, ...]]]]:
     """Variants of each task, with texts made of those descriptions that are trained on."""
@@ -300,7 +300,8 @@ def _variants(
         task.name: variants(replace(task, descriptions=kept[task.name][0]), config.relabel_variants, config.seed)
         for task in tasks
     }
-    counts = lengths(sorted({text for found in made.values() for _, texts in found for text in texts}))
+    said = sorted({text for found in made.values() for _, texts in found for text in texts})
+    counts = dict(zip(said, lengths(said), strict=True))
     fitting = {
         name: [(reword, tuple(text for text in texts if counts[text] <= window)) for reword, texts in found]
         for name, found in made.items()

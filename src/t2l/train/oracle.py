@@ -726,8 +726,7 @@ def _start_from(folder: Path, spec: AdapterSpec) -> LoraTensors:
             "start from a multi-task LoRA, a checkpoint of variant 'none'"
         )
     spec.require_same_shape(loaded.spec, this="This run", that=f"train.start_from {folder}")
-    a, b = loaded.hypernet.offset()
-    return LoraTensors(a, b, loaded.hypernet.scaling)
+    return loaded.hypernet.offset_lora()
 
 
 def _not_hooked(*_: Any) -> tuple[Tensor, Tensor]:

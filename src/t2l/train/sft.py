@@ -243,8 +243,7 @@ class Trainer:
         lora = None
         if self.config.train.distill_teacher == "offset":
             assert self.hypernet is not None, "settings refuse a teacher where the base is trained"
-            a, b = self.hypernet.offset()
-            lora = LoraTensors(a, b, self.hypernet.scaling)
+            lora = self.hypernet.offset_lora()
         rows = (batch.teacher_tokens, batch.teacher_positions, batch.teacher_documents, batch.teacher_label_positions)
         return Teacher(*rows, lora, self.config.train.distill_temperature)
 
@@ -656,8 +655,7 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         except RuntimeError as error:  # one-hot: other tasks
             raise ConfigError(f"train.start_from: {folder} is a hypernetwork of another shape. {error}") from error
     else:
-        a, b = loaded.hypernet.offset()
-        hypernet.load_offset(LoraTensors(a, b, loaded.hypernet.scaling))
+        hypernet.load_offset(loaded.hypernet.offset_lora())
     return {"name": folder.resolve().name, "weights_sha256": loaded.config.weights_sha256}
 
 
