@@ -855,6 +855,23 @@ def prepared(config: SftConfig) -> tuple[RunData, Batch]:
     return data, data.train[0]
 
 
+def test_contrast_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM) -> None:
+    """A quarter of four rows: the first one's hinge, and the loss of all; judging sees all rows under both texts."""
+    config = shorter(still, contrast=0.5, contrast_margin=5.0, contrast_share=0.25)
+    data, batch = prepared(config)
+    trainer, plain = make_trainer(config, own_base, data), make_trainer(still, make_base(own_base.config), data)
+    (right, _), (wrong, _), _, _ = plain.compare(batch, learning=False)
+    of_row = (wrong - right) * batch.weights
+    hinge = 5.0 - of_row[0].sum() / batch.weights[0].sum()
+    assert hinge > 0
+    assert trainer.loss(batch).item() == pytest.approx((plain.loss(batch) + 0.5 * hinge).item(), rel=1e-5)
+    judged = [t.compare(batch, learning=False)[:2] for t in (trainer, plain)]
+    for (mine, _), (theirs, _) in zip(*judged, strict=True):
+        assert mine.shape == batch.labels.shape
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    assert not torch.allclose(judged[0][0][0], judged[0][1][0], atol=1e-3)
+
+
 def test_judging_keeps_nothing_for_a_backward_pass(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

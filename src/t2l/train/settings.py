@@ -90,7 +90,9 @@ class TrainConfig:
     max_gradient_norm: float = 1.0
     contrast: float = 0.0
     """Weight of a hinge on the steering margin: with another task's description, and the same prompt, the answers
-    should cost `contrast_margin` more than with the right one. Doubles the rows of a step."""
+    should cost `contrast_margin` more than with the right one."""
+    contrast_share: float = 1.0
+    """Share of a step's rows that the hinge compares; each of them is computed twice."""
     contrast_margin: float = 2.0
     """In nats per answer token."""
     distill: float = 0.0
@@ -156,6 +158,8 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.contrast_share <= 1:
+            raise ConfigError(f"train.contrast_share must be in (0, 1], got {self.contrast_share}")
         shares = ("description_in_prompt", "warmup", "label_smoothing", "description_dropout", "mix_descriptions")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:

@@ -252,19 +252,26 @@ class Trainer:
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], LoraTensors, Tensor | None]:
         """`forward` with the right and with another task's descriptions; the prompts are the same in both.
 
-        One pass of twice the rows where training does the same, so that there is one compiled shape. The teacher has a
-        batch's rows once: it knows what is right only.
+        In training with a contrast, only the first rows are compared (`contrast_share`), in one pass of all rows and of
+        these once more; judging has passes of the same shape, for there is one compiled one. The teacher has a batch's
+        rows once: it knows what is right only.
         """
-        right, other = batch.descriptions, batch.others
-        if not self.config.train.contrast:
-            losses, hits, lora, divergence = self.forward(batch, right, batch.partners, learning=learning)
-            return (losses, hits), self.forward(batch, other, other, learning=learning)[:2], lora, divergence
+        train, rows = self.config.train, len(batch.descriptions)
+        right, other, own = batch.descriptions, batch.others, batch.partners
+        again = math.ceil(train.contrast_share * rows) if train.contrast else 0
         once = {name for name in Batch._fields if name.startswith("teacher_") or name == "skipped"}
-        twice = Batch(**{name: x if name in once else torch.cat([x, x]) for name, x in batch._asdict().items()})
-        partners = torch.cat([batch.partners, other])
-        losses, hits, lora, divergence = self.forward(twice, torch.cat([right, other]), partners, learning=learning)
-        (loss, other_loss), (hit, other_hit) = losses.chunk(2), hits.chunk(2)
-        return (loss, hit), (other_loss, other_hit), lora, divergence
+        fields = {name: x if name in once else torch.cat([x, x[:again]]) for name, x in batch._asdict().items()}
+        more = Batch(**fields)
+        partners = torch.cat([own, other[:again]])
+        losses, hits, lora, divergence = self.forward(
+            more, torch.cat([right, other[:again]]), partners, learning=learning
+        )
+        first = losses[:rows], hits[:rows]
+        if learning or again == rows:
+            return first, (losses[rows:], hits[rows:]), lora, divergence
+        read = torch.cat([other, other[:again]])
+        losses, hits, *_ = self.forward(more, read, read, learning=learning)
+        return first, (losses[:rows], hits[:rows]), lora, divergence
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss: mean over rows, over a row's documents, over a document's answer tokens."""
@@ -274,10 +281,11 @@ class Trainer:
             loss = (losses * batch.weights).sum()
         else:
             (losses, _), (others, _), lora, divergence = self.compare(batch, learning=True)
-            share = batch.weights.sum(1)
-            right, wrong = (losses * batch.weights).sum(1), (others * batch.weights).sum(1)
+            weights = batch.weights[: len(others)]
+            share = weights.sum(1)
+            right, wrong = (losses[: len(others)] * weights).sum(1), (others * weights).sum(1)
             hinge = F.relu(train.contrast_margin - (wrong - right) / share.clamp_min(1e-12))
-            loss = right.sum() + train.contrast * (hinge * share).sum()
+            loss = (losses * batch.weights).sum() + train.contrast * (hinge * share).sum() / share.sum().clamp_min(1e-12)
         if divergence is not None:
             loss = loss + train.distill * (divergence * batch.teacher_weights).sum()
         if train.l2:
