@@ -285,7 +285,8 @@ class Trainer:
             share = weights.sum(1)
             right, wrong = (losses[: len(others)] * weights).sum(1), (others * weights).sum(1)
             hinge = F.relu(train.contrast_margin - (wrong - right) / share.clamp_min(1e-12))
-            loss = (losses * batch.weights).sum() + train.contrast * (hinge * share).sum() / share.sum().clamp_min(1e-12)
+            hinge_mean = (hinge * share).sum() / share.sum().clamp_min(1e-12)
+            loss = (losses * batch.weights).sum() + train.contrast * hinge_mean
         if divergence is not None:
             loss = loss + train.distill * (divergence * batch.teacher_weights).sum()
         if train.l2:
