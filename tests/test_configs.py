@@ -79,8 +79,7 @@ def tiny(
     root = tmp_path_factory.mktemp("configs")
     starts = {
         ("baselines", "runs/multitask/checkpoint"): "baselines/multitask.yaml",
-        ("smollm2-135m", "runs/multitask/checkpoint"): "smollm2-135m/1-multitask.yaml",
-        ("smollm2-135m", "runs/sft/checkpoint"): "smollm2-135m/2-sft.yaml",
+        ("smollm2-135m", "runs/sft/checkpoint"): "smollm2-135m/1-sft.yaml",
     }
 
     def shrink(path: Path) -> SftConfig:
