@@ -872,22 +872,6 @@ def test_contrast_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, own_
     assert not torch.allclose(judged[0][0][0], judged[0][1][0], atol=1e-3)
 
 
-def test_what_writes_the_adapters_has_a_rate_of_its_own(
-    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
-) -> None:
-    config = shorter(still, learning_rate=3e-3, offset_learning_rate=2e-3, head_learning_rate=1e-3, weight_decay=0.0)
-    data, batch = prepared(config)
-    trainer = make_trainer(config, own_base, data)
-    before = {name: x.detach().clone() for name, x in trainer.hypernet.named_parameters()}
-    trainer.step(batch, config.train.steps // 2)  # after the warm-up
-    # Adam's first step is the rate itself wherever there is a gradient.
-    moved = {name: (x - before[name]).abs().max().item() for name, x in trainer.hypernet.named_parameters()}
-    peak = trainer.optimizer.param_groups[0]["lr"] / trainer.optimizer.param_groups[0]["peak"]
-    for name, size in moved.items():
-        rate = 2e-3 if name.startswith("offset.") else 1e-3 if name.startswith("head.write.") else 3e-3
-        assert size == pytest.approx(rate * peak, rel=1e-3), name
-
-
 def test_judging_keeps_nothing_for_a_backward_pass(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

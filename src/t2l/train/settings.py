@@ -84,10 +84,6 @@ class TrainConfig:
     """Share of rows whose prompt also holds the description. Between 0 and 1 the checkpoint serves both ways."""
     learning_rate: float = 5e-4
     offset_learning_rate: float = 5e-4
-    head_learning_rate: float | None = None
-    """Of the matrices that write A and B; null: `learning_rate`. Each element of A and B is a sum over `head_size`
-    features, so a step of Adam moves it by up to `head_size` · their size times this rate, at once for all descriptions
-    alike: at the rate that suits the trunk, many times more than `offset_learning_rate` would."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
     weight_decay: float = 0.01

@@ -331,23 +331,17 @@ def require_finite(losses: list[float], norms: list[float], first: int, data: Ru
 
 
 def make_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with rates of their own for the offset and for what writes A and B, and no decay of vectors."""
-    head = train.learning_rate if train.head_learning_rate is None else train.head_learning_rate
-    rates = {"offset.": train.offset_learning_rate, "head.write.": head, "": train.learning_rate}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in trained.named_parameters():
-        if parameter.requires_grad:
-            rate = next(rate for prefix, rate in rates.items() if name.startswith(prefix))
-            groups.setdefault((rate, parameter.dim() > 1), []).append(parameter)
+    """AdamW with a rate of its own for the offset, and no decay of vectors."""
+    named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
+    offset = [p for name, p in named if name.startswith("offset.")]
+    others = [p for name, p in named if not name.startswith("offset.")]
+    groups = [
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": train.weight_decay, "peak": train.learning_rate},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "peak": train.learning_rate},
+        {"params": offset, "weight_decay": train.weight_decay, "peak": train.offset_learning_rate},
+    ]
     # Fused on every device: it alone can be told on the device to change nothing.
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": train.weight_decay if decays else 0.0, "peak": rate}
-            for (rate, decays), parameters in groups.items()
-        ],
-        lr=train.learning_rate,
-        fused=True,
-    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.learning_rate, fused=True)
 
 
 # --------------------------------------------------------------------------------------------------- judging
