@@ -40,12 +40,15 @@ class Lever:
 
 DESCRIPTIONS = ("data.descriptions=configs/descriptions.jsonl", "data.file_share=0.5")
 RELABEL = ("data.relabel=0.5",)
+REFORM = ("data.reform=0.2",)
 LEVERS = {
     "base": Lever(),
     **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
     "balance": Lever(both=("data.by_category=true",)),
     **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50, 100)},
     "relabel": Lever(both=RELABEL),
+    "relabel-80": Lever(both=("data.relabel=0.8",)),
+    "reform": Lever(both=REFORM),
     "desc-more": Lever(both=DESCRIPTIONS),
     "relabel-desc-more": Lever(both=RELABEL + DESCRIPTIONS),
     "desc-paraphrases": Lever(both=("data.descriptions=paraphrases",)),

@@ -103,13 +103,14 @@ def test_rows_of_a_variant_answer_and_say_its_words() -> None:
     with_variant = replace(own, variants=(replace(own, descriptions=(1,), reword=Words({"yes": "up", "no": "down"})),))
     other = Pool("b", tuple(Example(f"{n}", f"else {n}", ("so",)) for n in range(9)), (2,))
 
-    def batches(pool: Pool, **changes: Any) -> Batches:
+    def batches(pool: Pool, share: float = 0.0, **changes: Any) -> Batches:
+        pool = replace(pool, variant_share=share)
         settings: dict[str, Any] = {"rows": 8, "tokens": 64, "answer_tokens": 24, "in_prompt": 0.5, "seed": 3}
         return Batches([pool, other], texts, tokenizer, **settings | changes)
 
     read: list[int] = []
     for step in range(6):
-        batch = batches(with_variant, relabel=0.5)[step]
+        batch = batches(with_variant, 0.5)[step]
         plain = batches(own)[step]
         for row in range(8):
             said = tokenizer.decode(batch.labels[row][batch.label_documents[row] >= 0])
@@ -124,9 +125,9 @@ def test_rows_of_a_variant_answer_and_say_its_words() -> None:
                 assert np.array_equal(batch.tokens[row], plain.tokens[row])
     share = read.count(1) / (read.count(0) + read.count(1))
     assert 0.25 < share < 0.75
-    hidden = [batches(with_variant, relabel=1.0, relabel_unsaid=False, in_prompt=0.0)[step] for step in range(2)]
+    hidden = [batches(with_variant, 1.0, relabel_unsaid=False, in_prompt=0.0)[step] for step in range(2)]
     assert not any((batch.descriptions == 1).any() for batch in hidden)
-    shown = [batches(with_variant, relabel=1.0, relabel_unsaid=False, in_prompt=1.0)[step] for step in range(2)]
+    shown = [batches(with_variant, 1.0, relabel_unsaid=False, in_prompt=1.0)[step] for step in range(2)]
     assert not any((batch.descriptions == 0).any() for batch in shown)
 
 
@@ -135,6 +136,7 @@ def test_the_other_description_is_often_of_the_same_task_with_other_answers() ->
     own = Pool("a", task("yes", "no").examples["train"], (0,))
     pool = replace(
         own,
+        variant_share=1.0,
         variants=(
             replace(own, descriptions=(1,), reword=Words({"yes": "up", "no": "down"})),
             replace(own, descriptions=(2,), reword=Words({"yes": "up", "no": "down"})),
@@ -151,7 +153,6 @@ def test_the_other_description_is_often_of_the_same_task_with_other_answers() ->
         answer_tokens=24,
         in_prompt=0.0,
         seed=0,
-        relabel=1.0,
     )
     found = [batches[step] for step in range(8)]
     pairs = [(int(mine), int(theirs)) for b in found for mine, theirs in zip(b.descriptions, b.others, strict=True)]
@@ -178,7 +179,8 @@ def test_some_rows_read_made_up_words_with_the_right_prompt_and_answers() -> Non
 def test_a_teachers_examples_have_the_variants_answers_too() -> None:
     tokenizer = make_tokenizer()
     own = Pool("a", task("yes", "no").examples["train"], (0,))
-    pool = replace(own, variants=(replace(own, descriptions=(1,), reword=Words({"yes": "up", "no": "down"})),))
+    variant = replace(own, descriptions=(1,), reword=Words({"yes": "up", "no": "down"}))
+    pool = replace(own, variant_share=1.0, variants=(variant,))
     batch = Batches(
         [pool],
         ["Say yes or no.", "Say up or down."],
@@ -190,7 +192,6 @@ def test_a_teachers_examples_have_the_variants_answers_too() -> None:
         seed=0,
         teacher_tokens=256,
         shots=3,
-        relabel=1.0,
     )[0]
     shown = tokenizer.batch_decode(batch.teacher_tokens)
     assert all(" yes" not in row and " no" not in row for row in shown)

@@ -642,6 +642,22 @@ def test_own_tasks_come_from_a_folder_too(config: SftConfig, jsonl: Path, tmp_pa
     assert [pool.name for pool in data.train.pools] == ["no", "yes"]
 
 
+def test_short_answers_change_their_words_and_open_ones_their_form(config: SftConfig, tmp_path: Path) -> None:
+    lines = [{"task": "few", "input": f"{n}?", "output": ("yes", "no")[n % 2]} for n in range(9)]
+    lines += [{"task": "open", "input": f"{n}?", "output": f"{n} it is"} for n in range(9)]
+    described = [line | {"description": f"Do {line['task']}."} for line in lines]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in described))
+
+    def shares(**changes: Any) -> dict[str, tuple[float, int]]:
+        settings = DataConfig(tasks=str(tmp_path / "own.jsonl"), relabel_variants=3, **changes)
+        data = prepare_data(replace(config, data=settings), make_tokenizer(), lengths)
+        return {pool.name: (pool.variant_share, len(pool.variants)) for pool in data.train.pools}
+
+    assert shares(relabel=0.4, reform=0.1) == {"few": (0.4, 3), "open": (0.1, 3)}
+    assert shares(relabel=0.4) == {"few": (0.4, 3), "open": (0.0, 0)}
+    assert shares(reform=0.1) == {"few": (0.0, 0), "open": (0.1, 3)}
+
+
 def test_description_file_adds_or_replaces(config: SftConfig, tmp_path: Path) -> None:
     path = tmp_path / "more.jsonl"
     path.write_text(json.dumps({"task": "yes", "description": ["Agree with me.", "Say yes."]}) + "\n")

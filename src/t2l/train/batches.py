@@ -88,6 +88,8 @@ class Pool:
     """Makes what is answered of the examples' own answers, where that is something else."""
     variants: tuple["Pool", ...] = ()
     """The same examples with other answers, each with descriptions that say so."""
+    variant_share: float = 0.0
+    """Share of the task's rows that are of a variant."""
 
     def answer(self, example: Example, rng: np.random.Generator) -> str:
         """One of the example's right answers."""
@@ -116,8 +118,8 @@ class Batches(Dataset):
         one_example: Whether a row holds a single example, because its adapter is written from that example's input.
         teacher_tokens: S; 0 for no teacher's rows.
         shots: Examples that a teacher's document shows before its own input, none with that input.
-        relabel: Share of rows that are of a variant of their task, where it has some.
-        relabel_unsaid: Whether also rows whose prompt does not show the description: not where nothing else reads it.
+        relabel_unsaid: Whether rows are of a variant also where the prompt does not show the description: not where
+            nothing else reads it.
         made_up: Positions of texts that describe nothing.
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
@@ -141,7 +143,6 @@ class Batches(Dataset):
         one_example: bool = False,
         teacher_tokens: int = 0,
         shots: int = 0,
-        relabel: float = 0.0,
         relabel_unsaid: bool = True,
         made_up: Sequence[int] = (),
         made_up_share: float = 0.0,
@@ -151,7 +152,7 @@ class Batches(Dataset):
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.teacher_tokens, self.shots = teacher_tokens, shots
-        self.relabel, self.relabel_unsaid = relabel, relabel_unsaid
+        self.relabel_unsaid = relabel_unsaid
         self.made_up, self.made_up_share = made_up, made_up_share
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
@@ -279,9 +280,9 @@ class Batches(Dataset):
         """
         rng = np.random.default_rng((self.seed, 6, step))
         for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
-            variants = self.pools[task].variants
+            variants, share = self.pools[task].variants, self.pools[task].variant_share
             said = self.relabel_unsaid or prompt.description_in_prompt
-            if not (variants and said and rng.random() < self.relabel):
+            if not (variants and said and rng.random() < share):
                 continue
             pools[row] = variants[int(rng.integers(len(variants)))]
             shown[row] = int(rng.choice(pools[row].descriptions))

@@ -30,7 +30,7 @@ from t2l.tasks import (
     written_descriptions,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
-from t2l.train.relabel import Form, Words, variants
+from t2l.train.relabel import Form, Words, answers_of, variants
 from t2l.train.settings import DataConfig, SftConfig
 
 Lengths = Callable[[list[str]], list[int]]
@@ -212,6 +212,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         own = pool(task, "train", texts)
         return replace(
             own,
+            variant_share=_variant_share(task, config.data),
             variants=tuple(
                 replace(own, descriptions=tuple(place[text] for text in said), reword=reword)
                 for reword, said in others[task.name]
@@ -240,7 +241,6 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             one_example=config.reads == "input",
             teacher_tokens=teacher_tokens,
             shots=config.train.distill_shots,
-            relabel=config.data.relabel,
             relabel_unsaid=not config.blind,
             made_up=made_up,
             made_up_share=config.data.made_up,
@@ -286,6 +286,11 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
     return RunData(texts, training, judged, summary)
 
 
+def _variant_share(task: Task, config: DataConfig) -> float:
+    """Of its rows, those that have other answers: other words, or where it has no few short ones, another form."""
+    return config.relabel if answers_of(task) else config.reform
+
+
 def _variants(
     tasks: list[Task],
     kept: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
@@ -294,13 +299,14 @@ def _variants(
     window: int,
 ) -> dict[str, list[tuple[Words | Form, tuple[str, ...]]]]:
     """Variants of each task, with texts made of those descriptions that are trained on."""
-    if not config.relabel:
-        return {task.name: [] for task in tasks}
-    made = {
-        task.name: variants(replace(task, descriptions=kept[task.name][0]), config.relabel_variants, config.seed)
-        for task in tasks
-    }
+    made: dict[str, list[tuple[Words | Form, tuple[str, ...]]]] = {task.name: [] for task in tasks}
+    for task in tasks:
+        if _variant_share(task, config):
+            read = replace(task, descriptions=kept[task.name][0])
+            made[task.name] = variants(read, config.relabel_variants, config.seed)
     said = sorted({text for found in made.values() for _, texts in found for text in texts})
+    if not said:
+        return made
     counts = dict(zip(said, lengths(said), strict=True))
     fitting = {
         name: [(reword, tuple(text for text in texts if counts[text] <= window)) for reword, texts in found]

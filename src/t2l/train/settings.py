@@ -25,10 +25,12 @@ class DataConfig:
     file_share: float = 0.0
     """How often a description of the file is drawn for a task that has others too; 0 draws all alike."""
     relabel: float = 0.0
-    """Share of rows whose answers are other words, where the task has a few short ones, or else of another form; only
-    the description says which, see `t2l.train.relabel`."""
+    """Share of the rows of a task with a few short answers that have other words in their place; only the description
+    says which, see `t2l.train.relabel`."""
+    reform: float = 0.0
+    """Share of the rows of other tasks whose answers are of another form; only the description says which."""
     relabel_variants: int = 6
-    """Of each task."""
+    """Of each task, for both."""
     made_up: float = 0.0
     """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
     then does no harm."""
@@ -52,7 +54,7 @@ class DataConfig:
         for name in ("held_out_descriptions", "hold_out"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("file_share", "made_up", "relabel"):
+        for name in ("file_share", "made_up", "reform", "relabel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
@@ -214,8 +216,8 @@ class SftConfig:
                 raise ConfigError("method 'full' writes no adapters that train.l2 could keep small")
             if train.distill:
                 raise ConfigError("method 'full' trains the base, which train.distill needs frozen as the teacher")
-        if self.data.relabel and self.reads != "description":
-            raise ConfigError(f"data.relabel says answers in descriptions; here is read the '{self.reads}'")
+        if (self.data.relabel or self.data.reform) and self.reads != "description":
+            raise ConfigError(f"data.relabel and reform say answers in descriptions; here is read the '{self.reads}'")
         if self.data.made_up and (self.reads != "description" or self.blind):
             raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
         if self.blind:
