@@ -650,7 +650,7 @@ def test_short_answers_change_their_words_and_open_ones_their_form(config: SftCo
 
     def shares(**changes: Any) -> dict[str, tuple[float, int]]:
         settings = DataConfig(tasks=str(tmp_path / "own.jsonl"), relabel_variants=3, **changes)
-        data = prepare_data(replace(config, data=settings), make_tokenizer(), lengths)
+        data = prepare_data(replace(config, data=settings), make_tokenizer(), lambda texts: [1] * len(texts))
         return {pool.name: (pool.variant_share, len(pool.variants)) for pool in data.train.pools}
 
     assert shares(relabel=0.4, reform=0.1) == {"few": (0.4, 3), "open": (0.1, 3)}
