@@ -71,6 +71,7 @@ LEVERS = {
     "gate": Lever(("hypernet.max_change=0.01",)),
     "kl": Lever(("train.distill=1.0",)),
     "variant-M": Lever(("hypernet.variant=M",)),
+    "writes-b": Lever(("hypernet.writes=B",)),
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),

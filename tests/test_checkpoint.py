@@ -29,9 +29,9 @@ def spec(tiny_config: Any) -> AdapterSpec:
     return AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8, layers=(0, 2)))
 
 
-def make(spec: AdapterSpec, kind: str = "sentence", variant: str = "L") -> tuple[Hypernet, Any]:
+def make(spec: AdapterSpec, kind: str = "sentence", variant: str = "L", **changes: Any) -> tuple[Hypernet, Any]:
     # Without gradients, as a loaded one: torch picks another matrix kernel for weights that require them.
-    hypernet = make_hypernet(spec, kind=kind, variant=variant).requires_grad_(False)
+    hypernet = make_hypernet(spec, kind=kind, variant=variant, **changes).requires_grad_(False)
     config = settings(
         {"seed": 7, "nested": {"steps": [1, 2]}},
         embedding_size=32,
@@ -39,7 +39,7 @@ def make(spec: AdapterSpec, kind: str = "sentence", variant: str = "L") -> tuple
         if kind == "sentence"
         else EncoderConfig(kind="tokens", layers=(2,), max_tokens=64),
         encoder_revision="sha256:0",
-        hypernet=HypernetConfig(variant=variant, **SIZES),
+        hypernet=HypernetConfig(variant=variant, **SIZES, **changes),
         prompt=PromptConfig(description_in_prompt=True),
     )
     return hypernet, config
@@ -64,11 +64,14 @@ def folder(spec: AdapterSpec, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ round trip
 
 
+@pytest.mark.parametrize("changes", [{}, {"writes": "B", "own_units": True}], ids=["AB", "B"])
 @pytest.mark.parametrize("kind", ["sentence", "tokens"])
 @pytest.mark.parametrize("variant", ["L", "M", "S", "none"])
-def test_same_adapters_after_saving(variant: str, kind: str, spec: AdapterSpec, tmp_path: Path) -> None:
+def test_same_adapters_after_saving(
+    variant: str, kind: str, changes: dict[str, Any], spec: AdapterSpec, tmp_path: Path
+) -> None:
     """Bit for bit in float32; in float16 the adapters of the rounded weights."""
-    hypernet, config = make(spec, kind, variant)
+    hypernet, config = make(spec, kind, variant, **changes)
     before = write(hypernet, kind)
     save_checkpoint(tmp_path / "full", hypernet, spec, config, dtype=torch.float32)
     save_checkpoint(tmp_path / "half", hypernet, spec, config)

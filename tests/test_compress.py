@@ -33,6 +33,7 @@ from t2l.train.compress import (
     principal,
     read_scores,
     recovered,
+    score_controls,
     subset,
     texts_for,
 )
@@ -244,6 +245,38 @@ def test_the_checkpoint_is_the_first_networks(compressed: tuple[Path, dict[str, 
     assert network["parameters"] == sum(p.numel() for p in t2l.hypernet.parameters())
 
 
+def test_one_a_of_all_is_counted_once(
+    library: AdapterLibrary,
+    tasks: list[Task],
+    config: ReconConfig,
+    tiny_base: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    """The report has both sizes and the network's share of both; components are of what differs."""
+    lora, spec = library.stack(), library.spec
+    lora = LoraTensors(tuple(a[:1].repeat(4, 1, 1, 1) for a in lora.a), lora.b, lora.scaling)
+    shared = save_library(tmp_path / "shared", lora, spec, library.index)
+    alone = replace(
+        config,
+        hypernet=replace(config.hypernet, writes="B"),
+        data=replace(config.data, library=str(shared.folder)),
+    )
+    plain = compress(shared, tmp_path / "out", {"all": alone}, log=quiet)
+    (network,) = plain["networks"]
+    own = sum(3 * 2 * t.out_features for t in spec.targets)
+    assert network["library_size"] == 2 * 4 * spec.num_parameters
+    assert network["distinct_size"] == 2 * (4 * own + 3 * 2 * (32 + 32))
+    assert network["distinct_share"] == pytest.approx(network["size"] / network["distinct_size"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "The 4 adapters of “all” have one A" in text and f"the network is {network['distinct_share']:.0%}" in text
+    assert f"| {network['share']:.0%} |" in text
+    scored = prepare_scores(shared, tasks[:1], (tiny_base, tiny_tokenizer), limit=1)
+    for of, size, number in ((shared, own, 2), (library, spec.num_parameters, 1)):
+        rows = [s.row for s in score_controls(scored, of, number * size)]
+        assert f"{number} components" in rows
+
+
 def test_principal_components_are_numpys(spec: AdapterSpec) -> None:
     """The projection on the first right singular vectors of the centred adapters, laid out as vectors."""
     lora = LoraTensors.stack([random_lora(spec, n) for n in range(7)])
@@ -283,6 +316,7 @@ def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, An
         cell = plain["tasks"][s.task][s.row]
         assert cell["exact_match"][0] == pytest.approx(np.mean(s.exact_match)) and cell["n"] == 5
     text = (out / "report.md").read_text()
+    assert "have one A" not in text and plain["networks"][0]["distinct_share"] == plain["networks"][0]["share"]
     assert "| all | 4 | trained |" in text and "| two | 2 | held-out |" in text and "| oracle | 3 | 15 |" in text
     assert all(f"| {name} |" in text for name in NAMES)
     # Three components and the mean hold all of four adapters.

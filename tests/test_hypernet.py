@@ -111,13 +111,14 @@ def test_parameter_counts_of_the_paper(variant: str, published: int) -> None:
 # ------------------------------------------------------------------------------------------------ zero effect
 
 
+@pytest.mark.parametrize("writes", ["AB", "B"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fresh_hypernet_changes_nothing_yet_learns(
-    variant: str, kind: str, spec: AdapterSpec, tiny_base: LlamaForCausalLM
+    variant: str, kind: str, writes: str, spec: AdapterSpec, tiny_base: LlamaForCausalLM
 ) -> None:
     """Training starts at the base model itself, and not at a saddle: the head's gradient is there at once."""
-    hypernet = make_hypernet(spec, variant=variant, kind=kind, randomise=False)
+    hypernet = make_hypernet(spec, variant=variant, kind=kind, writes=writes, randomise=False)
     states, mask = encode(kind, n=2)
     plain = tiny_base(TOKENS).logits
     lora = hypernet(states, mask)
@@ -139,6 +140,48 @@ def test_fresh_hypernet_changes_nothing_yet_learns(
         logits.logsumexp(-1).sum().backward()
     reader = hypernet.trunk.embedding[0] if kind == "sentence" else hypernet.trunk.read[0]
     assert reader.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("own_units", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_b_alone_is_written(variant: str, own_units: bool, spec: AdapterSpec) -> None:
+    """Every adapter has the offset's A, bit for bit; B differs by text, in its unit, within its cap, by its scale."""
+    options: dict[str, Any] = {"variant": variant, "writes": "B", "own_units": own_units}
+    hypernet = make_hypernet(spec, **options)
+    states, _ = encode("sentence")
+    with torch.no_grad():
+        if own_units:
+            for unit in hypernet.units.b:
+                unit.fill_(0.5)
+        lora, none = hypernet(states), hypernet(states, None, torch.zeros(3))
+        capped = make_hypernet(spec, **options, max_change=0.01)(states)
+    unit = 0.5 if own_units else 1.0
+    for m, target in enumerate(spec.targets):
+        for single in (*lora.unbind(), *none.unbind(), *capped.unbind()):
+            assert torch.equal(single.a[m], hypernet.offset.a[m])
+        assert (lora.b[m][0] - lora.b[m][1]).abs().max() > 1e-3
+        assert torch.equal(none.b[m][1], hypernet.offset.b[m])
+        written = hypernet.head(hypernet.trunk(states, None))[1][m]
+        torch.testing.assert_close(lora.b[m], hypernet.offset.b[m] + unit * written)
+        size = (capped.b[m] - hypernet.offset.b[m]).square().mean((-2, -1)).sqrt()
+        assert (size - 0.01).abs().max() <= 1e-5
+        rows = target.out_features * (1 if variant == "S" else spec.rank)
+        assert hypernet.head.write[m].weight.shape == (rows, 16)
+    names = [name for name, _ in hypernet.named_parameters()]
+    assert not any(name.startswith(("units.a.", "head.part")) for name in names)
+    fresh = make_hypernet(spec, **options, max_change=0.01, randomise=False).train()
+    sum(x.square().sum() + x.sum() for x in tensors(fresh(states))).backward()
+    assert all(linear.weight.grad.isfinite().all() and linear.weight.grad.any() for linear in fresh.head.write)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_b_alone_the_update_is_linear_in_what_is_written(variant: str, spec: AdapterSpec) -> None:
+    """Half the change of B is half the change of ΔW."""
+    hypernet = make_hypernet(spec, variant=variant, writes="B")
+    states, _ = encode("sentence")
+    none, half, whole = (hypernet(states, None, torch.full((3,), scale)) for scale in (0.0, 0.5, 1.0))
+    for m in range(len(spec.targets)):
+        torch.testing.assert_close(half.delta(m), (none.delta(m) + whole.delta(m)) / 2)
 
 
 def test_offset_starts_like_peft(spec: AdapterSpec, tiny_base: LlamaForCausalLM) -> None:

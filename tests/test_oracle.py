@@ -454,6 +454,8 @@ def test_config_refuses_what_cannot_be() -> None:
         OracleTrainConfig(steps=10, evaluate_every=4)
     with pytest.raises(ConfigError, match=r"train\.patience must be at least 1, got 0"):
         OracleTrainConfig(patience=0)
+    with pytest.raises(ConfigError, match=r"train\.train_a false is for adapters that have one A"):
+        OracleTrainConfig(train_a=False, shared_start=False)
 
 
 def test_shared_and_own_starts(tiny_config: LlamaConfig) -> None:
@@ -537,6 +539,44 @@ def test_adapters_start_from_a_multi_task_lora(
     assert [facts["start_loss"] for facts in library.index.values()] == pytest.approx(
         [facts["start_loss"] for facts in still.index.values()], abs=1e-5
     )
+
+
+@pytest.mark.parametrize("origin", ["fresh", "checkpoint"])
+def test_an_a_that_is_not_trained_is_all_adapters_own(
+    origin: str, config: OracleConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
+) -> None:
+    """It is the A of their start, bit for bit, whatever the weight decay; each adapter learns by its B alone.
+
+    Stopped and resumed is the same library again.
+    """
+    still = only(changed(config, train_a=False, weight_decay=0.5, max_gradient_norm=0.1), "digit", "shout")
+    spec = AdapterSpec.from_config(tiny_config, config.base, config.lora)
+    start = Slots(spec, 1, torch.device("cpu"))
+    if origin == "fresh":
+        start.start(0, "any", seed=5, shared=True)
+    else:
+        folder = make_checkpoint(tmp_path / "multitask", spec=spec, variant="none")
+        still = changed(still, start_from=str(folder), shared_start=False)
+        start.start(0, "any", seed=5, shared=False, origin=load_checkpoint(folder).hypernet.offset_lora())
+    library = run(still, tmp_path / "run")
+    for name in library.names:
+        found = library.stack([name])
+        for m in range(3):
+            assert torch.equal(found.a[m], start.weights[m])
+            assert (found.b[m] - start.weights[3 + m]).abs().max() > 1e-3
+        assert library.index[name]["loss"] < library.index[name]["start_loss"]
+    with pytest.raises(TrainingError, match="No adapter was finished"):
+        run(still, tmp_path / "parts", max_minutes=0.0)
+    assert same_but_for_time(run(still, tmp_path / "parts", resume=True), library)
+
+
+def test_the_optimiser_gets_what_is_trained_alone() -> None:
+    """No gradient, moments or decay for an A that stays, and no part in the norm that is clipped."""
+    spec = AdapterSpec.from_config(LlamaConfig(hidden_size=32, num_attention_heads=4), "tiny", LoraConfig(rank=2))
+    slots = Slots(spec, 2, torch.device("cpu"), train_a=False)
+    assert [x.requires_grad for x in slots.weights] == [False, False, True, True]
+    assert all(x is y for x, y in zip(slots.trained, slots.weights[2:], strict=True))
+    assert [x.shape for x in slots.trained] == [x.shape for x in slots.mean] == [x.shape for x in slots.square]
 
 
 def test_what_adapters_cannot_start_from_is_named(

@@ -287,6 +287,79 @@ def test_a_library_is_reconstructed(
     assert rows[0]["loss"] > 2 * rows[-2]["loss"] if loss == {} else rows[0]["loss"] > rows[-2]["loss"]
 
 
+@pytest.fixture(scope="module")
+def shared(library: AdapterLibrary, tmp_path_factory: pytest.TempPathFactory) -> AdapterLibrary:
+    """The library with the first adapter's A in all."""
+    lora = library.stack()
+    lora = LoraTensors(tuple(a[:1].repeat(6, 1, 1, 1) for a in lora.a), lora.b, lora.scaling)
+    return save_library(tmp_path_factory.mktemp("library") / "shared", lora, library.spec, library.index)
+
+
+def of(config: ReconConfig, library: AdapterLibrary, writes: str, loss: dict[str, float]) -> ReconConfig:
+    """The same for another library."""
+    return replace(
+        config,
+        hypernet=replace(config.hypernet, writes=writes, width=32, head_size=48),
+        data=replace(config.data, library=str(library.folder)),
+        loss=ReconLossConfig(**loss),
+    )
+
+
+def written_by(folder: Path, library: AdapterLibrary) -> LoraTensors:
+    texts = [library.index[name]["descriptions"][0] for name in NAMES]
+    return LoraTensors.stack([adapter.lora for adapter in TextToLora.from_pretrained(str(folder)).generate(texts)])
+
+
+LOSSES = {"factors": {}, "all": {"delta": 1.0, "angular": 1.0, "spectral": 0.1}}
+
+
+@pytest.mark.parametrize(("loss", "steps"), [("factors", 1000), ("all", 600)])
+def test_adapters_that_have_one_a_are_written_by_their_b(
+    loss: str, steps: int, config: ReconConfig, shared: AdapterLibrary, tmp_path: Path
+) -> None:
+    """Each with exactly that A, as a checkpoint saves it, and all but no error."""
+    learning = changed(config, steps=steps, adapters_per_step=6, log_every=200, evaluate_every=1000, save_every=1000)
+    folder = run(of(learning, shared, "B", LOSSES[loss]), tmp_path / "run")
+    written, wanted = written_by(folder, shared), shared.stack()
+    assert all(torch.equal(x, y.half().float()) for x, y in zip(written.a, wanted.a, strict=True))
+    assert max(compare(written, wanted).relative) < 0.05
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_a_without_deviation_is_no_division_by_zero(
+    loss: str, config: ReconConfig, shared: AdapterLibrary, tmp_path: Path
+) -> None:
+    """Where A is written too, it still is the one of all."""
+    written = written_by(run(of(config, shared, "AB", LOSSES[loss]), tmp_path / "run"), shared)
+    assert all(torch.equal(x, y.half().float()) for x, y in zip(written.a, shared.stack().a, strict=True))
+    assert all(x.isfinite().all() for x in written.b)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_targets_of_one_a_are_it_and_no_z_scores(shared: AdapterLibrary) -> None:
+    """Written or not it is exact, which a mean is not."""
+    lora = shared.stack()
+    one, both = (make_targets(lora, NAMES, canonical=False, device=CPU, writes=w) for w in ("B", "AB"))
+    index = torch.tensor([4, 2])
+    for targets in (one, both):
+        back = targets.adapters(index)
+        for m in range(2):
+            assert torch.equal(targets.mean.a[m], lora.a[m][0]) and torch.equal(back.a[m], lora.a[m][index])
+            torch.testing.assert_close(back.b[m], lora.b[m][index])
+    assert one.z.a == one.deviation.a == ()
+    assert not any(x.any() for x in (*both.z.a, *both.deviation.a))
+
+
+def test_adapters_with_different_a_cannot_be_written_by_b(config: ReconConfig, tmp_path: Path) -> None:
+    alone = replace(config, hypernet=replace(config.hypernet, writes="B"))
+    with pytest.raises(DataError, match=r"those of [qv]_proj by up to [0-9.]+ of its largest.*train\.train_a false"):
+        run(alone, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"data\.canonical gives each adapter an A of its own"):
+        replace(alone, data=replace(config.data, canonical=True))
+
+
 def test_token_encoders_condition_too(config: ReconConfig, tmp_path: Path) -> None:
     tokens = replace(
         config,

@@ -585,6 +585,7 @@ def test_start_from_is_refused_where_the_checkpoint_is_of_another_kind(
             r"hypernet\.attention_heads is 4, here 2",
         ),
         (replace(start, hypernet=replace(config.hypernet, variant="none")), r"hypernet\.variant is 'L', here 'none'"),
+        (replace(start, hypernet=replace(config.hypernet, writes="B")), r"hypernet\.writes is 'AB', here 'B'"),
     ):
         with pytest.raises(ConfigError, match=match):
             train(other, tmp_path / "run", device="cpu", log=quiet)

@@ -50,6 +50,9 @@ class HypernetConfig:
     variant: Literal["L", "M", "S", "none"] = "L"
     """Head: L writes A and B at once, M one of them at a time, S one rank at a time. `none` reads no
     description: what is left is the offset alone, which is a multi-task LoRA."""
+    writes: Literal["AB", "B"] = "AB"
+    """What of an adapter the head writes. With B alone, as in LoRA-FA (arXiv 2308.03303), the offset's A is every
+    adapter's: ΔW is then linear in what is written, and on square modules half of an adapter is left to write."""
     width: int = 128
     """H, the size of the features that belong to one (layer, target)."""
     head_size: int = 512

@@ -41,11 +41,12 @@ class Hypernet(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [(t.in_features, t.out_features) for t in spec.targets]
+        written = [(i if config.writes == "AB" else 0, o) for i, o in sizes]
         grid = (len(spec.layers), len(spec.targets))
         self.scaling, self.max_change = spec.scaling, config.max_change
         self.offset = Offset(sizes, num_layers=grid[0], rank=spec.rank, trainable=config.train_offset)
         self.trunk: SentenceTrunk | TokenTrunk | None = None
-        self.units = Units(sizes, num_layers=grid[0], rank=spec.rank) if config.own_units else None
+        self.units = Units(written, num_layers=grid[0], rank=spec.rank) if config.own_units else None
         self.head: HeadL | HeadM | HeadS | None = None
         if config.variant != "none":
             if kind == "tokens" and config.codebook != "none":
@@ -72,7 +73,7 @@ class Hypernet(nn.Module):
             )
             heads: dict[str, type[HeadL] | type[HeadM] | type[HeadS]] = {"L": HeadL, "M": HeadM, "S": HeadS}
             self.head = heads[config.variant](
-                sizes, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
+                written, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
             )
 
     def forward(self, states: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> LoraTensors:
@@ -87,10 +88,9 @@ class Hypernet(nn.Module):
             A batch of N adapters: A (N, L, R, I) and B (N, L, O, R) for each target.
         """
         offset_a, offset_b = self.offset()
+        shared_a, shared_b = (tuple(x.expand(len(states), *x.shape) for x in part) for part in (offset_a, offset_b))
         if self.trunk is None or self.head is None:
-            n = states.shape[0]
-            expand = tuple(x.expand(n, *x.shape) for x in (*offset_a, *offset_b))
-            return LoraTensors(expand[: len(offset_a)], expand[len(offset_a) :], self.scaling)
+            return LoraTensors(shared_a, shared_b, self.scaling)
         features_NLMH = self.trunk(states, mask)
         change_a, change_b = self.head(features_NLMH)
         if self.max_change is not None:
@@ -99,7 +99,7 @@ class Hypernet(nn.Module):
             factor = scale[:, None, None, None]
             change_a, change_b = [factor * x for x in change_a], [factor * x for x in change_b]
         return LoraTensors(
-            _added(offset_a, change_a, None if self.units is None else self.units.a),
+            _added(offset_a, change_a, None if self.units is None else self.units.a) if change_a else shared_a,
             _added(offset_b, change_b, None if self.units is None else self.units.b),
             self.scaling,
         )
@@ -155,11 +155,14 @@ class Offset(nn.Module):
 
 
 class Units(nn.Module):
-    """The size of 1 in what the head writes, for every element of A and B: constants, saved with the weights."""
+    """The size of 1 in what the head writes, for every element of A and B: constants, saved with the weights.
+
+    None for A where the head does not write it; its I is then 0.
+    """
 
     def __init__(self, sizes: list[tuple[int, int]], *, num_layers: int, rank: int) -> None:
         super().__init__()
-        self.a = nn.ParameterList(torch.ones(num_layers, rank, i) for i, _ in sizes).requires_grad_(False)
+        self.a = nn.ParameterList(torch.ones(num_layers, rank, i) for i, _ in sizes if i).requires_grad_(False)
         self.b = nn.ParameterList(torch.ones(num_layers, o, rank) for _, o in sizes).requires_grad_(False)
 
 
@@ -387,11 +390,14 @@ class Attention(nn.Module):
 
 
 Changes = tuple[list[Tensor], list[Tensor]]
-"""Changes of A (N, L, R, I) and of B (N, L, O, R), one of each for each target."""
+"""Changes of A (N, L, R, I) and of B (N, L, O, R), one of each for each target; none of A where it is not written."""
 
 
 class _Head(nn.Module):
-    """What L, M and S share: the second residual block, the widening MLP, one zero-initialised matrix a target."""
+    """What L, M and S share: the second residual block, the widening MLP, one zero-initialised matrix a target.
+
+    In the sizes of all three, I is 0 where A is not written.
+    """
 
     def __init__(
         self, outputs: list[int], *, width: int, head_size: int, dropout: float, write_parts: bool = False
@@ -409,6 +415,7 @@ class _Head(nn.Module):
         self.write = nn.ModuleList(nn.Linear(head_size, size, bias=False) for size in outputs)
         for linear in self.write:
             nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+        self.write_parts = write_parts
         if write_parts:
             # Tells A from B; one vector a target and part, normalised like the depth and type embeddings.
             self.part_a = nn.Parameter(torch.randn(len(outputs), width))
@@ -420,7 +427,9 @@ class _Head(nn.Module):
         return self.widen(self.block(x))
 
     def parts(self, features_NLMH: Tensor) -> Tensor:
-        """(N, L, M, H) to (N, L, M, 2, H): the features marked as A's and as B's."""
+        """(N, L, M, H) to (N, L, M, P, H): the features marked as A's and as B's; P is 1 where B alone is written."""
+        if not self.write_parts:
+            return features_NLMH[:, :, :, None]
         part_M2H = self.part_norm(torch.stack([self.part_a, self.part_b], dim=1))
         return features_NLMH[:, :, :, None] + part_M2H
 
@@ -439,7 +448,8 @@ class HeadL(_Head):
         for m, (i, o) in enumerate(self.sizes):
             flat = self.write[m](x_NLMD[:, :, m])
             a, b = flat.split([self.rank * i, self.rank * o], dim=-1)
-            change_a.append(a.unflatten(-1, (self.rank, i)))
+            if i:
+                change_a.append(a.unflatten(-1, (self.rank, i)))
             change_b.append(b.unflatten(-1, (o, self.rank)))
         return change_a, change_b
 
@@ -449,18 +459,23 @@ class HeadM(_Head):
 
     def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__(
-            [rank * max(size) for size in sizes], width=width, head_size=head_size, dropout=dropout, write_parts=True
+            [rank * max(size) for size in sizes],
+            width=width,
+            head_size=head_size,
+            dropout=dropout,
+            write_parts=any(i for i, _ in sizes),
         )
         self.sizes, self.rank = sizes, rank
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
-        x_NLM2D = self.features(self.parts(features_NLMH))
+        x_NLMPD = self.features(self.parts(features_NLMH))
         change_a, change_b = [], []
         for m, (i, o) in enumerate(self.sizes):
-            both = self.write[m](x_NLM2D[:, :, m])
-            change_a.append(both[:, :, 0, : self.rank * i].unflatten(-1, (self.rank, i)))
-            change_b.append(both[:, :, 1, : self.rank * o].unflatten(-1, (o, self.rank)))
+            parts = self.write[m](x_NLMPD[:, :, m])
+            if i:
+                change_a.append(parts[:, :, 0, : self.rank * i].unflatten(-1, (self.rank, i)))
+            change_b.append(parts[:, :, -1, : self.rank * o].unflatten(-1, (o, self.rank)))
         return change_a, change_b
 
 
@@ -472,7 +487,11 @@ class HeadS(_Head):
 
     def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__(
-            [max(size) for size in sizes], width=width, head_size=head_size, dropout=dropout, write_parts=True
+            [max(size) for size in sizes],
+            width=width,
+            head_size=head_size,
+            dropout=dropout,
+            write_parts=any(i for i, _ in sizes),
         )
         self.sizes, self.rank = sizes, rank
         cos, sin = _rotary(rank, width)
@@ -481,15 +500,16 @@ class HeadS(_Head):
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
-        x = self.parts(features_NLMH)[..., None, :]  # (N, L, M, 2, 1, H), turned by the rank's angle below
+        x = self.parts(features_NLMH)[..., None, :]  # (N, L, M, P, 1, H), turned by the rank's angle below
         even, odd = x[..., 0::2], x[..., 1::2]
         turned = torch.cat([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
-        x_NLM2RD = self.features(turned)
+        x_NLMPRD = self.features(turned)
         change_a, change_b = [], []
         for m, (i, o) in enumerate(self.sizes):
-            both = self.write[m](x_NLM2RD[:, :, m])
-            change_a.append(both[:, :, 0, :, :i])
-            change_b.append(both[:, :, 1, :, :o].mT)
+            parts = self.write[m](x_NLMPRD[:, :, m])
+            if i:
+                change_a.append(parts[:, :, 0, :, :i])
+            change_b.append(parts[:, :, -1, :, :o].mT)
         return change_a, change_b
 
 

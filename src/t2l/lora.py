@@ -28,6 +28,11 @@ class LoraTensors:
         """N, or None for a single adapter."""
         return self.a[0].shape[0] if self.a[0].dim() == 4 else None
 
+    @property
+    def shares_a(self) -> bool:
+        """Whether all adapters of a batch have the same A."""
+        return all(bool((a == a[:1]).all()) for a in self.a)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "LoraTensors":
         """The same adapter with every tensor passed through `function`."""
         return LoraTensors(tuple(map(function, self.a)), tuple(map(function, self.b)), self.scaling)

@@ -207,6 +207,8 @@ class Network:
     """Bytes of its weights on disk, in fp16."""
     library_size: int
     """Bytes of those adapters in fp16."""
+    distinct_size: int
+    """The same with A once, where all of them have one."""
     errors: dict[str, dict[str, list[float]]]
     """By what it reads: relative error, cosine and element L1 of each adapter."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -239,6 +241,12 @@ def texts_for(kind: Kind, known: Descriptions, names: Sequence[str], fits: Calla
     return made_up
 
 
+def own_parameters(lora: LoraTensors) -> int:
+    """How many numbers of each adapter are its own: those of B alone, where all have one A."""
+    own = lora.b if lora.shares_a else (*lora.a, *lora.b)
+    return sum(x[0].numel() for x in own)
+
+
 def principal(lora: LoraTensors, number: int) -> LoraTensors:
     """Each adapter as the mean of all plus its projection on their first principal components.
 
@@ -268,7 +276,7 @@ def score_controls(scored: Scored, library: AdapterLibrary, parameters: int) -> 
         parameters: Of the network.
     """
     names, everything = library.names, library.stack()
-    number = min(parameters // library.spec.num_parameters, len(names) - 1)
+    number = min(parameters // own_parameters(everything), len(names) - 1)
     scores = scored.score("base", None, names) + scored.score("oracle", everything, names)
     scores += scored.score("mean of all", principal(everything, 0), names)
     if number:
@@ -322,12 +330,14 @@ def judge_network(
         if scored is not None:
             scores += scored.score(f"{label}, {kind}", written, names)
     weights = folder / checkpoint.WEIGHTS
+    each, own = library.spec.num_parameters, own_parameters(wanted)
     network = Network(
         label=label,
         adapters=list(names),
         parameters=sum(p.numel() for p in t2l.hypernet.parameters()),
         size=weights.stat().st_size,
-        library_size=2 * len(names) * library.spec.num_parameters,
+        library_size=2 * len(names) * each,
+        distinct_size=2 * (each + (len(names) - 1) * own),
         errors=errors,
         settings=training["settings"],
     )
@@ -403,6 +413,7 @@ def report(library: AdapterLibrary, networks: Sequence[Network], scores: Sequenc
             {
                 **{k: v for k, v in asdict(network).items() if k != "errors"},
                 "share": network.size / network.library_size,
+                "distinct_share": network.size / network.distinct_size,
                 "mean_errors": {
                     kind: {name: float(np.mean(values)) for name, values in found.items()}
                     for kind, found in network.errors.items()
@@ -446,6 +457,12 @@ def markdown(plain: Mapping[str, Any], *, most_tasks: int = 40) -> str:
         "Recovered is the share of the adapters' gain over the base in exact match that is left, with a 95 % "
         "bootstrap interval over tasks. “Components” are as many principal components of the adapters as the first "
         "network has room for: mixtures of them are the best linear compression to its size.\n",
+        *(
+            f"The {len(network['adapters'])} adapters of “{network['label']}” have one A: with it kept once they are "
+            f"{network['distinct_size'] / 1e6:.1f} MB, of which the network is {network['distinct_share']:.0%}.\n"
+            for network in plain["networks"]
+            if network["distinct_size"] < network["library_size"]
+        ),
         "| network | adapters | reads | parameters | MB | of their size | relative error | cosine | recovered |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

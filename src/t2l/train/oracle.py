@@ -90,6 +90,9 @@ class OracleTrainConfig:
     start_from: str | None = None
     """Checkpoint of a multi-task LoRA (variant `none`) that all adapters start from: what tasks have in common then is
     in all of them alike, and a network that reconstructs them need not learn it."""
+    train_a: bool = True
+    """Whether A is trained. If not, all adapters keep the A that they start from and differ in B alone (LoRA-FA,
+    arXiv 2308.03303)."""
     compile: bool = False
     """Compile the step: a minute at the start, then much faster on a GPU."""
     save_minutes: float = 2.0
@@ -108,6 +111,11 @@ class OracleTrainConfig:
         if self.steps % self.evaluate_every:
             raise ConfigError(
                 f"train.steps ({self.steps}) must be a multiple of train.evaluate_every ({self.evaluate_every})"
+            )
+        if not (self.train_a or self.shared_start or self.start_from):
+            raise ConfigError(
+                "train.train_a false is for adapters that have one A, but with train.shared_start false each has its "
+                "own; share it, or name a train.start_from"
             )
 
 
@@ -257,9 +265,10 @@ class Slots:
         spec: Their shape.
         number: K.
         device: Where they are.
+        train_a: Whether A is trained.
     """
 
-    def __init__(self, spec: AdapterSpec, number: int, device: torch.device) -> None:
+    def __init__(self, spec: AdapterSpec, number: int, device: torch.device, *, train_a: bool = True) -> None:
         self.spec, self.number = spec, number
         length, rank = len(spec.layers), spec.rank
 
@@ -267,9 +276,12 @@ class Slots:
             a = [torch.zeros(number, length, rank, t.in_features, device=device) for t in spec.targets]
             return a + [torch.zeros(number, length, t.out_features, rank, device=device) for t in spec.targets]
 
-        self.weights = [x.requires_grad_() for x in zeros()]
+        self.weights = zeros()
         """A of every target, then B of every target."""
-        self.mean, self.square, self.best = zeros(), zeros(), zeros()
+        first = 0 if train_a else len(spec.targets)
+        self.trained = [x.requires_grad_() for x in self.weights[first:]]
+        """What has gradients and moments, in the same order."""
+        self.mean, self.square, self.best = zeros()[first:], zeros()[first:], zeros()
         self.alive = torch.ones(number, dtype=torch.bool, device=device)
         """False once a gradient of the slot was not finite; its weights stay as they were before."""
 
@@ -422,7 +434,8 @@ class OracleTrainer:
         self.origin = origin
         self.config, self.base, self.spec, self.run, self.device, self.log = config, base, spec, run, device, log
         self.data = {x.task.name: x for x in data}
-        self.slots = Slots(spec, min(config.train.tasks_at_once, len(data)), device)
+        at_once = min(config.train.tasks_at_once, len(data))
+        self.slots = Slots(spec, at_once, device, train_a=config.train.train_a)
         self.running: list[Running | None] = [None] * self.slots.number
         self.waiting = list(self.data)
         self.finished: dict[str, str] = {}
@@ -469,11 +482,11 @@ class OracleTrainer:
         """One step of every slot; returns each slot's loss, (K,)."""
         losses, _ = self._forward(rows)
         loss_K = (losses * rows.weights).unflatten(0, (self.slots.number, -1)).sum((1, 2))
-        gradients = torch.autograd.grad(loss_K.sum(), self.slots.weights)
+        gradients = torch.autograd.grad(loss_K.sum(), self.slots.trained)
         train, slots = self.config.train, self.slots
         with torch.no_grad():
             self.update(
-                slots.weights,
+                slots.trained,
                 list(gradients),
                 slots.mean,
                 slots.square,

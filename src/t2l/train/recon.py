@@ -129,6 +129,10 @@ class ReconConfig:
         for name, idle in (("max_change", None), ("codebook", "none")):
             if getattr(self.hypernet, name) != idle:
                 raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
+        if self.data.canonical and self.hypernet.writes == "B":
+            raise ConfigError(
+                "data.canonical gives each adapter an A of its own, which hypernet.writes 'B' cannot write"
+            )
         if self.encoder.names:
             raise ConfigError("encoder.names is filled in by training; leave it out")
 
@@ -147,11 +151,11 @@ class Targets:
 
     names: tuple[str, ...]
     z: LoraTensors
-    """z-scored over the N adapters, element by element: A (N, L, R, I), B (N, L, O, R)."""
+    """z-scored over the N adapters, element by element: A (N, L, R, I), B (N, L, O, R); A only where it is written."""
     mean: LoraTensors
     """A single adapter."""
     deviation: LoraTensors
-    """Standard deviations; 0 where all adapters agree, whose z is 0 too."""
+    """Standard deviations, of what has z-scores; 0 where all adapters agree, whose z is 0 too."""
     size: tuple[Tensor, ...]
     """For each target the mean absolute entry of ΔW, over layers and adapters, as its columns show it."""
 
@@ -162,15 +166,39 @@ class Targets:
     def restore(self, z_a: Sequence[Tensor], z_b: Sequence[Tensor]) -> LoraTensors:
         """Adapters (n of them) from their z-scores."""
         mean, unit = self.mean, self.deviation
+        shared_a = tuple(m.expand(len(z_b[0]), *m.shape) for m in mean.a)
         return LoraTensors(
-            tuple(m + u * z for m, u, z in zip(mean.a, unit.a, z_a, strict=True)),
+            tuple(m + u * z for m, u, z in zip(mean.a, unit.a, z_a, strict=True)) if z_a else shared_a,
             tuple(m + u * z for m, u, z in zip(mean.b, unit.b, z_b, strict=True)),
             mean.scaling,
         )
 
 
-def make_targets(lora: LoraTensors, names: Sequence[str], *, canonical: bool, device: torch.device) -> Targets:
-    """Puts a batch of N adapters on the device and z-scores it."""
+def require_shared_a(lora: LoraTensors, spec: AdapterSpec) -> None:
+    """Checks that a batch of adapters can be written by its B alone.
+
+    Raises:
+        DataError: if A differs, naming the target where it does most and by how much.
+    """
+    if lora.shares_a:
+        return
+    apart = [float((a - a[:1]).abs().max() / a.abs().max().clamp_min(1e-30)) for a in lora.a]
+    worst = max(range(len(apart)), key=apart.__getitem__)
+    raise DataError(
+        f"hypernet.writes is 'B', but the adapters' A differ: those of {spec.targets[worst].name} by up to "
+        f"{apart[worst]:.2g} of its largest element. Train the library with train.train_a false, or write AB"
+    )
+
+
+def make_targets(
+    lora: LoraTensors,
+    names: Sequence[str],
+    *,
+    canonical: bool,
+    device: torch.device,
+    writes: Literal["AB", "B"] = "AB",
+) -> Targets:
+    """Puts a batch of N adapters on the device and z-scores what is to be written of it."""
     lora = lora.map(lambda x: x.to(device))
     if canonical:
         # A chunk at a time: float64 doubles the size.
@@ -181,7 +209,8 @@ def make_targets(lora: LoraTensors, names: Sequence[str], *, canonical: bool, de
             tuple(torch.cat([part.b[m] for part in parts]) for m in range(len(lora.b))),
             lora.scaling,
         )
-    mean = lora.map(lambda x: x.mean(0))
+    # Where all agree, exactly what they agree on: a mean is rounded.
+    mean = lora.map(lambda x: torch.where((x == x[0]).all(0), x[0], x.mean(0)))
 
     def deviation_of(x: Tensor) -> Tensor:
         # Elements on which all agree up to rounding are constants.
@@ -201,6 +230,8 @@ def make_targets(lora: LoraTensors, names: Sequence[str], *, canonical: bool, de
         every = max(1, a.shape[-1] // 16)
         size.append(torch.stack([(y @ x[..., ::every]).abs().mean() for x, y in zip(a, b, strict=True)]).mean())
     z = LoraTensors(z_score(lora.a, mean.a, deviation.a), z_score(lora.b, mean.b, deviation.b), lora.scaling)
+    if writes == "B":
+        z, deviation = (LoraTensors((), x.b, x.scaling) for x in (z, deviation))
     return Targets(tuple(names), z, mean, deviation, tuple(lora.scaling * x.clamp_min(1e-30) for x in size))
 
 
@@ -470,14 +501,16 @@ def train_reconstruction(
     torch.set_float32_matmul_precision("high")
     begin = first_step(config, run, resume=resume)
     library, names = open_library(config.data)
-    spec = library.spec
+    spec, lora, writes = library.spec, library.stack(names), config.hypernet.writes
+    if writes == "B":
+        require_shared_a(lora, spec)
     if config.reads == "task":
         encoder = OneHotEncoder(names, device=chosen)
     else:
         encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(chosen))
     texts = choose_descriptions(library, names, config, lambda found: token_counts(encoder, found))
     bank = DescriptionBank(encoder, texts.texts)
-    targets = make_targets(library.stack(names), names, canonical=config.data.canonical, device=chosen)
+    targets = make_targets(lora, names, canonical=config.data.canonical, device=chosen, writes=writes)
     torch.manual_seed(config.seed)
     hypernet = new_hypernet(config.hypernet, spec, encoder, targets).to(chosen).train()
     log(

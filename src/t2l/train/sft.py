@@ -638,7 +638,8 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         }
         if whole:
             model = spec.base_model if config.encoder.model == "base" else config.encoder.model
-            shape = ("variant", "width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
+            sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
+            shape = ("variant", "writes", *sizes)
             found |= {
                 "reads": config.reads,
                 "encoder": {
