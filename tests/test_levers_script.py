@@ -1,6 +1,7 @@
 """The script of the protocol's short runs: jobs wait for each other, levers are settings, S is the protocol's."""
 
 import importlib
+import json
 import os
 import sys
 import time
@@ -100,6 +101,31 @@ def test_a_row_needs_two_trainings_and_goes_on_where_it_was(script: ModuleType, 
     for steps, done in ((1200, False), (2400, True)):
         (run / "checkpoint" / "config.json").write_text(f'{{"training": {{"steps": {steps}, "planned_steps": 2400}}}}')
         assert first.done() is done
+
+
+def test_what_runs_saw_as_they_trained_is_a_table_too(script: ModuleType, tmp_path: Path) -> None:
+    assert [job.name for job in script.jobs_of("gate", 0, tmp_path, judging=False)] == ["gate-0", "base-0-multitask"]
+
+    def saw(name: str, *rows: dict[str, float]) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def row(step: int, **values: float) -> dict[str, float]:
+        return {
+            "step": step,
+            **{f"validation/{k.replace('__', '/').replace('_and_', '+')}": v for k, v in values.items()},
+        }
+
+    saw("base-0-multitask", row(9, adapter_and_prompt__exact_match=0.25, adapter__exact_match=0.125))
+    late = row(9, adapter_and_prompt__exact_match=0.5, adapter_and_prompt__wrong_exact_match=0.375)
+    saw("gate-0", row(4, adapter_and_prompt__exact_match=0.9), late, {"step": 10, "loss": 1.0})
+    saw("gate-1", {"step": 1, "loss": 1.0})
+    saw("head-64-0", row(9, adapter_and_prompt__exact_match=0.75))
+    lines = script.training_table(tmp_path).splitlines()
+    assert lines[2] == "| head-64-0 | 9 | 0.250 | 0.750 | – | +50.0 | – | 0.125 | – | – | – | – |"
+    assert lines[3] == "| gate-0 | 9 | 0.250 | 0.500 | 0.375 | +25.0 | +12.5 | 0.125 | – | – | – | – |"
+    assert lines[4] == "| gate-1 | 0 |" + " – |" * 10
+    assert all(line.count("|") == lines[1].count("|") for line in lines)
 
 
 def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType, tmp_path: Path) -> None:
