@@ -301,12 +301,10 @@ class Server:
             self.most = max(self.most, self.open)
             trouble = self.trouble.pop(0) if self.trouble and handler.path == "/v1/completions" else None
         time.sleep(self.delay)
-        try:
-            if trouble is None or not trouble(handler):
-                send(handler, *self.content(handler.path, body))
-        finally:
-            with self.lock:
-                self.open -= 1
+        with self.lock:  # before the answer, which the client's next request may overtake
+            self.open -= 1
+        if trouble is None or not trouble(handler):
+            send(handler, *self.content(handler.path, body))
 
     def content(self, path: str, body: Any) -> tuple[int, Any]:
         if path == "/v1/models":
