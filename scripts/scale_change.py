@@ -1,0 +1,67 @@
+"""A checkpoint whose descriptions change the offset by a share of what they did.
+
+    python scripts/scale_change.py CHECKPOINT 0.5 OUT
+
+On tasks unlike the trained ones the whole change goes too far (entry 20 of docs/experiments.md). What is written is
+linear in the head's last matrices, so they are multiplied; the offset stays. The folder says what was done.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from t2l.checkpoint import load_checkpoint, save_checkpoint
+from t2l.errors import ConfigError, T2LError
+from t2l.generate import checkpoint_folder
+
+
+def scaled(reference: str, factor: float, out: Path) -> Path:
+    """Writes the scaled checkpoint.
+
+    Args:
+        reference: As for `t2l.TextToLora.from_pretrained`.
+        factor: 1 leaves it as it is, 0 leaves the offset alone.
+        out: A new folder.
+
+    Raises:
+        ConfigError: if there is no change to scale, or the factor is not in (0, 2].
+        T2LError: as loading and saving do.
+    """
+    if not 0 < factor <= 2:
+        raise ConfigError(f"The factor must be in (0, 2], got {factor:g}")
+    loaded = load_checkpoint(checkpoint_folder(reference))
+    if loaded.hypernet.head is None:
+        raise ConfigError(f"{reference} is a multi-task LoRA (variant none): no description changes anything")
+    with torch.no_grad():
+        for matrix in loaded.hypernet.head.write.parameters():
+            matrix.mul_(factor)
+    before = loaded.config.training.get("change_scaled_by", 1.0)
+    training = loaded.config.training | {
+        "change_scaled_by": before * factor,
+        "unscaled_sha256": loaded.config.training.get("unscaled_sha256", loaded.config.weights_sha256),
+    }
+    card = f"# Text-to-LoRA hypernetwork for {loaded.spec.base_model}\n\n{json.dumps(training, indent=2)}\n"
+    save_checkpoint(out, loaded.hypernet, loaded.spec, replace(loaded.config, training=training), card=card)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("factor", type=float)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args()
+    try:
+        print(scaled(given.checkpoint, given.factor, given.out))
+    except T2LError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
