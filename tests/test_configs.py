@@ -60,7 +60,12 @@ def fake_tasks(split: str) -> list[Task]:
     made = []
     for n, word in enumerate(("yes", "no", "ja", "nein", "oui")):
         definition = f"Whatever it is, say {word}."
-        answers = {s: tuple(Example(e.id, f"{e.input} {n}", (word,)) for e in some) for s, some in examples.items()}
+        # The first has one answer, the others a few: both kinds that relabelling tells apart.
+        words = (word, word.upper() if n else word)
+        answers = {
+            s: tuple(Example(e.id, f"{e.input} {n}", (words[place % 2],)) for place, e in enumerate(some))
+            for s, some in examples.items()
+        }
         texts = (definition, f"Say {word}.", f"Reply {word}.", f"Just {word}.", f"Write {word}.")
         name = "task1338_peixian_equity_evaluation_corpus_sentiment_classifier" if n == 0 else f"task{n}"
         made.append(Task(name, texts, answers, "ab"[n % 2], definition))

@@ -657,6 +657,11 @@ def test_short_answers_change_their_words_and_open_ones_their_form(config: SftCo
     assert shares(relabel=0.4, reform=0.1) == {"few": (0.4, 3), "open": (0.1, 3)}
     assert shares(relabel=0.4) == {"few": (0.4, 3), "open": (0.0, 0)}
     assert shares(reform=0.1) == {"few": (0.0, 0), "open": (0.1, 3)}
+    for name, said in (("few", r"data\.reform: every task"), ("open", r"data\.relabel: no task has a few short")):
+        alone = [json.dumps(line) + "\n" for line in described if line["task"] == name]
+        (tmp_path / "own.jsonl").write_text("".join(alone))
+        with pytest.raises(DataError, match=said):
+            shares(relabel=0.4, reform=0.1)
 
 
 def test_description_file_adds_or_replaces(config: SftConfig, tmp_path: Path) -> None:

@@ -304,9 +304,14 @@ def _variants(
         if _variant_share(task, config):
             read = replace(task, descriptions=kept[task.name][0])
             made[task.name] = variants(read, config.relabel_variants, config.seed)
-    said = sorted({text for found in made.values() for _, texts in found for text in texts})
-    if not said:
+    kinds = {type(change) for found in made.values() for change, _ in found}
+    if config.relabel and Words not in kinds:
+        raise DataError("data.relabel: no task has a few short answers that other words could take the place of")
+    if config.reform and Form not in kinds:
+        raise DataError("data.reform: every task has a few short answers, which data.relabel is for")
+    if not kinds:
         return made
+    said = sorted({text for found in made.values() for _, texts in found for text in texts})
     counts = dict(zip(said, lengths(said), strict=True))
     fitting = {
         name: [(reword, tuple(text for text in texts if counts[text] <= window)) for reword, texts in found]
