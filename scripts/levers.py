@@ -41,7 +41,6 @@ class Lever:
 
 DESCRIPTIONS = ("data.descriptions=configs/descriptions.jsonl", "data.file_share=0.5")
 RELABEL = ("data.relabel=0.5",)
-REFORM = ("data.reform=0.2",)
 LEVERS = {
     "base": Lever(),
     **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
@@ -49,7 +48,7 @@ LEVERS = {
     **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50, 100)},
     "relabel": Lever(both=RELABEL),
     "relabel-80": Lever(both=("data.relabel=0.8",)),
-    "reform": Lever(both=REFORM),
+    "reform": Lever(both=("data.reform=0.2",)),
     "desc-more": Lever(both=DESCRIPTIONS),
     "relabel-desc-more": Lever(both=RELABEL + DESCRIPTIONS),
     "desc-paraphrases": Lever(both=("data.descriptions=paraphrases",)),
@@ -225,6 +224,12 @@ def points(rows: dict[str, Scores]) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+def markdown(head: str, rows: Sequence[tuple[float, str]]) -> str:
+    """A table of the rows, the highest number first; columns are kept apart by bars."""
+    lines = [line for _, line in sorted(rows, reverse=True)]
+    return "\n".join(f"| {line} |" for line in (head, " | ".join(["---"] * (head.count("|") + 1)), *lines))
+
+
 def table(out: Path) -> str:
     """Markdown of every judged run, the best S first; differences with 95 % intervals over tasks, in points."""
     lines, partial = [], []
@@ -244,10 +249,10 @@ def table(out: Path) -> str:
         differences = [f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in found]
         harm = 100 * difference(rows[f"t2l-random{end}"], rows[f"multitask{end}"]).one_sided_low
         cells = [path.stem, form, *means, *differences, f"{harm:+.1f}", f"{score:+.1f}"]
-        lines.append((score, f"| {' | '.join(cells)} |"))
+        lines.append((score, " | ".join(cells)))
     names = "base | multi-task LoRA | T2L | another task's | random text"  # the first two with the description
     head = f"run | prompt of T2L | {names} | D1 | D2 | D4, lower end | S"
-    text = "\n".join([f"| {head} |", "| --- " * 11 + "|", *(line for _, line in sorted(lines, reverse=True))])
+    text = markdown(head, lines)
     return text + (f"\n\nNot judged to the end: {', '.join(partial)}" if partial else "")
 
 
@@ -276,10 +281,10 @@ def training_table(out: Path) -> str:
                 steering = None if right is None or wrong is None else 100 * (right - wrong)
                 cells += ["–" if x is None else f"{x:.3f}" for x in (base, right, wrong)]
                 cells += ["–" if x is None else f"{x:+.1f}" for x in (gain, steering)]
-            rows.append((mine.get("validation/adapter+prompt/exact_match", 0.0), f"| {' | '.join(cells)} |"))
+            rows.append((mine.get("validation/adapter+prompt/exact_match", 0.0), " | ".join(cells)))
     columns = "multi-task LoRA | T2L | another task's | D1 | D2"
     head = f"run | step | with the description: {columns} | without: {columns}"
-    return "\n".join([f"| {head} |", "| --- " * 12 + "|", *(line for _, line in sorted(rows, reverse=True))])
+    return markdown(head, rows)
 
 
 def main() -> int:

@@ -7,7 +7,6 @@ linear in the head's last matrices, so they are multiplied; the offset stays. Th
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,10 @@ def scaled(reference: str, factor: float, out: Path) -> Path:
         "change_scaled_by": before * factor,
         "unscaled_sha256": loaded.config.training.get("unscaled_sha256", loaded.config.weights_sha256),
     }
-    card = f"# Text-to-LoRA hypernetwork for {loaded.spec.base_model}\n\n{json.dumps(training, indent=2)}\n"
+    card = (
+        f"# Text-to-LoRA hypernetwork for {loaded.spec.base_model}\n\nWhat a description changes in the checkpoint "
+        f"{training['unscaled_sha256']}, times {training['change_scaled_by']:g}. All settings stand in `config.json`.\n"
+    )
     save_checkpoint(out, loaded.hypernet, loaded.spec, replace(loaded.config, training=training), card=card)
     return out
 

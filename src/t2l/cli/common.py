@@ -57,6 +57,7 @@ app = typer.Typer(
 CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", metavar="REF", help="Checkpoint folder, Hub id, or t2l:NAME for a shipped one.")
 ]
+DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on standard output.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from t2l.cli.common import Device, JsonOption, app, checked_device, print_json, say, try_writing
+from t2l.cli.common import DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Judge adapters against every control.")
 app.add_typer(eval_app, name="eval")
@@ -64,7 +64,7 @@ def eval_run(
         int | None,
         typer.Option(min=1, help="Tokens of a batch; what a GPU has room for, if absent.", show_default=False),
     ] = None,
-    device: Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)] = None,
+    device: DeviceOption = None,
     backend: Annotated[
         str, typer.Option(metavar="NAME|URL", help="Who answers: transformers, vllm, or an OpenAI-compatible server.")
     ] = "transformers",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from t2l.cli.common import Device, JsonOption, app, checked_device, print_json, say, try_writing
-from t2l.cli.train import DeviceOption, MinutesOption, SetOption, benchmark_tasks
+from t2l.cli.common import Device, DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
+from t2l.cli.train import MinutesOption, SetOption, benchmark_tasks
 from t2l.errors import OutputError
 
 if TYPE_CHECKING:

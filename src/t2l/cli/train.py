@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from t2l.cli.common import Device, JsonOption, app, checked_device, print_json, say, try_writing
+from t2l.cli.common import DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
 
 if TYPE_CHECKING:
     from t2l.tasks import Task
@@ -26,7 +26,6 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run
 MinutesOption = Annotated[
     float | None, typer.Option(min=0.0, show_default=False, help="Stop and save after this time.")
 ]
-DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
 
 
 def benchmark_tasks() -> "list[Task]":

@@ -257,21 +257,19 @@ class Trainer:
         rows once: it knows what is right only.
         """
         train, rows = self.config.train, len(batch.descriptions)
-        right, other, own = batch.descriptions, batch.others, batch.partners
         again = math.ceil(train.contrast_share * rows) if train.contrast else 0
         once = {name for name in Batch._fields if name.startswith("teacher_") or name == "skipped"}
         fields = {name: x if name in once else torch.cat([x, x[:again]]) for name, x in batch._asdict().items()}
         more = Batch(**fields)
-        partners = torch.cat([own, other[:again]])
-        losses, hits, lora, divergence = self.forward(
-            more, torch.cat([right, other[:again]]), partners, learning=learning
+        right, partners, other = (
+            torch.cat([x, batch.others[:again]]) for x in (batch.descriptions, batch.partners, batch.others)
         )
-        first = losses[:rows], hits[:rows]
-        if learning or again == rows:
-            return first, (losses[rows:], hits[rows:]), lora, divergence
-        read = torch.cat([other, other[:again]])
-        losses, hits, *_ = self.forward(more, read, read, learning=learning)
-        return first, (losses[:rows], hits[:rows]), lora, divergence
+        losses, hits, lora, divergence = self.forward(more, right, partners, learning=learning)
+        first, second = (losses[:rows], hits[:rows]), (losses[rows:], hits[rows:])
+        if not learning and again < rows:
+            losses, hits, *_ = self.forward(more, other, other, learning=False)
+            second = losses[:rows], hits[:rows]
+        return first, second, lora, divergence
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss: mean over rows, over a row's documents, over a document's answer tokens."""
