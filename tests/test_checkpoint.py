@@ -66,7 +66,7 @@ def folder(spec: AdapterSpec, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("changes", [{}, {"writes": "B", "own_units": True}], ids=["AB", "B"])
 @pytest.mark.parametrize("kind", ["sentence", "tokens"])
-@pytest.mark.parametrize("variant", ["L", "M", "S", "none"])
+@pytest.mark.parametrize("variant", ["L", "M", "S", "basis", "none"])
 def test_same_adapters_after_saving(
     variant: str, kind: str, changes: dict[str, Any], spec: AdapterSpec, tmp_path: Path
 ) -> None:
@@ -234,7 +234,7 @@ def test_every_problem_of_a_config_is_told_at_once(folder: Path) -> None:
     path.write_text(json.dumps(plain))
     with pytest.raises(ConfigError) as caught:
         load_checkpoint(folder)
-    assert "expected one of L, M, S, none, got 'XL'" in str(caught.value)
+    assert "expected one of L, M, S, basis, none, got 'XL'" in str(caught.value)
     assert "did you mean 'max_tokens'" in str(caught.value)
 
 

@@ -49,7 +49,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("encoder", ["base", "sentence"])
-@pytest.mark.parametrize("variant", ["L", "M", "S"])
+@pytest.mark.parametrize("variant", ["L", "M", "S", "basis"])
 def test_batch_equals_single_calls(
     variant: str, encoder: str, make_checkpoint: MakeCheckpoint, sentence_folder: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 
 TOKENS = torch.tensor([[0, 17, 93, 240, 5, 66, 31], [0, 8, 200, 41, 12, 99, 7]])
-VARIANTS = ("L", "M", "S")
+VARIANTS = ("L", "M", "S", "basis")
 KINDS = ("sentence", "tokens")
 
 
@@ -165,7 +165,7 @@ def test_b_alone_is_written(variant: str, own_units: bool, spec: AdapterSpec) ->
         torch.testing.assert_close(lora.b[m], hypernet.offset.b[m] + unit * written)
         size = (capped.b[m] - hypernet.offset.b[m]).square().mean((-2, -1)).sqrt()
         assert (size - 0.01).abs().max() <= 1e-5
-        rows = target.out_features * (1 if variant == "S" else spec.rank)
+        rows = target.out_features * {"S": 1, "basis": len(spec.layers) * spec.rank}.get(variant, spec.rank)
         assert hypernet.head.write[m].weight.shape == (rows, 16)
     names = [name for name, _ in hypernet.named_parameters()]
     assert not any(name.startswith(("units.a.", "head.part")) for name in names)

@@ -26,10 +26,12 @@ from t2l.train.recon import (
     ReconTrainConfig,
     angular_loss,
     compare,
+    components,
     delta_loss,
     factor_loss,
     make_targets,
     open_library,
+    principal_directions,
     spectral_loss,
     train_reconstruction,
 )
@@ -232,6 +234,38 @@ def test_the_factor_loss_is_the_papers(spec: AdapterSpec) -> None:
     assert factor_loss([x[index] for x in everything], everything, index).item() == 0
 
 
+def test_components_are_numpys_in_z_scores(spec: AdapterSpec) -> None:
+    """With as many as there can be, mixtures of them are the adapters; with fewer, numpy's best approximation."""
+    lora = stacked(spec, 5)
+    lora.a[0][:, 0, 0, 0] = 0.25  # all agree: nothing to mix
+    targets = make_targets(lora, NAMES[:5], canonical=False, device=CPU)
+    flat = torch.cat([x.flatten(1) for x in (*lora.a, *lora.b)], dim=1).double()
+    unit = torch.cat([x.flatten() for x in (*targets.deviation.a, *targets.deviation.b)]).double()
+    left, sizes, right = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    for number in (1, 3, 4):
+        basis = components(targets, number)
+        found = torch.cat([x.flatten(1) for x in (*basis.a, *basis.b)], dim=1).double() * unit
+        shares = principal_directions(lora, number) * 5**0.5
+        torch.testing.assert_close(shares.square().mean(0), torch.ones(number, dtype=torch.double))
+        best = left[:, :number] * sizes[:number] @ right[:number]
+        torch.testing.assert_close(shares @ found, best, rtol=0, atol=1e-5)
+        assert ((best - (flat - flat.mean(0))).abs().max() < 1e-5) == (number == 4)
+
+
+def test_a_basis_stays_and_is_no_larger_than_the_library(
+    config: ReconConfig, library: AdapterLibrary, tmp_path: Path
+) -> None:
+    """Six adapters that are mixtures of three: five components at most, of which the last two are nothing."""
+    hypernet = replace(config.hypernet, variant="basis", head_size=40)
+    folder = run(replace(config, hypernet=hypernet), tmp_path / "run")
+    net = TextToLora.from_pretrained(str(folder)).hypernet
+    targets = make_targets(library.stack(), NAMES, canonical=False, device=CPU)
+    wanted, stays = components(targets, 5), net.head.split([matrix.weight.mT for matrix in net.head.write])
+    for mine, theirs in zip((*stays[0], *stays[1]), (*wanted.a, *wanted.b), strict=True):
+        assert mine.shape == theirs.shape and (mine.abs() - theirs.abs()).abs().max() <= 2e-3
+        assert theirs[:3].abs().max() > 0.1 and theirs[3:].abs().max() < 1e-2
+
+
 def test_draws_are_a_function_of_seed_and_step() -> None:
     """Each adapter once before any again, with its own descriptions only, wherever one begins."""
     own = [(0, 1, 2), (3,), (4, 5), (6, 7), (8,)]
@@ -256,6 +290,7 @@ def test_draws_are_a_function_of_seed_and_step() -> None:
         ("L", {}, 0.3),
         ("M", {}, 0.3),
         ("S", {}, 0.6),
+        ("basis", {}, 0.1),
         ("L", {"factors": 0.0, "delta": 1.0}, 0.1),
         ("L", {"factors": 0.0, "angular": 1.0, "spectral": 1.0}, 0.1),
     ],

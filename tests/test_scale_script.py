@@ -19,7 +19,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("scale_change")
 
 
-@pytest.mark.parametrize("variant", ["L", "M", "S"])
+@pytest.mark.parametrize("variant", ["L", "M", "S", "basis"])
 def test_the_change_is_multiplied_and_the_offset_stays(
     variant: str, script: ModuleType, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -47,9 +47,10 @@ class EncoderConfig:
 class HypernetConfig:
     """Shape of the hypernetwork; the defaults are the paper's (section 4 and the reference's command)."""
 
-    variant: Literal["L", "M", "S", "none"] = "L"
-    """Head: L writes A and B at once, M one of them at a time, S one rank at a time. `none` reads no
-    description: what is left is the offset alone, which is a multi-task LoRA."""
+    variant: Literal["L", "M", "S", "basis", "none"] = "L"
+    """Head: L writes A and B at once, M one of them at a time, S one rank at a time. `basis`, not the paper's, mixes
+    `head_size` adapters that all descriptions share. `none` reads no description: what is left is the offset alone,
+    which is a multi-task LoRA."""
     writes: Literal["AB", "B"] = "AB"
     """What of an adapter the head writes. With B alone, as in LoRA-FA (arXiv 2308.03303), the offset's A is every
     adapter's: ΔW is then linear in what is written, and on square modules half of an adapter is left to write."""

@@ -1,6 +1,6 @@
 """The hypernetwork: an encoded description in, the LoRA adapter of every target and layer out, in one pass.
 
-    encoding ─ trunk ─▶ features (N, L, M, H) ─ head L | M | S ─▶ change of A and B ─ + offset ─▶ LoraTensors
+    encoding ─ trunk ─▶ features (N, L, M, H) ─ head L | M | S | basis ─▶ change of A and B ─ + offset ─▶ LoraTensors
 
 After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix; two departures, both for SFT:
 - Every adapter is the *offset* plus what the head says. The offset is one LoRA shared by all descriptions, with
@@ -13,7 +13,8 @@ After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix;
 Knows tensors only. Knows no text, no module names and no files. Shape letters as in `spec.py`; D is the head size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -47,7 +48,7 @@ class Hypernet(nn.Module):
         self.offset = Offset(sizes, num_layers=grid[0], rank=spec.rank, trainable=config.train_offset)
         self.trunk: SentenceTrunk | TokenTrunk | None = None
         self.units = Units(written, num_layers=grid[0], rank=spec.rank) if config.own_units else None
-        self.head: HeadL | HeadM | HeadS | None = None
+        self.head: HeadL | HeadM | HeadS | HeadBasis | None = None
         if config.variant != "none":
             if kind == "tokens" and config.codebook != "none":
                 raise ConfigError(f"hypernet.codebook '{config.codebook}' needs one vector a text: a sentence encoder")
@@ -71,7 +72,12 @@ class Hypernet(nn.Module):
                     codebook_size=config.codebook_size,
                 )
             )
-            heads: dict[str, type[HeadL] | type[HeadM] | type[HeadS]] = {"L": HeadL, "M": HeadM, "S": HeadS}
+            heads: dict[str, Callable[..., HeadL | HeadM | HeadS | HeadBasis]] = {
+                "L": HeadL,
+                "M": HeadM,
+                "S": HeadS,
+                "basis": partial(HeadBasis, num_layers=grid[0]),
+            }
             self.head = heads[config.variant](
                 written, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
             )
@@ -394,9 +400,9 @@ Changes = tuple[list[Tensor], list[Tensor]]
 
 
 class _Head(nn.Module):
-    """What L, M and S share: the second residual block, the widening MLP, one zero-initialised matrix a target.
+    """What all heads share: the second residual block, the widening MLP, one zero-initialised matrix a target.
 
-    In the sizes of all three, I is 0 where A is not written.
+    In their sizes, I is 0 where A is not written.
     """
 
     def __init__(
@@ -511,6 +517,52 @@ class HeadS(_Head):
                 change_a.append(parts[:, :, 0, :, :i])
             change_b.append(parts[:, :, -1, :, :o].mT)
         return change_a, change_b
+
+
+class HeadBasis(_Head):
+    """Mixtures of D adapters that all descriptions share: one matrix a target for all layers, (D → L·R·(I + O)).
+
+    Not the paper's: a description chooses D numbers in all, where L's choose as many for every layer and target. Of the
+    ways to write N adapters from so few numbers, principal components lose least, see `t2l.train.recon`.
+    """
+
+    def __init__(
+        self,
+        sizes: list[tuple[int, int]],
+        *,
+        rank: int,
+        width: int,
+        head_size: int,
+        dropout: float,
+        num_layers: int,
+    ) -> None:
+        outputs = [num_layers * rank * (i + o) for i, o in sizes]
+        super().__init__(outputs, width=width, head_size=head_size, dropout=dropout)
+        self.widen = self.widen[:-1]  # shares of a mixture have either sign
+        self.sizes, self.rank, self.num_layers = sizes, rank, num_layers
+
+    def forward(self, features_NLMH: Tensor) -> Changes:
+        """Features to changes of A and B."""
+        shares_ND = self.features(features_NLMH.mean((1, 2)))
+        return self.split([matrix(shares_ND) for matrix in self.write])
+
+    def split(self, written: Sequence[Tensor]) -> Changes:
+        """What the matrices write, (N, L·R·(I + O)) for each target, as changes of A and B."""
+        change_a, change_b = [], []
+        for flat, (i, o) in zip(written, self.sizes, strict=True):
+            a, b = flat.unflatten(-1, (self.num_layers, -1)).split([self.rank * i, self.rank * o], dim=-1)
+            if i:
+                change_a.append(a.unflatten(-1, (self.rank, i)))
+            change_b.append(b.unflatten(-1, (o, self.rank)))
+        return change_a, change_b
+
+    @torch.no_grad()
+    def set_basis(self, change_a: Sequence[Tensor], change_b: Sequence[Tensor]) -> None:
+        """Makes the D adapters these ones: A (D, L, R, I), none where it is not written, and B (D, L, O, R)."""
+        parts_a = change_a or [b.new_zeros(*b.shape[:2], 0) for b in change_b]
+        for matrix, a, b in zip(self.write, parts_a, change_b, strict=True):
+            flat = torch.cat([a.flatten(2), b.flatten(2)], dim=-1).flatten(1)
+            matrix.weight.copy_(flat.mT)  # type: ignore[operator]
 
 
 def _rotary(positions: int, width: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ from t2l.train.recon import (
     ReconConfig,
     choose_descriptions,
     compare,
+    principal_directions,
     saved_config,
     token_counts,
     train_reconstruction,
@@ -250,8 +251,7 @@ def own_parameters(lora: LoraTensors) -> int:
 def principal(lora: LoraTensors, number: int) -> LoraTensors:
     """Each adapter as the mean of all plus its projection on their first principal components.
 
-    Of all ways to write N adapters as mixtures of `number` tensors of an adapter's size and their mean, the one with
-    the least squared error on A and B. With 0 every adapter becomes the mean.
+    With 0 every adapter becomes the mean.
 
     Args:
         lora: A batch of N adapters.
@@ -260,9 +260,7 @@ def principal(lora: LoraTensors, number: int) -> LoraTensors:
     n = lora.a[0].shape[0]
     mixture = torch.full((n, n), 1 / n, dtype=torch.double, device=lora.a[0].device)
     if number:
-        centred = ((x - x.mean(0)).flatten(1).double() for x in (*lora.a, *lora.b))  # one copy at a time
-        _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in centred]).sum(0))  # the largest come last
-        kept = vectors[:, n - number :]
+        kept = principal_directions(lora, number)
         mixture += kept @ kept.mT @ (torch.eye(n, dtype=torch.double, device=kept.device) - mixture)
     return lora.map(lambda x: torch.einsum("nm,m...->n...", mixture.to(x.dtype), x))
 

@@ -23,7 +23,7 @@ from t2l.checkpoint import save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, to_plain
 from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.hypernet import Hypernet
+from t2l.hypernet import HeadBasis, Hypernet
 from t2l.library import AdapterLibrary
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
@@ -233,6 +233,29 @@ def make_targets(
     if writes == "B":
         z, deviation = (LoraTensors((), x.b, x.scaling) for x in (z, deviation))
     return Targets(tuple(names), z, mean, deviation, tuple(lora.scaling * x.clamp_min(1e-30) for x in size))
+
+
+def principal_directions(lora: LoraTensors, number: int) -> Tensor:
+    """How N adapters share their first principal components: orthonormal columns (N, number), float64.
+
+    Of all ways to write N adapters as mixtures of `number` tensors of an adapter's size and their mean, the one with
+    the least squared error on A and B is the mean plus each adapter's projection on these.
+    """
+    centred = ((x - x.mean(0)).flatten(1).double() for x in (*lora.a, *lora.b))  # one copy at a time
+    _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in centred]).sum(0))  # the largest come last
+    return vectors[:, vectors.shape[1] - number :].flip(1)
+
+
+def components(targets: Targets, number: int) -> LoraTensors:
+    """The library's first principal components, in z-scores; shares of them in the adapters have mean square 1."""
+    unit = targets.deviation
+    raw = LoraTensors(
+        tuple(z * u for z, u in zip(targets.z.a, unit.a, strict=True)),
+        tuple(z * u for z, u in zip(targets.z.b, unit.b, strict=True)),
+        targets.z.scaling,
+    )
+    shares = principal_directions(raw, number) / len(targets.names) ** 0.5
+    return targets.z.map(lambda z: torch.einsum("nk,n...->k...", shares.to(z.dtype), z))
 
 
 # ------------------------------------------------------------------------------------------------- the losses
@@ -501,6 +524,7 @@ def train_reconstruction(
     torch.set_float32_matmul_precision("high")
     begin = first_step(config, run, resume=resume)
     library, names = open_library(config.data)
+    config = _basis_of_library(config, len(names))
     spec, lora, writes = library.spec, library.stack(names), config.hypernet.writes
     if writes == "B":
         require_shared_a(lora, spec)
@@ -542,13 +566,19 @@ def train_reconstruction(
 def new_hypernet(config: HypernetConfig, spec: AdapterSpec, encoder: Encoder, targets: Targets) -> Hypernet:
     """A hypernetwork whose offset and units undo the targets' scaling.
 
-    Its head starts as linear layers do, not at zero: the reference does so for reconstruction.
+    Its head starts as linear layers do, not at zero: the reference does so for reconstruction. A basis is the library's
+    principal components and stays it: only what chooses among them is left to learn.
     """
     config = saved_config(config)
     hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config)
     assert hypernet.head is not None and hypernet.units is not None
-    for linear in hypernet.head.write:
-        linear.reset_parameters()  # type: ignore[operator]
+    if isinstance(hypernet.head, HeadBasis):
+        basis = components(targets, config.head_size).map(Tensor.cpu)
+        hypernet.head.set_basis(basis.a, basis.b)
+        hypernet.head.write.requires_grad_(False)
+    else:
+        for linear in hypernet.head.write:
+            linear.reset_parameters()  # type: ignore[operator]
     hypernet.load_offset(targets.mean.map(Tensor.cpu))
     with torch.no_grad():
         for parameter, value in zip(
@@ -556,6 +586,14 @@ def new_hypernet(config: HypernetConfig, spec: AdapterSpec, encoder: Encoder, ta
         ):
             parameter.copy_(value)
     return hypernet
+
+
+def _basis_of_library(config: ReconConfig, number: int) -> ReconConfig:
+    """N adapters and their mean are mixtures of N - 1: a larger basis would hold nothing more."""
+    hypernet = config.hypernet
+    if hypernet.variant != "basis" or hypernet.head_size < number:
+        return config
+    return replace(config, hypernet=replace(hypernet, head_size=max(1, number - 1)))
 
 
 def saved_config(config: HypernetConfig) -> HypernetConfig:
