@@ -1,6 +1,7 @@
 """Encoders: the numbers are those of the model's own recipe, and no description is cut, mixed up or let through."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DESCRIPTIONS, make_base, make_config
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l.config import EncoderConfig
 from t2l.encoder import MAX_BYTES, SentenceEncoder, TokenEncoder, check_description, load_encoder
-from t2l.errors import ConfigError, DescriptionError
+from t2l.errors import CheckpointError, ConfigError, DescriptionError
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,39 @@ def test_load_encoder_takes_the_base_in_memory_or_the_one_named(
     assert (given.max_tokens, given.kind, given.embedding_size) == (50, "tokens", 32)
     sentence = load_encoder(EncoderConfig(kind="sentence", model=str(sentence_folder), max_tokens=60), "no/such-model")
     assert (sentence.kind, sentence.embedding_size, sentence.max_tokens) == ("sentence", 32, 60)
+
+
+def test_a_bidirectional_model_encodes_tokens_too(sentence_folder: Path) -> None:
+    """It has no language-model head, and needs none."""
+    config = EncoderConfig(kind="tokens", model=str(sentence_folder), layers=(1, 2), max_tokens=60)
+    encoder = load_encoder(config, "no/such-model")
+    encoded = encoder.encode(["Add.", "Add two numbers."])
+    model = AutoModel.from_pretrained(sentence_folder).eval()
+    ids = AutoTokenizer.from_pretrained(sentence_folder)("Add.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True).hidden_states[1:]
+    expected = torch.cat([F.layer_norm(x[0], x.shape[-1:]) for x in expected], dim=-1)
+    assert encoder.embedding_size == 64
+    assert (encoded.states[0, : ids.shape[1]] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [EncoderConfig(kind="tokens", model="folder", layers=(1,)), EncoderConfig(kind="sentence", model="folder")],
+    ids=["tokens", "sentence"],
+)
+def test_an_encoder_without_some_weights_is_refused(
+    config: EncoderConfig, make_sentence_folder: Callable[..., Path]
+) -> None:
+    """Transformers would draw them at random; the pooler is none of ours."""
+    folder = make_sentence_folder()
+    config = replace(config, model=str(folder), max_tokens=60)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "pooler" not in k}, folder / "model.safetensors", {"format": "pt"})
+    load_encoder(config, "no/such-model")
+    save_file({k: v for k, v in weights.items() if "layer.1." not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"16 weights are missing from its safetensors files: encoder\.layer\.1"):
+        load_encoder(config, "no/such-model")
 
 
 # ----------------------------------------------------------------------------------------------- descriptions

@@ -130,18 +130,14 @@ class SentenceEncoder:
             ConfigError: if the folder asks for a pooling or module this encoder does not have, or if its own
                 window is smaller than `max_tokens`.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoTokenizer
 
         pooling, normalize = _sentence_modules(folder)
         own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
         if own is not None and max_tokens > own:
             raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
-        with models.quiet_transformers():
-            model = AutoModel.from_pretrained(
-                folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-            )
+        model = models.load_trunk(str(folder), device=device)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = model.to(device).eval().requires_grad_(False)
         return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
 
     @torch.no_grad()
@@ -282,8 +278,9 @@ def load_encoder(
     if config.kind == "sentence":
         return SentenceEncoder.from_folder(models.resolve(config.model), max_tokens=config.max_tokens, device=device)
     if config.model != "base":
-        base, base_model = None, config.model
-    model, tokenizer = base or (models.load_causal_lm(base_model, device=device), models.load_tokenizer(base_model))
+        model, tokenizer = models.load_trunk(config.model, device=device), models.load_tokenizer(config.model)
+    else:
+        model, tokenizer = base or (models.load_causal_lm(base_model, device=device), models.load_tokenizer(base_model))
     return TokenEncoder(model, tokenizer, layers=config.layers, max_tokens=config.max_tokens)
 
 

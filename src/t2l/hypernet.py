@@ -538,7 +538,7 @@ class HeadBasis(_Head):
     ) -> None:
         outputs = [num_layers * rank * (i + o) for i, o in sizes]
         super().__init__(outputs, width=width, head_size=head_size, dropout=dropout)
-        self.widen = self.widen[:-1]  # shares of a mixture have either sign
+        self.widen = nn.Sequential(*list(self.widen)[:-1])  # shares of a mixture have either sign
         self.sizes, self.rank, self.num_layers = sizes, rank, num_layers
 
     def forward(self, features_NLMH: Tensor) -> Changes:

@@ -417,12 +417,32 @@ def load_causal_lm(
         T2LError: As in `resolve`; weights that are damaged or incomplete, or an architecture that needs code from its
             repository, are a `CheckpointError`.
     """
+    return _load_frozen("AutoModelForCausalLM", ref, device, dtype, progress)
+
+
+def load_trunk(ref: str, *, device: str | torch.device = "cpu", progress: bool = True) -> PreTrainedModel:
+    """Load what comes before any head of a model, causal or bidirectional, in float32; otherwise as `load_causal_lm`.
+
+    A pooler may be missing: nothing here asks one.
+    """
+    return _load_frozen("AutoModel", ref, device, None, progress, unused="pooler.")
+
+
+def _load_frozen(
+    kind: str,
+    ref: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    progress: bool,
+    *,
+    unused: str | None = None,
+) -> PreTrainedModel:
     folder = resolve(ref, progress=progress)
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     with _reading(ref, "model"), quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, kind).from_pretrained(
             folder,
             dtype=dtype or torch.float32,
             device_map={"": device},
@@ -433,11 +453,12 @@ def load_causal_lm(
             output_loading_info=True,
         )
     # Transformers fills absent weights with random numbers and only logs it; everything after would be noise.
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(name for name in info["missing_keys"] if unused is None or not name.startswith(unused)):
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(f"{ref}: {len(missing)} weights are missing from its safetensors files: {some}")
     model.requires_grad_(False)
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def load_outline(ref: str, *, progress: bool = True) -> PreTrainedModel:
