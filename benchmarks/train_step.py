@@ -140,7 +140,8 @@ def packed_batch(shape: Shape, descriptions: int, device: torch.device) -> Batch
         weights[row] /= number * shape.rows
     read = torch.arange(shape.rows) % descriptions
     fields = (tokens, positions, documents, label_positions, labels, label_documents, weights)
-    return Batch(*(x.to(device) for x in (*fields, read, (read + 1) % descriptions, read, torch.tensor(0))))
+    texts = (read, (read + 1) % descriptions, read)
+    return Batch(*(x.to(device) for x in (*fields, *texts, torch.zeros(shape.rows, dtype=torch.bool), torch.tensor(0))))
 
 
 def padded_batch(packed: Batch) -> Batch:
@@ -166,7 +167,7 @@ def padded_batch(packed: Batch) -> Batch:
         weights[at, : answers[at]] = batch.weights[row][label]
     rows = torch.tensor([row for row, _ in places])
     fields = (tokens, positions, documents, label_positions, labels, label_documents, weights)
-    texts = (batch.descriptions[rows], batch.others[rows], batch.partners[rows])
+    texts = (batch.descriptions[rows], batch.others[rows], batch.partners[rows], batch.in_prompt[rows])
     return Batch(*(x.to(packed.tokens.device) for x in (*fields, *texts, batch.skipped)))
 
 

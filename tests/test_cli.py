@@ -370,6 +370,11 @@ def test_run_prints_base_and_adapted_answers(checkpoint: Path, tmp_path: Path) -
         assert row["prompt"] == f"<s>{TASKS[0]}\n\n{row['input']}\n\n"
     assert any(row["base"] != row["adapted"] for row in document["answers"])
 
+    bare = t2l(*arguments, "--checkpoint", checkpoint, "--json", "--no-description-in-prompt")
+    document = json.loads(bare.stdout)
+    assert document["description_in_prompt"] is False
+    assert [row["prompt"] for row in document["answers"]] == [f"<s>{x}\n\n" for x in ("first", "second", "third")]
+
     plain = t2l(*arguments, "--checkpoint", checkpoint)
     assert plain.exit_code == 0
     assert plain.stdout.count("Base     ") == plain.stdout.count("Adapted  ") == 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from t2l.apply import applied
-from t2l.config import LoraConfig
+from t2l.config import LoraConfig, PromptConfig
 from t2l.errors import ConfigError, EvaluationError
 from t2l.eval import answers, decode, metrics, report, retrieval, rows, suites
 from t2l.eval.harness import Settings, run
@@ -99,6 +99,29 @@ def test_rows_read_texts_of_the_task_of_one_other_task_or_of_none(tasks_file: Pa
     descriptions = {q.description for q in asked(tasks_file, names="upper")}
     assert descriptions == set(TASKS["upper"])  # each seed has its own
 
+
+def test_each_prompt_has_the_adapters_that_are_for_it(
+    make_checkpoint: Callable[..., Path], tasks_file: Path, tiny_base: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Where a checkpoint tells prompts apart, a row's adapter, and that of every lever, is written for its prompt."""
+    aware = TextToLora.from_pretrained(str(make_checkpoint(tmp_path / "aware", prompt_aware=True)))
+    source = AdapterSource((tiny_base, tiny_tokenizer), checkpoint=aware, log=lambda text: None)
+    question = asked(tasks_file)[0]
+    names = [f"{lever}{end}" for lever in ("t2l", "t2l-average", "t2l-best-of") for end in ("", "-wrong", "-random")]
+    both = [ROWS[name + form] for name in names for form in ("", "+description")]
+    source.prepare([(row, question) for row in both])
+    for plain, shown in zip(both[::2], both[1::2], strict=True):
+        ((one,),), ((other,),) = source.of(plain, [question]), source.of(shown, [question])
+        assert one.id != other.id and not torch.equal(one.lora.b[0], other.lora.b[0])
+        if plain.way == "t2l":
+            for row, used in ((plain, one), (shown, other)):
+                (alone,) = aware.generate(
+                    [texts_of(row, question)[0]], prompt=PromptConfig(description_in_prompt=row.description)
+                )
+                torch.testing.assert_close(used.lora.b[0], alone.lora.b[0])
+
+
+# ------------------------------------------------------------------------------------------------------ the mean
 
 # ------------------------------------------------------------------------------------------------------ the mean
 

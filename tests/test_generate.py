@@ -14,6 +14,7 @@ from conftest import DESCRIPTIONS
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import Adapter, TextToLora, applied
+from t2l.config import PromptConfig
 from t2l.errors import CheckpointError, DescriptionError, ModelNotFoundError
 from t2l.generate import checkpoint_folder
 from t2l.lora import LoraTensors
@@ -146,6 +147,23 @@ def test_encoder_of_another_size_is_refused(
     encoder = SentenceEncoder.from_folder(sentence_folder, max_tokens=96)
     with pytest.raises(CheckpointError, match="reads embeddings of size 64, this encoder writes 32"):
         TextToLora(load_checkpoint(checkpoint), encoder, reference="x")
+
+
+def test_adapters_for_prompts_that_show_the_description_are_others(
+    make_checkpoint: MakeCheckpoint, t2l: TextToLora, tmp_path: Path
+) -> None:
+    """Only where the checkpoint tells prompts apart; then the card says for which an adapter is."""
+    aware = TextToLora.from_pretrained(str(make_checkpoint(tmp_path / "c", prompt_aware=True)))
+    forms = {x: PromptConfig(description_in_prompt=x) for x in (True, False)}
+    found = {x: aware.generate(DESCRIPTIONS, prompt=form) for x, form in forms.items()}
+    for n, own in enumerate(aware.generate(DESCRIPTIONS)):
+        assert difference(own.lora, found[aware.prompt.description_in_prompt][n].lora) <= 1e-6
+        assert difference(found[True][n].lora, found[False][n].lora) > 1e-3
+    for shown, word in ((True, "with"), (False, "without")):
+        card = (found[shown][0].save(tmp_path / word) / "README.md").read_text(encoding="utf-8")
+        assert f"| for prompts | {word} the description |" in card
+    (one,), (other,) = (t2l.generate(DESCRIPTIONS[:1], prompt=form) for form in forms.values())
+    assert difference(one.lora, other.lora) == 0 and "for prompts" not in one.provenance
 
 
 def test_bad_description_in_a_batch_is_refused(t2l: TextToLora) -> None:

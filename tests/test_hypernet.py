@@ -337,6 +337,25 @@ def test_shapes(variant: str, kind: str, tiny_config: Any) -> None:
     assert sum(x.numel() for x in tensors(lora)) == 3 * spec.num_parameters
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prompt_aware_hypernet_tells_prompts_apart(variant: str, kind: str, spec: AdapterSpec) -> None:
+    """Row by row, and learns how they differ; without being told it writes nothing, and others take no notice."""
+    states, mask = encode(kind)
+    aware = make_hypernet(spec, variant=variant, kind=kind, prompt_aware=True)
+    mixed = aware(states, mask, in_prompt=torch.tensor([True, False, True]))
+    shown, hidden = (aware(states, mask, in_prompt=torch.full((3,), x)) for x in (True, False))
+    for n, expected in enumerate((shown, hidden, shown)):
+        assert close(mixed.unbind()[n], expected.unbind()[n])
+        assert not close(shown.unbind()[n], hidden.unbind()[n], tolerance=1e-3)
+    sum(x.square().sum() for x in tensors(mixed)).backward()
+    assert aware.trunk.prompts.grad.abs().sum(1).min() > 0
+    with pytest.raises(ConfigError, match="prompt_aware: say whether the prompts"):
+        aware(states, mask)
+    plain = make_hypernet(spec, variant=variant, kind=kind)
+    assert close(plain(states, mask), plain(states, mask, in_prompt=torch.full((3,), True)), tolerance=0)
+
+
 def test_token_dropout_only_in_training_and_never_the_first_token(spec: AdapterSpec) -> None:
     hypernet = make_hypernet(spec, kind="tokens", token_dropout=0.9, dropout=0.0)
     states, mask = encode("tokens")

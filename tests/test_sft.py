@@ -877,6 +877,31 @@ def prepared(config: SftConfig) -> tuple[RunData, Batch]:
     return data, data.train[0]
 
 
+def test_batches_say_which_prompts_show_the_description(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    """And a hypernetwork that is told so learns from both; with one kind only there is nothing to tell apart."""
+    aware = replace(still, hypernet=replace(still.hypernet, prompt_aware=True))
+    data, batch = prepared(aware)
+    seen = set()
+    for step in range(4):
+        rows = data.train[step]
+        for row in range(len(rows.tokens)):
+            text = data.texts[int(rows.descriptions[row])]
+            shown = text in data.train.tokenizer.decode(rows.tokens[row])
+            assert shown == bool(rows.in_prompt[row])
+            seen.add(shown)
+    assert seen == {True, False}
+    trainer = make_trainer(aware, own_base, data)
+    trainer.loss(batch).backward()
+    assert trainer.hypernet.trunk.prompts.grad.abs().sum() > 0
+    for share in (0.0, 1.0):
+        with pytest.raises(ConfigError, match=f"description_in_prompt {share:g} has one kind only"):
+            shorter(aware, description_in_prompt=share)
+    with pytest.raises(ConfigError, match="prompt_aware would do nothing"):
+        replace(aware.hypernet, variant="none")
+
+
 def test_contrast_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM) -> None:
     """A quarter of four rows: the first one's hinge, and the loss of all; judging sees all rows under both texts."""
     config = shorter(still, contrast=0.5, contrast_margin=5.0, contrast_share=0.25)
@@ -953,7 +978,7 @@ def test_distilled_loss_is_the_divergence_document_by_document(
     trainer = make_trainer(config, own_base, data)
     plain = make_trainer(without, make_base(own_base.config), data)
     spec, hypernet = trainer_spec(trainer), trainer.hypernet
-    students = trainer.adapters(batch.descriptions, batch.partners, learning=True).unbind()
+    students = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=True).unbind()
     offset = LoraTensors(*hypernet.offset(), hypernet.scaling)
 
     def log_probabilities(tokens: torch.Tensor, number: int, lora: LoraTensors | None) -> torch.Tensor:
@@ -1011,7 +1036,7 @@ def test_l2_is_the_mean_square_of_what_is_written(
     data, batch = prepared(still)
     plain = make_trainer(still, own_base, data).loss(batch)
     trainer = make_trainer(shorter(still, l2=0.5), make_base(own_base.config), data)
-    lora = trainer.adapters(batch.descriptions, batch.partners, learning=True)
+    lora = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=True)
     squares = [torch.stack([x.square().mean() for x in part]).mean() for part in (lora.a, lora.b)]
     assert (trainer.loss(batch) - plain - 0.5 * (squares[0] + squares[1])).abs() <= 1e-5
     assert 0.5 * (squares[0] + squares[1]) > 1e-2
@@ -1056,8 +1081,8 @@ def test_dropped_descriptions_leave_the_offset(
     offset = trainer.hypernet.offset.b[0]
     seen = set()
     for _ in range(8):
-        written = trainer.adapters(batch.descriptions, batch.partners, learning=True).b[0]
-        whole = trainer.adapters(batch.descriptions, batch.partners, learning=False).b[0]
+        written = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=True).b[0]
+        whole = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=False).b[0]
         for row in range(4):
             kept, dropped = torch.allclose(written[row], whole[row]), torch.equal(written[row], offset)
             assert kept is not dropped

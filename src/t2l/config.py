@@ -75,6 +75,9 @@ class HypernetConfig:
     larger change is scaled down to it. Null means none."""
     train_offset: bool = True
     """Whether the offset (the LoRA that every description's adapter starts from) is trained along."""
+    prompt_aware: bool = False
+    """Whether what is written also depends on whether the prompts that the adapter is for show the description. One
+    that can leave the words to the prompt need not overrule it with others."""
     own_units: bool = False
     """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
     to the elements' standard deviations over the library."""
@@ -91,6 +94,8 @@ class HypernetConfig:
             raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
         if self.variant == "none" and not self.train_offset:
             raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
+        if self.variant == "none" and self.prompt_aware:
+            raise ConfigError("hypernet.variant 'none' writes one adapter only; prompt_aware would do nothing")
 
 
 @dataclass(frozen=True, kw_only=True)

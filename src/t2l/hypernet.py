@@ -61,6 +61,7 @@ class Hypernet(nn.Module):
                     attention_heads=config.attention_heads,
                     dropout=config.dropout,
                     token_dropout=config.token_dropout,
+                    prompt_aware=config.prompt_aware,
                 )
                 if kind == "tokens"
                 else SentenceTrunk(
@@ -70,6 +71,7 @@ class Hypernet(nn.Module):
                     dropout=config.dropout,
                     codebook=config.codebook,
                     codebook_size=config.codebook_size,
+                    prompt_aware=config.prompt_aware,
                 )
             )
             heads: dict[str, Callable[..., HeadL | HeadM | HeadS | HeadBasis]] = {
@@ -82,13 +84,21 @@ class Hypernet(nn.Module):
                 written, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
             )
 
-    def forward(self, states: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> LoraTensors:
+    def forward(
+        self,
+        states: Tensor,
+        mask: Tensor | None = None,
+        scale: Tensor | None = None,
+        in_prompt: Tensor | None = None,
+    ) -> LoraTensors:
         """Writes one adapter per description.
 
         Args:
             states: Encoded descriptions, (N, E) or (N, S, E).
             mask: For (N, S, E), True where there is a token, (N, S).
             scale: How much of the description's change is added to the offset, (N,): 1 all of it, 0 none.
+            in_prompt: Whether the prompts that an adapter is for show the description, (N,) of bool; needed where
+                `prompt_aware` is set, of no consequence elsewhere.
 
         Returns:
             A batch of N adapters: A (N, L, R, I) and B (N, L, O, R) for each target.
@@ -97,7 +107,7 @@ class Hypernet(nn.Module):
         shared_a, shared_b = (tuple(x.expand(len(states), *x.shape) for x in part) for part in (offset_a, offset_b))
         if self.trunk is None or self.head is None:
             return LoraTensors(shared_a, shared_b, self.scaling)
-        features_NLMH = self.trunk(states, mask)
+        features_NLMH = self.trunk(states, mask, in_prompt)
         change_a, change_b = self.head(features_NLMH)
         if self.max_change is not None:
             change_a, change_b = ([_capped(x, self.max_change) for x in change] for change in (change_a, change_b))
@@ -218,6 +228,7 @@ class SentenceTrunk(nn.Module):
         dropout: float,
         codebook: Literal["none", "vq", "softmax"],
         codebook_size: int,
+        prompt_aware: bool = False,
     ) -> None:
         super().__init__()
         num_layers, num_targets = grid
@@ -226,6 +237,7 @@ class SentenceTrunk(nn.Module):
         if codebook != "none":
             kinds = {"vq": VectorQuantizer, "softmax": SoftmaxCodebook}
             self.codebook = kinds[codebook](width // 2, codebook_size)
+        self.prompts = _prompt_marks(width // 2) if prompt_aware else None
         self.depth = nn.Sequential(nn.Embedding(num_layers, width // 4), nn.LayerNorm(width // 4))
         self.target = nn.Sequential(nn.Embedding(num_targets, width // 4), nn.LayerNorm(width // 4))
         self.mixer = nn.Sequential(
@@ -242,16 +254,29 @@ class SentenceTrunk(nn.Module):
         self.register_buffer("target_index", torch.arange(num_targets), persistent=False)
         self.grid = grid
 
-    def forward(self, states_NE: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, states_NE: Tensor, mask: Tensor | None = None, in_prompt_N: Tensor | None = None) -> Tensor:
         """(N, E) to features (N, L, M, H)."""
         n, (num_layers, num_targets) = states_NE.shape[0], self.grid
         task_NH = self.embedding(states_NE)
         if self.codebook is not None:
             task_NH = self.codebook(task_NH)
+        if self.prompts is not None:
+            task_NH = task_NH + _marked(self.prompts, in_prompt_N)
         task = task_NH[:, None, None].expand(n, num_layers, num_targets, -1)
         depth = self.depth(self.layer_index)[None, :, None].expand(n, num_layers, num_targets, -1)
         target = self.target(self.target_index)[None, None].expand(n, num_layers, num_targets, -1)
         return self.block(self.mixer(torch.cat([task, depth, target], dim=-1)))
+
+
+def _prompt_marks(width: int) -> nn.Parameter:
+    """What tells adapters for prompts without the description from those for prompts with it, (2, H)."""
+    return nn.Parameter(torch.randn(2, width))
+
+
+def _marked(marks_2H: Tensor, in_prompt_N: Tensor | None) -> Tensor:
+    if in_prompt_N is None:
+        raise ConfigError("hypernet.prompt_aware: say whether the prompts that adapters are for show the description")
+    return marks_2H[in_prompt_N.long()]
 
 
 class VectorQuantizer(nn.Module):
@@ -322,6 +347,7 @@ class TokenTrunk(nn.Module):
         attention_heads: int,
         dropout: float,
         token_dropout: float,
+        prompt_aware: bool = False,
     ) -> None:
         super().__init__()
         if width % attention_heads:
@@ -334,9 +360,10 @@ class TokenTrunk(nn.Module):
         self.read = nn.Sequential(nn.Linear(embedding_size, width), nn.LayerNorm(width))
         self.depth = nn.Parameter(torch.randn(num_layers, 1, width))
         self.target = nn.Parameter(torch.randn(1, num_targets, width))
+        self.prompts = _prompt_marks(width) if prompt_aware else None
         self.blocks = nn.ModuleList(TokenBlock(width, attention_heads, dropout) for _ in range(blocks))
 
-    def forward(self, states_NSE: Tensor, mask_NS: Tensor | None) -> Tensor:
+    def forward(self, states_NSE: Tensor, mask_NS: Tensor | None, in_prompt_N: Tensor | None = None) -> Tensor:
         """(N, S, E) with mask (N, S) to features (N, L, M, H)."""
         assert mask_NS is not None, "token states come with a mask"
         if self.training and self.token_dropout:
@@ -346,6 +373,8 @@ class TokenTrunk(nn.Module):
         tokens_NSH = self.read(states_NSE)
         queries = (self.depth + self.target).flatten(0, 1)
         x_NQH = queries.expand(states_NSE.shape[0], *queries.shape)
+        if self.prompts is not None:
+            x_NQH = x_NQH + _marked(self.prompts, in_prompt_N)[:, None]
         for block in self.blocks:
             x_NQH = block(x_NQH, tokens_NSH, mask_NS)
         return x_NQH.unflatten(1, self.grid)

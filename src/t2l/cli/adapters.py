@@ -14,11 +14,13 @@ import typer.core
 from t2l.cli.common import (
     DEFAULT,
     CheckpointOption,
+    InPromptOption,
     JsonOption,
     app,
     described,
     peak_memory,
     print_json,
+    prompt_setting,
     read_lines,
     say,
     try_writing,
@@ -52,6 +54,7 @@ def generate(
         typer.Option(metavar="FILE", help="One description per line, blank lines skipped; - is standard input."),
     ] = None,
     checkpoint: CheckpointOption = DEFAULT,
+    description_in_prompt: InPromptOption = None,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it holds adapters.")] = False,
     as_json: JsonOption = False,
@@ -80,7 +83,7 @@ def generate(
             raise DescriptionError(f"{error} (description {number} of {len(texts)})") from error
     writer = TextToLora.from_pretrained(checkpoint)
     loaded = time.perf_counter()
-    adapters = writer.generate(texts)
+    adapters = writer.generate(texts, prompt=prompt_setting(writer.prompt, description_in_prompt))
     generated = time.perf_counter()
     paths = _save(adapters, output, dtype=getattr(torch, dtype.value), single=single, overwrite=overwrite)
     facts = {
@@ -167,6 +170,7 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Use this adapter; DESCRIPTION may then be left out if its card has one."),
     ] = None,
+    description_in_prompt: InPromptOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
@@ -187,7 +191,7 @@ def run(
 
     from t2l.encoder import check_description
 
-    session = _Session(check_description(description), checkpoint, adapter)
+    session = _Session(check_description(description), checkpoint, adapter, description_in_prompt)
     prompts = session.prompts(texts, max_new_tokens)
     change = session.largest_change(prompts[0])
     if not as_json and sys.stdout.isatty():
@@ -216,7 +220,7 @@ def run(
             "checkpoint": checkpoint,
             "adapter": None if adapter is None else str(adapter),
             "description": session.description,
-            "description_in_prompt": session.config.prompt.description_in_prompt,
+            "description_in_prompt": session.prompt.description_in_prompt,
             "largest_logit_change": change,
             "load_seconds": round(session.load_seconds, 3),
             "peak_memory_bytes": peak_memory(),
@@ -236,7 +240,9 @@ def _check_input(text: str) -> None:
 class _Session:
     """The base model in memory once, shared by the encoder and the answers, and one adapter for it."""
 
-    def __init__(self, description: str, checkpoint: str, adapter: Path | None) -> None:
+    def __init__(
+        self, description: str, checkpoint: str, adapter: Path | None, description_in_prompt: bool | None = None
+    ) -> None:
         started = time.perf_counter()
         from t2l import models
         from t2l.checkpoint import read_config
@@ -245,6 +251,7 @@ class _Session:
 
         self.description = description
         self.spec, self.config = read_config(checkpoint_folder(checkpoint))
+        self.prompt = prompt_setting(self.config.prompt, description_in_prompt)
         if self.config.encoder.kind == "tokens" and self.config.encoder.model == "base" and adapter is None:
             found = models.fingerprint(self.spec.base_model)
             if found != self.config.encoder_revision:
@@ -255,7 +262,7 @@ class _Session:
         if adapter is None:
             self.model, self.tokenizer = self._base()
             writer = TextToLora.from_pretrained(checkpoint, base=(self.model, self.tokenizer))
-            (self.adapter,) = writer.generate([description])
+            (self.adapter,) = writer.generate([description], prompt=self.prompt)
         else:  # read before the base model is, so that one that does not fit fails at once
             lora = load_adapter(adapter, self.spec)
             self.adapter = Adapter(lora, self.spec, description, {})
@@ -286,7 +293,7 @@ class _Session:
         """Rendered prompts, one for both the base and the adapted model, checked against the base's window."""
         from t2l.prompt import render, token_ids
 
-        rendered = [render(self.tokenizer, self.description, text, self.config.prompt) for text in texts]
+        rendered = [render(self.tokenizer, self.description, text, self.prompt) for text in texts]
         window = getattr(self.model.config, "max_position_embeddings", None)
         for number, ids in enumerate(token_ids(self.tokenizer, rendered), start=1):
             if window is not None and len(ids) + max_new_tokens > window:

@@ -5,9 +5,10 @@ import os
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -19,6 +20,9 @@ from t2l.errors import (
     OutputError,
     T2LError,
 )
+
+if TYPE_CHECKING:
+    from t2l.config import PromptConfig
 
 DEFAULT = "t2l:smollm2-135m"
 """`t2l.generate.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
@@ -58,7 +62,20 @@ CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", metavar="REF", help="Checkpoint folder, Hub id, or t2l:NAME for a shipped one.")
 ]
 DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
+InPromptOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--description-in-prompt/--no-description-in-prompt",
+        help="Whether prompts show the description too; as the checkpoint says, if absent.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on standard output.")]
+
+
+def prompt_setting(own: "PromptConfig", in_prompt: bool | None) -> "PromptConfig":
+    """The checkpoint's own setting, or what `InPromptOption` says in its place."""
+    return own if in_prompt is None else replace(own, description_in_prompt=in_prompt)
 
 
 def read_lines(path: Path, what: str) -> list[str]:

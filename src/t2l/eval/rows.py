@@ -171,6 +171,8 @@ class Key(NamedTuple):
     """Texts, or the library's task."""
     task: str = ""
     """`best`: the task whose inputs decide."""
+    in_prompt: bool | None = None
+    """Whether the row's prompts show the description, where the checkpoint writes other adapters then."""
 
 
 KEYS = {"t2l-average": "mean", "t2l-best-of": "best", "t2l-abstain": "part"}
@@ -365,8 +367,9 @@ class AdapterSource:
         for row, question in asked:
             keys |= {key: question for key in self.keys(row, question) if key not in self.ready}
         written = [key for key in keys if key.source in ("text", *KEYS.values())]
-        for start in range(0, len(written), 64 // TEXTS):
-            self._write({key: keys[key] for key in written[start : start + 64 // TEXTS]})
+        for alike in ([key for key in written if key.in_prompt is form] for form in (None, False, True)):
+            for start in range(0, len(alike), 64 // TEXTS):
+                self._write({key: keys[key] for key in alike[start : start + 64 // TEXTS]})
         if Key("multitask") in keys:
             assert self.multitask is not None, "rows without a multi-task LoRA are left out"
             checksum = self.multitask.config.weights_sha256
@@ -394,8 +397,11 @@ class AdapterSource:
             texts = [cut_to_window(self.hyperdecoders.encoder, question.item.text) for question in questions]
             checksum = self.hyperdecoders.config.weights_sha256
             # What it was written from is the input, not a description.
-            adapters = [replace(adapter, description="") for adapter in self.hyperdecoders.generate(texts)]
-            return [(used,) for used in self._use([Key("text", (text,)) for text in texts], adapters, checksum)]
+            written = self.hyperdecoders.generate(texts, prompt=PromptConfig(description_in_prompt=row.description))
+            adapters = [replace(adapter, description="") for adapter in written]
+            form = row.description if self.hyperdecoders.prompt_aware else None
+            keys = [Key("text", (text,), in_prompt=form) for text in texts]
+            return [(used,) for used in self._use(keys, adapters, checksum)]
         return [tuple(self.ready[key] for key in self.keys(row, question)) for question in questions]
 
     def identity(self, row: Row, question: Question) -> tuple[Any, ...]:
@@ -405,15 +411,16 @@ class AdapterSource:
     def keys(self, row: Row, question: Question) -> tuple[Key, ...]:
         """What the adapters of a question under a row are found by."""
         if row.adapter.startswith("t2l"):
-            texts = texts_of(row, question)
+            assert self.checkpoint is not None, "rows without a checkpoint are left out"
+            texts, form = texts_of(row, question), row.description if self.checkpoint.prompt_aware else None
             if row.way == "t2l-vote":
-                return tuple(Key("text", (text,)) for text in texts)
+                return tuple(Key("text", (text,), in_prompt=form) for text in texts)
             source = KEYS.get(row.way, "text")
             if source in ("text", "part"):
-                return (Key(source, texts[:1]),)
+                return (Key(source, texts[:1], in_prompt=form),)
             # Sorted, as seeds differ in nothing but the order.
             task = f"{question.task.suite}/{question.task.name}" if source == "best" else ""
-            return (Key(source, tuple(sorted(texts)), task),)
+            return (Key(source, tuple(sorted(texts)), task, form),)
         if row.adapter in ("multitask", "average"):
             return (Key(row.adapter),)
         if row.adapter == "oracle":
@@ -423,9 +430,11 @@ class AdapterSource:
         return ()
 
     def _write(self, keys: dict[Key, Question]) -> None:
-        """Adapters that the checkpoint writes: one a text, and of several what their key says."""
+        """Adapters that the checkpoint writes, for prompts alike: one a text, and of several what their key says."""
         assert self.checkpoint is not None, "rows without a checkpoint are left out"
-        adapters = iter(self.checkpoint.generate([text for key in keys for text in key.names]))
+        form = next(iter(keys)).in_prompt
+        prompt = None if form is None else PromptConfig(description_in_prompt=form)
+        adapters = iter(self.checkpoint.generate([text for key in keys for text in key.names], prompt=prompt))
         made, identities = [], []
         for key, question in keys.items():
             mine, identity = list(islice(adapters, len(key.names))), key
@@ -440,7 +449,7 @@ class AdapterSource:
             else:
                 values = self._log_likelihoods(mine, question.task.inputs)
                 adapter = mine[values.index(max(values))]
-                identity = Key("text", (adapter.description,))
+                identity = Key("text", (adapter.description,), in_prompt=form)
             made.append(adapter)
             identities.append(identity)
         checksum = self.checkpoint.config.weights_sha256
@@ -478,7 +487,8 @@ class AdapterSource:
         for key, adapter in zip(keys, adapters, strict=True):
             lora = adapter.lora.map(lambda x: x if parameter.is_meta else x.to(parameter.device, parameter.dtype))
             moved = Adapter(lora, adapter.spec, adapter.description, {})
-            used.append(UsedAdapter(moved, short_hash("/".join((checksum, key.source, *key.names)))))
+            form = () if key.in_prompt is None else (f"description in prompt: {key.in_prompt}",)
+            used.append(UsedAdapter(moved, short_hash("/".join((checksum, key.source, *key.names, *form)))))
         for spec in {id(x.spec): x.spec for x in used}.values():
             require_effect(self.model, self.tokenizer, [x for x in used if x.spec is spec])
         return used

@@ -58,6 +58,8 @@ class Batch(NamedTuple):
     """(B,) the same of another task; of the row's own where `Batches.told_apart` is false."""
     partners: Tensor
     """(B,) one more of the row's own task, drawn anew: the same as `descriptions` now and then."""
+    in_prompt: Tensor
+    """(B,) whether the row's prompts show the description."""
     skipped: Tensor
     """() examples that were drawn and are too long for any row."""
     teacher_tokens: Tensor = NO_TEACHER
@@ -263,7 +265,8 @@ class Batches(Dataset):
         arrays = map(torch.from_numpy, (*laid.arrays, labels, label_documents, weights))
         texts = map(torch.tensor, (chosen, others, partners))
         teacher = self._teacher(step, taught, pools, shown, weights) if self.teacher_tokens else [NO_TEACHER] * 5
-        return Batch._make([*arrays, *texts, torch.tensor(skipped), *teacher])
+        shows = torch.tensor([prompt.description_in_prompt for prompt in prompts])
+        return Batch._make([*arrays, *texts, shows, torch.tensor(skipped), *teacher])
 
     def _relabel(
         self,

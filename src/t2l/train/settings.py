@@ -225,6 +225,11 @@ class SftConfig:
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
             if idle:
                 raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
+        if self.hypernet.prompt_aware and train.description_in_prompt in (0, 1):
+            raise ConfigError(
+                "hypernet.prompt_aware tells prompts with the description from those without; "
+                f"train.description_in_prompt {train.description_in_prompt:g} has one kind only"
+            )
         if train.mix_descriptions and (kind != "sentence" or self.reads != "description"):
             raise ConfigError("train.mix_descriptions needs encoder.kind 'sentence' and reads 'description'")
         if train.early_stop == "margin" and (self.blind or self.reads == "task"):

@@ -173,7 +173,7 @@ class Trainer:
     base: Any
     hypernet: Hypernet | None
     """None where the base's own weights are trained."""
-    write: Callable[[Tensor, Tensor | None, Tensor | None], LoraTensors]
+    write: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], LoraTensors]
     """The hypernetwork, compiled or not."""
     losses: Callable[..., tuple[Tensor, ...]]
     bank: DescriptionBank | None
@@ -192,7 +192,7 @@ class Trainer:
         """What the optimiser changes."""
         return self.base if self.hypernet is None else self.hypernet
 
-    def adapters(self, read: Tensor, partners: Tensor, *, learning: bool) -> LoraTensors:
+    def adapters(self, read: Tensor, partners: Tensor, in_prompt: Tensor, *, learning: bool) -> LoraTensors:
         """Adapters (N of them) from the texts at `read` (N,); in training, from what the settings make of them."""
         if self.hypernet is None:
             return LoraTensors((), (), 1.0)
@@ -204,7 +204,8 @@ class Trainer:
                 scale = (torch.rand(len(read), device=self.device) >= self.config.train.description_dropout).float()
         # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
         write = self.write if learning else self.hypernet
-        return write(encoded.states, encoded.mask, scale).map(Tensor.contiguous)
+        shows = in_prompt if self.config.hypernet.prompt_aware else None
+        return write(encoded.states, encoded.mask, scale, shows).map(Tensor.contiguous)
 
     def _disturbed(self, encoded: Encoded, bank: DescriptionBank, partners: Tensor) -> Encoded:
         train, states, mask = self.config.train, encoded.states, encoded.mask
@@ -231,7 +232,7 @@ class Trainer:
         if train.label_smoothing:
             smoothing = torch.full((), train.label_smoothing if learning else 0.0, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            lora = self.adapters(read, partners, learning=learning)
+            lora = self.adapters(read, partners, batch.in_prompt, learning=learning)
             teacher = self.teacher(batch) if learning and train.distill else None
             losses, hits, *rest = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing, teacher)
         if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
@@ -637,7 +638,7 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         if whole:
             model = spec.base_model if config.encoder.model == "base" else config.encoder.model
             sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
-            shape = ("variant", "writes", *sizes)
+            shape = ("variant", "writes", "prompt_aware", *sizes)
             found |= {
                 "reads": config.reads,
                 "encoder": {
