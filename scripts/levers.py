@@ -49,6 +49,7 @@ LEVERS = {
     "relabel": Lever(both=RELABEL),
     "relabel-80": Lever(both=("data.relabel=0.8",)),
     "reform": Lever(both=("data.reform=0.2",)),
+    "derive-30": Lever(both=("data.derive=0.3",)),
     "desc-more": Lever(both=DESCRIPTIONS),
     "relabel-desc-more": Lever(both=RELABEL + DESCRIPTIONS),
     "desc-paraphrases": Lever(both=("data.descriptions=paraphrases",)),

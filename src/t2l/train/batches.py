@@ -92,11 +92,23 @@ class Pool:
     """The same examples with other answers, each with descriptions that say so."""
     variant_share: float = 0.0
     """Share of the task's rows that are of a variant."""
+    ask: Callable[[Example, str, np.random.Generator], tuple[str, str]] | None = None
+    """Makes another input and its answer of an example and one of its answers, where something else is asked."""
+    derived: tuple["Pool", ...] = ()
+    """Tasks that ask something else of the same examples, each with descriptions that say so."""
+    derived_share: float = 0.0
+    """Share of the task's rows that are of a derived one; the rest may be of a variant."""
 
-    def answer(self, example: Example, rng: np.random.Generator) -> str:
-        """One of the example's right answers."""
+    def pose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
+        """What is asked of an example, and one right answer to it."""
         own = example.outputs[int(rng.integers(len(example.outputs)))]
-        return own if self.reword is None else self.reword(own)
+        if self.ask is not None:
+            return self.ask(example, own, rng)
+        return example.input, own if self.reword is None else self.reword(own)
+
+    def like(self, other: "Pool") -> bool:
+        """Whether the same is asked, and answered in the same words, as in another pool of the task."""
+        return (self.reword, self.ask) == (other.reword, other.ask)
 
     @property
     def readable(self) -> tuple[int, ...]:
@@ -120,8 +132,8 @@ class Batches(Dataset):
         one_example: Whether a row holds a single example, because its adapter is written from that example's input.
         teacher_tokens: S; 0 for no teacher's rows.
         shots: Examples that a teacher's document shows before its own input, none with that input.
-        relabel_unsaid: Whether rows are of a variant also where the prompt does not show the description: not where
-            nothing else reads it.
+        relabel_unsaid: Whether rows are of a variant or a derived task also where the prompt does not show the
+            description: not where nothing else reads it.
         made_up: Positions of texts that describe nothing.
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
@@ -214,7 +226,7 @@ class Batches(Dataset):
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
         prompts = [PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt)) for _ in pools]
-        self._relabel(step, tasks, pools, shown, others, prompts)
+        self._change(step, tasks, pools, shown, others, partners, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
         if self.made_up:
             third = np.random.default_rng((self.seed, 7, step))
@@ -224,18 +236,18 @@ class Batches(Dataset):
             drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
             left = {row: picks[self.candidates :] for row, picks in left.items()}
             examples = [pools[row].examples[pick] for row, pick in drawn]
-            outputs = [pools[row].answer(e, rng) for (row, _), e in zip(drawn, examples, strict=True)]
+            posed = [pools[row].pose(e, rng) for (row, _), e in zip(drawn, examples, strict=True)]
             rendered = [
-                render(self.tokenizer, self.texts[shown[row]], e.input, prompts[row])
-                for (row, _), e in zip(drawn, examples, strict=True)
+                render(self.tokenizer, self.texts[shown[row]], text, prompts[row])
+                for (row, _), (text, _) in zip(drawn, posed, strict=True)
             ]
             prompt_ids = token_ids(self.tokenizer, rendered)
-            answer_ids = token_ids(self.tokenizer, [answer_text(answer, self.eos) for answer in outputs])
+            answer_ids = token_ids(self.tokenizer, [answer_text(answer, self.eos) for _, answer in posed])
             of_row: dict[int, list[list[int]]] = {row: [] for row in left}
             for (row, _), question in zip(drawn, prompt_ids, strict=True):
                 of_row[row].append(question)
             begun = {row: _beginning(found) if self.share_beginnings else 0 for row, found in of_row.items()}
-            for (row, pick), question, answer in zip(drawn, prompt_ids, answer_ids, strict=True):
+            for (row, pick), (text, _), question, answer in zip(drawn, posed, prompt_ids, answer_ids, strict=True):
                 length = len(question) + len(answer) - 1  # the last answer token is only ever a label
                 if length > self.tokens or len(answer) > self.answer_tokens:
                     skipped += 1
@@ -249,7 +261,7 @@ class Batches(Dataset):
                 if self.one_example:
                     chosen[row] = pools[row].reads[pick]
                 laid.put(row, count[row], question, answer, label, begun[row])
-                taught.append(_Document(row, count[row], int(pick), answer, label))
+                taught.append(_Document(row, count[row], int(pick), text, answer, label))
                 labels[row, label:label_end] = answer
                 label_documents[row, label:label_end] = count[row]
                 weights[row, label:label_end] = 1 / len(answer)
@@ -268,28 +280,35 @@ class Batches(Dataset):
         shows = torch.tensor([prompt.description_in_prompt for prompt in prompts])
         return Batch._make([*arrays, *texts, shows, torch.tensor(skipped), *teacher])
 
-    def _relabel(
+    def _change(
         self,
         step: int,
         tasks: Sequence[int],
         pools: list[Pool],
         shown: list[int],
         others: list[int],
+        partners: list[int],
         prompts: Sequence[PromptConfig],
     ) -> None:
-        """Puts variants in the place of some rows' tasks, and their descriptions in the place of what is shown.
+        """Puts derived tasks and variants in the place of some rows' tasks, and their descriptions of what is shown.
 
         In half of these rows the other description is of the same task too, but of other answers.
         """
         rng = np.random.default_rng((self.seed, 6, step))
         for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
-            variants, share = self.pools[task].variants, self.pools[task].variant_share
+            own = self.pools[task]
             said = self.relabel_unsaid or prompt.description_in_prompt
-            if not (variants and said and rng.random() < share):
+            if own.derived and said and rng.random() < own.derived_share:
+                changed, near = own.derived, (own, *own.derived)
+            elif own.variants and said and rng.random() < own.variant_share:
+                changed = near = own.variants
+            else:
                 continue
-            pools[row] = variants[int(rng.integers(len(variants)))]
+            pools[row] = changed[int(rng.integers(len(changed)))]
             shown[row] = int(rng.choice(pools[row].descriptions))
-            unlike = [x for x in variants if x.reword != pools[row].reword]
+            if changed is own.derived:  # what is asked here, no text of the task itself says
+                partners[row] = int(rng.choice(pools[row].descriptions))
+            unlike = [x for x in near if not x.like(pools[row])]
             if unlike and rng.random() < 0.5:
                 others[row] = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 
@@ -303,7 +322,7 @@ class Batches(Dataset):
             render(
                 self.tokenizer,
                 self.texts[shown[d.row]],
-                pools[d.row].examples[d.pick].input,
+                d.input,
                 prompt,
                 examples=self._shown_before(pools[d.row], d.pick, rng),
             )
@@ -327,7 +346,7 @@ class Batches(Dataset):
             other = examples[number]
             if other.input.strip() not in inputs:
                 inputs.add(other.input.strip())
-                found.append((other.input, pool.answer(other, rng)))
+                found.append(pool.pose(other, rng))
         return found
 
     def loader(self, steps: range, *, workers: int, pin: bool) -> DataLoader:
@@ -352,6 +371,8 @@ class _Document(NamedTuple):
     number: int
     pick: int
     """Its example's place in the task."""
+    input: str
+    """As it is posed."""
     answer: list[int]
     label: int
     """Where its answer's tokens begin among the row's."""

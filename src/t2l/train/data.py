@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,10 +30,12 @@ from t2l.tasks import (
     written_descriptions,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
+from t2l.train.derive import Check, Choose, derived
 from t2l.train.relabel import Form, Words, answers_of, variants
 from t2l.train.settings import DataConfig, SftConfig
 
 Lengths = Callable[[list[str]], list[int]]
+Change = TypeVar("Change")
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,11 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
 
     kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
     others = _variants(train, kept, config.data, lengths, window)
+    asked = _derived(train, kept, config.data, lengths, window)
     descriptions = sorted(
         {text for task in (*train, *validation) for text in task.descriptions}
         | {text for found in others.values() for _, texts in found for text in texts}
+        | {text for found in asked.values() for _, texts in found for text in texts}
     )
     # After all others, whose places then do not depend on them.
     made_up = _made_up(lengths, window) if config.data.made_up else []
@@ -216,6 +220,11 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             variants=tuple(
                 replace(own, descriptions=tuple(place[text] for text in said), reword=reword)
                 for reword, said in others[task.name]
+            ),
+            derived_share=config.data.derive,
+            derived=tuple(
+                replace(own, examples=ask.examples, descriptions=tuple(place[text] for text in said), ask=ask)
+                for ask, said in asked[task.name]
             ),
         )
 
@@ -279,6 +288,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         "descriptions_over_window": dropped,
         "tasks_without_description_in_window": lost,
         "tasks_with_variants": sum(bool(found) for found in others.values()),
+        "tasks_with_derived": sum(bool(found) for found in asked.values()),
         "tasks_too_long": sorted(too_long),
         "inputs_over_window": unread,
         "held_out_tasks": [task.name for task in validation],
@@ -309,12 +319,37 @@ def _variants(
         raise DataError("data.relabel: no task has a few short answers that other words could take the place of")
     if config.reform and Form not in kinds:
         raise DataError("data.reform: every task has a few short answers, which data.relabel is for")
-    if not kinds:
-        return made
+    return _readable(made, lengths, window)
+
+
+def _derived(
+    tasks: list[Task],
+    kept: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
+    config: DataConfig,
+    lengths: Lengths,
+    window: int,
+) -> dict[str, list[tuple[Check | Choose, tuple[str, ...]]]]:
+    """What is derived of each task, with texts made of those descriptions that are trained on."""
+    if not config.derive:
+        return {task.name: [] for task in tasks}
+    read = [replace(task, descriptions=kept[task.name][0]) for task in tasks]
+    made = _readable({task.name: derived(task, config.derive_variants, config.seed) for task in read}, lengths, window)
+    if not any(made.values()):
+        raise DataError(
+            "data.derive: no task has different short answers, and descriptions that leave room for a sentence in "
+            f"encoder.max_tokens ({window})"
+        )
+    return made
+
+
+def _readable(
+    made: dict[str, list[tuple[Change, tuple[str, ...]]]], lengths: Lengths, window: int
+) -> dict[str, list[tuple[Change, tuple[str, ...]]]]:
+    """Without the texts that exceed the encoder's window, and what then has none."""
     said = sorted({text for found in made.values() for _, texts in found for text in texts})
-    counts = dict(zip(said, lengths(said), strict=True))
+    counts = dict(zip(said, lengths(said), strict=True)) if said else {}
     fitting = {
-        name: [(reword, tuple(text for text in texts if counts[text] <= window)) for reword, texts in found]
+        name: [(change, tuple(text for text in texts if counts[text] <= window)) for change, texts in found]
         for name, found in made.items()
     }
     return {name: [variant for variant in found if variant[1]] for name, found in fitting.items()}

@@ -31,6 +31,11 @@ class DataConfig:
     """Share of the rows of other tasks whose answers are of another form; only the description says which."""
     relabel_variants: int = 6
     """Of each task, for both."""
+    derive: float = 0.0
+    """Share of a task's rows that ask something else of its examples: whether an answer is right, or which of several;
+    see `t2l.train.derive`. The rest may be relabelled or reformed."""
+    derive_variants: int = 4
+    """Of each task."""
     made_up: float = 0.0
     """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
     then does no harm."""
@@ -54,13 +59,14 @@ class DataConfig:
         for name in ("held_out_descriptions", "hold_out"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("file_share", "made_up", "reform", "relabel"):
+        for name in ("derive", "file_share", "made_up", "reform", "relabel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
             raise ConfigError("data.file_share 1 leaves a task's other descriptions out; set keep_descriptions false")
-        if self.relabel_variants < 1:
-            raise ConfigError(f"data.relabel_variants must be at least 1, got {self.relabel_variants}")
+        for name in ("derive_variants", "relabel_variants"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if self.max_tasks is not None and self.max_tasks < 1:
             raise ConfigError(f"data.max_tasks must be at least 1 or null, got {self.max_tasks}")
         if self.descriptions in ("own", "definitions", "paraphrases", "random"):
@@ -216,8 +222,10 @@ class SftConfig:
                 raise ConfigError("method 'full' writes no adapters that train.l2 could keep small")
             if train.distill:
                 raise ConfigError("method 'full' trains the base, which train.distill needs frozen as the teacher")
-        if (self.data.relabel or self.data.reform) and self.reads != "description":
-            raise ConfigError(f"data.relabel and reform say answers in descriptions; here is read the '{self.reads}'")
+        if (self.data.relabel or self.data.reform or self.data.derive) and self.reads != "description":
+            raise ConfigError(
+                f"data.relabel, reform and derive say in descriptions what to answer; here is read the '{self.reads}'"
+            )
         if self.data.made_up and (self.reads != "description" or self.blind):
             raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
         if self.blind:
