@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from t2l.tasks import Example, Task
-from t2l.train.relabel import WORDS
+from t2l.train.relabel import WORDS, texts_for_variant
 
 LONGEST_ANSWER = 200
 """Characters; examples with a longer answer are left out."""
@@ -205,10 +205,8 @@ def derived(task: Task, number: int, seed: int) -> list[tuple[Check | Choose, tu
     for turn in range(number if examples else 0):
         draw = random.Random(f"{seed}/{task.name}/derive/{turn}")
         ask, templates, names = (_choose if turn % 2 else _check)(examples, draw)
-        texts = draw.sample(task.descriptions, min(8, len(task.descriptions)))
-        # A few texts would otherwise always stand in the same sentences.
-        texts = [_ended(text.strip()) for text in (texts * 4)[: max(4, len(texts))]]
-        said = [draw.choice(templates).format(task=text, **names) for text in texts]
+        texts = texts_for_variant(task, draw)
+        said = [draw.choice(templates).format(task=_ended(text.strip()), **names) for text in texts]
         found.append((ask, tuple(dict.fromkeys(said))))
     return found
 

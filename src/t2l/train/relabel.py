@@ -18,6 +18,8 @@ MOST_ANSWERS = 8
 """Distinct answers of a task that has variants."""
 LONGEST_ANSWER = 40
 """Characters; longer answers are no labels."""
+TEXTS_EACH = 4
+"""Descriptions of a variant. What counts is how many variants there are: those of a few are learnt by heart."""
 NAMED = 0.35
 """Share of variants that keep the task's own answers and name them."""
 
@@ -161,11 +163,15 @@ def variants(task: Task, number: int, seed: int) -> list[tuple[Words | Form, tup
             change: Words | Form = Words(new)
         else:
             change = draw.choice(list(FORMS))
-        texts = draw.sample(task.descriptions, min(8, len(task.descriptions)))
-        # A few texts would otherwise always carry the same sentence.
-        texts = [_with_sentence(text, change, draw) for text in (texts * 4)[: max(4, len(texts))]]
+        texts = [_with_sentence(text, change, draw) for text in texts_for_variant(task, draw)]
         found.append((change, tuple(dict.fromkeys(texts))))
     return found
+
+
+def texts_for_variant(task: Task, draw: random.Random) -> list[str]:
+    """Some of a task's descriptions, to be reworded; where there are few, the same ones several times."""
+    some = draw.sample(task.descriptions, min(TEXTS_EACH, len(task.descriptions)))
+    return (some * TEXTS_EACH)[:TEXTS_EACH]
 
 
 def _other_words(answers: Sequence[str], draw: random.Random) -> dict[str, str]:
