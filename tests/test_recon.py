@@ -439,11 +439,12 @@ def test_held_out_descriptions_are_not_trained_on(config: ReconConfig, library: 
     assert all(len(mine) == 1 for mine in choose_descriptions(library, NAMES, one, lengths).trained)
 
 
-def test_stopped_and_resumed_is_uninterrupted(config: ReconConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["L", "basis"])
+def test_stopped_and_resumed_is_uninterrupted(variant: str, config: ReconConfig, tmp_path: Path) -> None:
     """Bit for bit, dropout and random columns included, also from a state older than the last step."""
     config = replace(
         config,
-        hypernet=replace(config.hypernet, dropout=0.1),
+        hypernet=replace(config.hypernet, variant=variant, dropout=0.1),
         loss=ReconLossConfig(factors=1.0, delta=0.5, columns=4),
     )
     whole = run(config, tmp_path / "whole")

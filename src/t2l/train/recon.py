@@ -524,7 +524,7 @@ def train_reconstruction(
     torch.set_float32_matmul_precision("high")
     begin = first_step(config, run, resume=resume)
     library, names = open_library(config.data)
-    config = _basis_of_library(config, len(names))
+    plain, config = to_plain(config), _basis_of_library(config, len(names))
     spec, lora, writes = library.spec, library.stack(names), config.hypernet.writes
     if writes == "B":
         require_shared_a(lora, spec)
@@ -543,14 +543,14 @@ def train_reconstruction(
     )
     trainer = Trainer(config, hypernet, targets, bank, texts, chosen)
     if not resume:
-        begin_run(run, to_plain(config))
+        begin_run(run, plain)
     elif begin:
         load_state(run, hypernet, trainer.optimizer)
         log(f"resumed at step {begin} of {config.train.steps}")
     log(f"ready after {time.monotonic() - started:.0f} s")
     watch = Watch(
         run,
-        to_plain(config),
+        plain,
         steps=config.train.steps,
         first_step=begin,
         tensorboard=config.train.tensorboard,
