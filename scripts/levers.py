@@ -74,6 +74,8 @@ LEVERS = {
     "kl": Lever(("train.distill=1.0",)),
     "variant-M": Lever(("hypernet.variant=M",)),
     "writes-b": Lever(("hypernet.writes=B",)),
+    "basis": Lever(("hypernet.variant=basis", "hypernet.head_size=32")),
+    "prompt-aware": Lever(("hypernet.prompt_aware=true",)),
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),

@@ -40,7 +40,15 @@ from t2l.train import sft
 from t2l.train.batches import SHARED, Batch, Batches, Pool
 from t2l.train.data import DescriptionBank, RunData, prepare_data
 from t2l.train.settings import DataConfig, SftConfig, TrainConfig
-from t2l.train.sft import Trainer, _checkpoint_layers, answer_losses, make_optimizer, neftune_noise, train
+from t2l.train.sft import (
+    Trainer,
+    _checkpoint_layers,
+    answer_losses,
+    make_optimizer,
+    neftune_noise,
+    require_finite,
+    train,
+)
 from t2l.train.state import read_progress
 
 VERBS = ("Say", "Answer", "Reply", "Write", "Always", "Just")
@@ -1248,6 +1256,11 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
     ):
         train(shorter(config, log_every=6, save_every=2), tmp_path / "run", device="cpu", log=quiet)
     assert kept["calls"] == 4, "found out when the state was to be saved"
+    data, _ = prepared(config)
+    with pytest.raises(
+        TrainingError, match=r"Step 7: loss nan, gradient norm 1\.0, after 3 \(0\.5\), 2 \(0\.25\)\. The"
+    ):
+        require_finite([3.0, 2.0, float("nan")], [0.5, 0.25, 1.0], 5, data, config)
     after = dict(kept["trainer"].trained.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in kept["before"].items())
     assert read_progress(tmp_path / "run").step == 2
