@@ -105,6 +105,10 @@ class PromptConfig:
     description_in_prompt: bool = False
     """Whether the description stands before the input, in the same user message."""
 
+    def asked(self, description_in_prompt: bool | None) -> "PromptConfig":
+        """This setting, or what a user asks for in its place."""
+        return self if description_in_prompt is None else PromptConfig(description_in_prompt=description_in_prompt)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:

@@ -130,14 +130,11 @@ class SentenceEncoder:
             ConfigError: if the folder asks for a pooling or module this encoder does not have, or if its own
                 window is smaller than `max_tokens`.
         """
-        from transformers import AutoTokenizer
-
         pooling, normalize = _sentence_modules(folder)
         own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
         if own is not None and max_tokens > own:
             raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
-        model = models.load_trunk(str(folder), device=device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, tokenizer = models.load_trunk(str(folder), device=device), models.load_tokenizer(str(folder))
         return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
 
     @torch.no_grad()

@@ -228,7 +228,7 @@ class SentenceTrunk(nn.Module):
         dropout: float,
         codebook: Literal["none", "vq", "softmax"],
         codebook_size: int,
-        prompt_aware: bool = False,
+        prompt_aware: bool,
     ) -> None:
         super().__init__()
         num_layers, num_targets = grid
@@ -347,7 +347,7 @@ class TokenTrunk(nn.Module):
         attention_heads: int,
         dropout: float,
         token_dropout: float,
-        prompt_aware: bool = False,
+        prompt_aware: bool,
     ) -> None:
         super().__init__()
         if width % attention_heads:
@@ -435,9 +435,18 @@ class _Head(nn.Module):
     """
 
     def __init__(
-        self, outputs: list[int], *, width: int, head_size: int, dropout: float, write_parts: bool = False
+        self,
+        outputs: list[int],
+        sizes: list[tuple[int, int]],
+        *,
+        rank: int,
+        width: int,
+        head_size: int,
+        dropout: float,
+        write_parts: bool = False,
     ) -> None:
         super().__init__()
+        self.sizes, self.rank = sizes, rank
         self.block = Residual(width, dropout)
         self.widen = nn.Sequential(
             nn.LayerNorm(width),
@@ -468,25 +477,28 @@ class _Head(nn.Module):
         part_M2H = self.part_norm(torch.stack([self.part_a, self.part_b], dim=1))
         return features_NLMH[:, :, :, None] + part_M2H
 
-
-class HeadL(_Head):
-    """A and B of a target and layer from one matrix: (D → R·(I + O))."""
-
-    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
-        super().__init__([rank * (i + o) for i, o in sizes], width=width, head_size=head_size, dropout=dropout)
-        self.sizes, self.rank = sizes, rank
-
-    def forward(self, features_NLMH: Tensor) -> Changes:
-        """Features to changes of A and B."""
-        x_NLMD = self.features(features_NLMH)
+    def split(self, written: Sequence[Tensor]) -> Changes:
+        """What is written of A and B together, (N, L, R·(I + O)) for each target, as changes of each."""
         change_a, change_b = [], []
-        for m, (i, o) in enumerate(self.sizes):
-            flat = self.write[m](x_NLMD[:, :, m])
+        for flat, (i, o) in zip(written, self.sizes, strict=True):
             a, b = flat.split([self.rank * i, self.rank * o], dim=-1)
             if i:
                 change_a.append(a.unflatten(-1, (self.rank, i)))
             change_b.append(b.unflatten(-1, (o, self.rank)))
         return change_a, change_b
+
+
+class HeadL(_Head):
+    """A and B of a target and layer from one matrix: (D → R·(I + O))."""
+
+    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
+        outputs = [rank * (i + o) for i, o in sizes]
+        super().__init__(outputs, sizes, rank=rank, width=width, head_size=head_size, dropout=dropout)
+
+    def forward(self, features_NLMH: Tensor) -> Changes:
+        """Features to changes of A and B."""
+        x_NLMD = self.features(features_NLMH)
+        return self.split([matrix(x_NLMD[:, :, m]) for m, matrix in enumerate(self.write)])
 
 
 class HeadM(_Head):
@@ -495,12 +507,13 @@ class HeadM(_Head):
     def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__(
             [rank * max(size) for size in sizes],
+            sizes,
+            rank=rank,
             width=width,
             head_size=head_size,
             dropout=dropout,
             write_parts=any(i for i, _ in sizes),
         )
-        self.sizes, self.rank = sizes, rank
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
@@ -523,12 +536,13 @@ class HeadS(_Head):
     def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
         super().__init__(
             [max(size) for size in sizes],
+            sizes,
+            rank=rank,
             width=width,
             head_size=head_size,
             dropout=dropout,
             write_parts=any(i for i, _ in sizes),
         )
-        self.sizes, self.rank = sizes, rank
         cos, sin = _rotary(rank, width)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -566,24 +580,14 @@ class HeadBasis(_Head):
         num_layers: int,
     ) -> None:
         outputs = [num_layers * rank * (i + o) for i, o in sizes]
-        super().__init__(outputs, width=width, head_size=head_size, dropout=dropout)
+        super().__init__(outputs, sizes, rank=rank, width=width, head_size=head_size, dropout=dropout)
         self.widen = nn.Sequential(*list(self.widen)[:-1])  # shares of a mixture have either sign
-        self.sizes, self.rank, self.num_layers = sizes, rank, num_layers
+        self.num_layers = num_layers
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
         shares_ND = self.features(features_NLMH.mean((1, 2)))
-        return self.split([matrix(shares_ND) for matrix in self.write])
-
-    def split(self, written: Sequence[Tensor]) -> Changes:
-        """What the matrices write, (N, L·R·(I + O)) for each target, as changes of A and B."""
-        change_a, change_b = [], []
-        for flat, (i, o) in zip(written, self.sizes, strict=True):
-            a, b = flat.unflatten(-1, (self.num_layers, -1)).split([self.rank * i, self.rank * o], dim=-1)
-            if i:
-                change_a.append(a.unflatten(-1, (self.rank, i)))
-            change_b.append(b.unflatten(-1, (o, self.rank)))
-        return change_a, change_b
+        return self.split([matrix(shares_ND).unflatten(-1, (self.num_layers, -1)) for matrix in self.write])
 
     @torch.no_grad()
     def set_basis(self, change_a: Sequence[Tensor], change_b: Sequence[Tensor]) -> None:

@@ -20,7 +20,6 @@ from t2l.cli.common import (
     described,
     peak_memory,
     print_json,
-    prompt_setting,
     read_lines,
     say,
     try_writing,
@@ -83,7 +82,7 @@ def generate(
             raise DescriptionError(f"{error} (description {number} of {len(texts)})") from error
     writer = TextToLora.from_pretrained(checkpoint)
     loaded = time.perf_counter()
-    adapters = writer.generate(texts, prompt=prompt_setting(writer.prompt, description_in_prompt))
+    adapters = writer.generate(texts, prompt=writer.prompt.asked(description_in_prompt))
     generated = time.perf_counter()
     paths = _save(adapters, output, dtype=getattr(torch, dtype.value), single=single, overwrite=overwrite)
     facts = {
@@ -251,7 +250,7 @@ class _Session:
 
         self.description = description
         self.spec, self.config = read_config(checkpoint_folder(checkpoint))
-        self.prompt = prompt_setting(self.config.prompt, description_in_prompt)
+        self.prompt = self.config.prompt.asked(description_in_prompt)
         if self.config.encoder.kind == "tokens" and self.config.encoder.model == "base" and adapter is None:
             found = models.fingerprint(self.spec.base_model)
             if found != self.config.encoder_revision:

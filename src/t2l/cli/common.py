@@ -5,10 +5,9 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -20,9 +19,6 @@ from t2l.errors import (
     OutputError,
     T2LError,
 )
-
-if TYPE_CHECKING:
-    from t2l.config import PromptConfig
 
 DEFAULT = "t2l:smollm2-135m"
 """`t2l.generate.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
@@ -71,11 +67,6 @@ InPromptOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on standard output.")]
-
-
-def prompt_setting(own: "PromptConfig", in_prompt: bool | None) -> "PromptConfig":
-    """The checkpoint's own setting, or what `InPromptOption` says in its place."""
-    return own if in_prompt is None else replace(own, description_in_prompt=in_prompt)
 
 
 def read_lines(path: Path, what: str) -> list[str]:

@@ -18,7 +18,6 @@ from lm_eval.models.huggingface import HFLM
 from t2l import __version__, models, peft_io
 from t2l.apply import applied
 from t2l.checkpoint import read_config
-from t2l.config import PromptConfig
 from t2l.encoder import check_description
 from t2l.errors import AdapterNotAppliedError, CheckpointError, ConfigError
 from t2l.eval.backends import adapter_name
@@ -81,8 +80,8 @@ class T2LLM(HFLM):
             self._facts["adapter"] = adapter
         else:
             t2l = _load(checkpoint, reference, (model, tokenizer), device)
-            in_prompt = t2l.prompt.description_in_prompt if description_in_prompt is None else description_in_prompt
-            prompt = PromptConfig(description_in_prompt=in_prompt)
+            prompt = t2l.prompt.asked(description_in_prompt)
+            in_prompt = prompt.description_in_prompt
             (self._adapter,) = t2l.generate([str(description)], prompt=prompt)
             self._facts |= {"adapter": adapter_name(self._adapter), **self._adapter.provenance}
         self._before = f"{check_description(str(description))}\n\n" if in_prompt else ""

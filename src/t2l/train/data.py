@@ -190,8 +190,9 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         raise DataError("No task is left: all of them are too long")
 
     kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
-    others = _variants(train, kept, config.data, lengths, window)
-    asked = _derived(train, kept, config.data, lengths, window)
+    read_in_training = [replace(task, descriptions=kept[task.name][0]) for task in train]
+    others = _variants(read_in_training, config.data, lengths, window)
+    asked = _derived(read_in_training, config.data, lengths, window)
     descriptions = sorted(
         {text for task in (*train, *validation) for text in task.descriptions}
         | {text for found in others.values() for _, texts in found for text in texts}
@@ -302,18 +303,13 @@ def _variant_share(task: Task, config: DataConfig) -> float:
 
 
 def _variants(
-    tasks: list[Task],
-    kept: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
-    config: DataConfig,
-    lengths: Lengths,
-    window: int,
+    tasks: list[Task], config: DataConfig, lengths: Lengths, window: int
 ) -> dict[str, list[tuple[Words | Form, tuple[str, ...]]]]:
-    """Variants of each task, with texts made of those descriptions that are trained on."""
+    """Variants of each task, with texts made of its descriptions."""
     made: dict[str, list[tuple[Words | Form, tuple[str, ...]]]] = {task.name: [] for task in tasks}
     for task in tasks:
         if _variant_share(task, config):
-            read = replace(task, descriptions=kept[task.name][0])
-            made[task.name] = variants(read, config.relabel_variants, config.seed)
+            made[task.name] = variants(task, config.relabel_variants, config.seed)
     kinds = {type(change) for found in made.values() for change, _ in found}
     if config.relabel and Words not in kinds:
         raise DataError("data.relabel: no task has a few short answers that other words could take the place of")
@@ -323,17 +319,12 @@ def _variants(
 
 
 def _derived(
-    tasks: list[Task],
-    kept: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
-    config: DataConfig,
-    lengths: Lengths,
-    window: int,
+    tasks: list[Task], config: DataConfig, lengths: Lengths, window: int
 ) -> dict[str, list[tuple[Check | Choose, tuple[str, ...]]]]:
-    """What is derived of each task, with texts made of those descriptions that are trained on."""
+    """What is derived of each task, with texts made of its descriptions."""
     if not config.derive:
         return {task.name: [] for task in tasks}
-    read = [replace(task, descriptions=kept[task.name][0]) for task in tasks]
-    made = _readable({task.name: derived(task, config.derive_variants, config.seed) for task in read}, lengths, window)
+    made = _readable({task.name: derived(task, config.derive_variants, config.seed) for task in tasks}, lengths, window)
     if not any(made.values()):
         raise DataError(
             "data.derive: no task has different short answers, and descriptions that leave room for a sentence in "

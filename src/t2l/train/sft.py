@@ -322,10 +322,8 @@ def require_finite(losses: list[float], norms: list[float], first: int, data: Ru
             rows = range(config.train.tasks_per_step)
             names = list(dict.fromkeys(data.train.pools[data.train.task_of_row(step, row)].name for row in rows))
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            place = step - first
-            before = ", ".join(
-                f"{x:.3g} ({y:.3g})" for x, y in zip(losses[:place][-4:], norms[:place][-4:], strict=True)
-            )
+            recent = list(zip(losses, norms, strict=True))[: step - first][-4:]
+            before = ", ".join(f"{x:.3g} ({y:.3g})" for x, y in recent)
             raise TrainingError(
                 f"Step {step}: loss {loss}, gradient norm {norm}{before and f', after {before}'}. "
                 "The weights are as they were before it; the batch is "
