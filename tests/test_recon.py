@@ -252,6 +252,27 @@ def test_components_are_numpys_in_z_scores(spec: AdapterSpec) -> None:
         assert ((best - (flat - flat.mean(0))).abs().max() < 1e-5) == (number == 4)
 
 
+def test_components_of_adapters_that_share_a_lose_least_of_their_product(spec: AdapterSpec) -> None:
+    """Numpy's best approximation of ΔW, whatever the lengths and angles of A's rows; a dead row does no harm."""
+    lora = stacked(spec, 6)
+    stretch = torch.logspace(1, -1, lora.a[0].shape[-2])[:, None]
+    stretch[1] = 0
+    lora = LoraTensors(tuple((a[:1] * stretch).expand_as(a) for a in lora.a), lora.b, lora.scaling)
+    targets = make_targets(lora, NAMES[:6], canonical=False, device=CPU, writes="B")
+    delta = torch.cat([(b @ a).flatten(1) for a, b in zip(lora.a, lora.b, strict=True)], dim=1).double()
+    left, sizes, right = torch.linalg.svd(delta - delta.mean(0), full_matrices=False)
+    for number in (1, 3):
+        basis = components(targets, number)
+        assert not basis.a
+        shares = principal_directions(lora, number).float() * 6**0.5
+        parts = [
+            torch.einsum("nk,k...->n...", shares, z * u) for z, u in zip(basis.b, targets.deviation.b, strict=True)
+        ]
+        made = torch.cat([(b @ a).flatten(1) for a, b in zip(lora.a, parts, strict=True)], dim=1).double()
+        best = left[:, :number] * sizes[:number] @ right[:number]
+        assert (best - made).norm() < 1e-4 * best.norm()
+
+
 def test_a_basis_stays_and_is_no_larger_than_the_library(
     config: ReconConfig, library: AdapterLibrary, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ Shape letters as in `spec.py`; N adapters of the library, n of a step.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -239,9 +239,19 @@ def principal_directions(lora: LoraTensors, number: int) -> Tensor:
     """How N adapters share their first principal components: orthonormal columns (N, number), float64.
 
     Of all ways to write N adapters as mixtures of `number` tensors of an adapter's size and their mean, the one with
-    the least squared error on A and B is the mean plus each adapter's projection on these.
+    the least squared error is the mean plus each adapter's projection on these. The error is that of ΔW where all
+    adapters have one A (‖BA‖ is then ‖BRᵀ‖ for Aᵀ = QR, a metric for B), otherwise that of A and B.
     """
-    centred = ((x - x.mean(0)).flatten(1).double() for x in (*lora.a, *lora.b))  # one copy at a time
+
+    def parts() -> Iterator[Tensor]:
+        """What is to be kept, one copy at a time."""
+        if not lora.shares_a:
+            yield from (*lora.a, *lora.b)
+            return
+        for a, b in zip(lora.a, lora.b, strict=True):
+            yield b.double() @ torch.linalg.qr(a[0].mT.double(), mode="r").R.mT
+
+    centred = ((x - x.mean(0)).flatten(1).double() for x in parts())
     _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in centred]).sum(0))  # the largest come last
     return vectors[:, vectors.shape[1] - number :].flip(1)
 
@@ -249,12 +259,14 @@ def principal_directions(lora: LoraTensors, number: int) -> Tensor:
 def components(targets: Targets, number: int) -> LoraTensors:
     """The library's first principal components, in z-scores; shares of them in the adapters have mean square 1."""
     unit = targets.deviation
+    number_of_all = len(targets.names)
     raw = LoraTensors(
-        tuple(z * u for z, u in zip(targets.z.a, unit.a, strict=True)),
+        tuple(z * u for z, u in zip(targets.z.a, unit.a, strict=True))
+        or tuple(m.expand(number_of_all, *m.shape) for m in targets.mean.a),
         tuple(z * u for z, u in zip(targets.z.b, unit.b, strict=True)),
         targets.z.scaling,
     )
-    shares = principal_directions(raw, number) / len(targets.names) ** 0.5
+    shares = principal_directions(raw, number) / number_of_all**0.5
     return targets.z.map(lambda z: torch.einsum("nk,n...->k...", shares.to(z.dtype), z))
 
 
