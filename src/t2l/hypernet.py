@@ -43,11 +43,12 @@ class Hypernet(nn.Module):
         super().__init__()
         sizes = [(t.in_features, t.out_features) for t in spec.targets]
         written = [(i if config.writes == "AB" else 0, o) for i, o in sizes]
-        grid = (len(spec.layers), len(spec.targets))
+        num_layers = len(spec.layers)
+        grid = (1, 1) if config.variant == "basis" else (num_layers, len(spec.targets))
         self.scaling, self.max_change = spec.scaling, config.max_change
-        self.offset = Offset(sizes, num_layers=grid[0], rank=spec.rank, trainable=config.train_offset)
+        self.offset = Offset(sizes, num_layers=num_layers, rank=spec.rank, trainable=config.train_offset)
         self.trunk: SentenceTrunk | TokenTrunk | None = None
-        self.units = Units(written, num_layers=grid[0], rank=spec.rank) if config.own_units else None
+        self.units = Units(written, num_layers=num_layers, rank=spec.rank) if config.own_units else None
         self.head: HeadL | HeadM | HeadS | HeadBasis | None = None
         if config.variant != "none":
             if kind == "tokens" and config.codebook != "none":
@@ -78,7 +79,7 @@ class Hypernet(nn.Module):
                 "L": HeadL,
                 "M": HeadM,
                 "S": HeadS,
-                "basis": partial(HeadBasis, num_layers=grid[0]),
+                "basis": partial(HeadBasis, num_layers=num_layers),
             }
             self.head = heads[config.variant](
                 written, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
@@ -565,8 +566,9 @@ class HeadS(_Head):
 class HeadBasis(_Head):
     """Mixtures of D adapters that all descriptions share: one matrix a target for all layers, (D → L·R·(I + O)).
 
-    Not the paper's: a description chooses D numbers in all, where L's choose as many for every layer and target. Of the
-    ways to write N adapters from so few numbers, principal components lose least, see `t2l.train.recon`.
+    Not the paper's: a description chooses D numbers in all, where L's choose as many for every layer and target, so the
+    trunk hands over one place in all. Of the ways to write N adapters from so few numbers, principal components lose
+    least, see `t2l.train.recon`.
     """
 
     def __init__(
@@ -585,8 +587,8 @@ class HeadBasis(_Head):
         self.num_layers = num_layers
 
     def forward(self, features_NLMH: Tensor) -> Changes:
-        """Features to changes of A and B."""
-        shares_ND = self.features(features_NLMH.mean((1, 2)))
+        """Features (N, 1, 1, H), of the description as a whole, to changes of A and B."""
+        shares_ND = self.features(features_NLMH[:, 0, 0])
         return self.split([matrix(shares_ND).unflatten(-1, (self.num_layers, -1)) for matrix in self.write])
 
     @torch.no_grad()

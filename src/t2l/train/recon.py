@@ -60,6 +60,9 @@ class ReconLossConfig:
     delta: float = 0.0
     """Mean absolute difference of ΔW's entries, over the library's mean absolute entry (the paper's other loss, scaled
     by the library in place of 10,000); estimated without bias from random columns."""
+    squares: float = 0.0
+    """Squared Frobenius distance of ΔW and its target, over its mean for the library's mean adapter: the share of the
+    adapters' variance that is lost."""
     angular: float = 0.0
     """1 - cosine of ΔW and its target, for each layer and module."""
     spectral: float = 0.0
@@ -68,7 +71,7 @@ class ReconLossConfig:
     """Columns of ΔW that `delta` looks at in a step, for each module."""
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("factors", "delta", "angular", "spectral")}
+        weights = {name: getattr(self, name) for name in ("factors", "delta", "squares", "angular", "spectral")}
         if min(weights.values()) < 0 or not any(weights.values()):
             raise ConfigError(f"loss: weights must not be negative, and one must be positive; got {weights}")
         if self.columns < 1:
@@ -77,7 +80,7 @@ class ReconLossConfig:
     @property
     def needs_product(self) -> bool:
         """Whether any loss looks at ΔW."""
-        return bool(self.delta or self.angular or self.spectral)
+        return bool(self.delta or self.squares or self.angular or self.spectral)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,8 @@ class Targets:
     """Standard deviations, of what has z-scores; 0 where all adapters agree, whose z is 0 too."""
     size: tuple[Tensor, ...]
     """For each target the mean absolute entry of ΔW, over layers and adapters, as its columns show it."""
+    variance: Tensor
+    """Mean over the adapters of their ΔW's squared distance from the mean adapter's, over all layers and targets."""
 
     def adapters(self, index_n: Tensor) -> LoraTensors:
         """Adapters by their positions, as they are in the library."""
@@ -229,10 +234,13 @@ def make_targets(
     for a, b in zip(lora.a, lora.b, strict=True):
         every = max(1, a.shape[-1] // 16)
         size.append(torch.stack([(y @ x[..., ::every]).abs().mean() for x, y in zip(a, b, strict=True)]).mean())
+    middle = mean.map(lambda x: x.expand(len(names), *x.shape))
+    variance = torch.stack([x.sum(-1).mean() for x in lora.squared_distances(middle)]).sum()
     z = LoraTensors(z_score(lora.a, mean.a, deviation.a), z_score(lora.b, mean.b, deviation.b), lora.scaling)
     if writes == "B":
         z, deviation = (LoraTensors((), x.b, x.scaling) for x in (z, deviation))
-    return Targets(tuple(names), z, mean, deviation, tuple(lora.scaling * x.clamp_min(1e-30) for x in size))
+    size = [lora.scaling * x.clamp_min(1e-30) for x in size]
+    return Targets(tuple(names), z, mean, deviation, tuple(size), variance.clamp_min(1e-30))
 
 
 def principal_directions(lora: LoraTensors, number: int) -> Tensor:
@@ -290,6 +298,8 @@ def reconstruction_losses(
             if config.delta:
                 columns = [torch.randint(a.shape[-1], (config.columns,), device=a.device) for a in wanted.a]
                 total = total + config.delta * delta_loss(written, wanted, columns, targets.size)
+            if config.squares:
+                total = total + config.squares * square_loss(written, wanted, targets.variance)
             if config.angular:
                 total = total + config.angular * angular_loss(written, wanted)
             if config.spectral:
@@ -316,6 +326,11 @@ def delta_loss(written: LoraTensors, wanted: LoraTensors, columns: Sequence[Tens
         mine, theirs = (x.b[m] @ x.a[m].index_select(-1, chosen) for x in (written, wanted))
         parts.append(written.scaling * (mine - theirs).abs().mean() / size[m])
     return torch.stack(parts).mean()
+
+
+def square_loss(written: LoraTensors, wanted: LoraTensors, variance: Tensor) -> Tensor:
+    """Squared distance of ΔW and its target over all layers and targets, over `variance`; the mean over adapters."""
+    return torch.stack([x.sum(-1).mean() for x in written.squared_distances(wanted)]).sum() / variance
 
 
 def angular_loss(written: LoraTensors, wanted: LoraTensors) -> Tensor:
