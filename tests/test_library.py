@@ -79,7 +79,7 @@ def test_exported_folders_are_what_peft_reads(
             ours = base(tokens).logits
         with torch.no_grad():
             theirs = PeftModel.from_pretrained(make_base(tiny_config), tmp_path / "peft" / name)(tokens).logits
-        assert (ours - theirs).abs().max() <= 1e-5
+        assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max().item())
         assert (ours - base(tokens).logits).abs().max() > 0.1
     again, refused = from_peft_folders(
         [tmp_path / "peft" / name for name in ("shout", "sum")], tmp_path / "again", tiny_config, "tiny"

@@ -584,11 +584,18 @@ class HeadBasis(_Head):
         outputs = [num_layers * rank * (i + o) for i, o in sizes]
         super().__init__(outputs, sizes, rank=rank, width=width, head_size=head_size, dropout=dropout)
         self.widen = nn.Sequential(*list(self.widen)[:-1])  # shares of a mixture have either sign
-        self.num_layers = num_layers
+        self.num_layers, self.size = num_layers, head_size
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features (N, 1, 1, H), of the description as a whole, to changes of A and B."""
-        shares_ND = self.features(features_NLMH[:, 0, 0])
+        return self.mix(self.shares(features_NLMH))
+
+    def shares(self, features_NLMH: Tensor) -> Tensor:
+        """Features to how much of each of the D adapters goes into the mixture, (N, D)."""
+        return self.features(features_NLMH[:, 0, 0])
+
+    def mix(self, shares_ND: Tensor) -> Changes:
+        """Shares to changes of A and B."""
         return self.split([matrix(shares_ND).unflatten(-1, (self.num_layers, -1)) for matrix in self.write])
 
     @torch.no_grad()

@@ -12,12 +12,13 @@ Shape letters as in `spec.py`; N adapters of the library, n of a step.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2l.checkpoint import save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, to_plain
@@ -81,6 +82,11 @@ class ReconLossConfig:
     def needs_product(self) -> bool:
         """Whether any loss looks at ΔW."""
         return bool(self.delta or self.squares or self.angular or self.spectral)
+
+    @property
+    def only_squares(self) -> bool:
+        """Whether `squares` is the only loss."""
+        return not (self.factors or self.delta or self.angular or self.spectral)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,23 +249,25 @@ def make_targets(
     return Targets(tuple(names), z, mean, deviation, tuple(size), variance.clamp_min(1e-30))
 
 
+def products(b: Sequence[Tensor], a: Sequence[Tensor]) -> Iterator[Tensor]:
+    """(N, L, O, R) for each target, float64, whose inner products are those of ΔW = BA, for adapters that share A.
+
+    ⟨BA, B'A⟩ = ⟨BRᵀ, B'Rᵀ⟩ for Aᵀ = QR. One target at a time, since they are large.
+    """
+    for x, y in zip(a, b, strict=True):
+        yield y.double() @ torch.linalg.qr(x[0].mT.double(), mode="r").R.mT
+
+
 def principal_directions(lora: LoraTensors, number: int) -> Tensor:
     """How N adapters share their first principal components: orthonormal columns (N, number), float64.
 
     Of all ways to write N adapters as mixtures of `number` tensors of an adapter's size and their mean, the one with
     the least squared error is the mean plus each adapter's projection on these. The error is that of ΔW where all
-    adapters have one A (‖BA‖ is then ‖BRᵀ‖ for Aᵀ = QR, a metric for B), otherwise that of A and B.
+    adapters have one A, otherwise that of A and B.
     """
 
-    def parts() -> Iterator[Tensor]:
-        """What is to be kept, one copy at a time."""
-        if not lora.shares_a:
-            yield from (*lora.a, *lora.b)
-            return
-        for a, b in zip(lora.a, lora.b, strict=True):
-            yield b.double() @ torch.linalg.qr(a[0].mT.double(), mode="r").R.mT
-
-    centred = ((x - x.mean(0)).flatten(1).double() for x in parts())
+    parts = products(lora.b, lora.a) if lora.shares_a else iter((*lora.a, *lora.b))
+    centred = ((x - x.mean(0)).flatten(1).double() for x in parts)
     _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in centred]).sum(0))  # the largest come last
     return vectors[:, vectors.shape[1] - number :].flip(1)
 
@@ -287,6 +295,8 @@ def reconstruction_losses(
     """The function that is compiled: encoded descriptions and the positions of their adapters, (n,), to the loss."""
     assert hypernet.trunk is not None and hypernet.head is not None
     trunk, head = hypernet.trunk, hypernet.head
+    if isinstance(head, HeadBasis) and not targets.z.a and config.only_squares:
+        return share_loss(trunk, head, targets, config.squares)
 
     def function(states: Tensor, mask: Tensor | None, index_n: Tensor) -> Tensor:
         z_a, z_b = head(trunk(states, mask))
@@ -331,6 +341,35 @@ def delta_loss(written: LoraTensors, wanted: LoraTensors, columns: Sequence[Tens
 def square_loss(written: LoraTensors, wanted: LoraTensors, variance: Tensor) -> Tensor:
     """Squared distance of ΔW and its target over all layers and targets, over `variance`; the mean over adapters."""
     return torch.stack([x.sum(-1).mean() for x in written.squared_distances(wanted)]).sum() / variance
+
+
+def share_loss(
+    trunk: nn.Module, head: HeadBasis, targets: Targets, weight: float
+) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+    """`square_loss` of mixtures of fixed adapters that share A, from the shares alone: no adapter is written for it.
+
+    ΔW is then linear in the shares, so with C the mixed adapters, s the shares, and s' those of the nearest mixture,
+    ‖ΔW - ΔW'‖² = (s - s')CCᵀ(s - s')ᵀ + what no mixture reaches.
+    """
+    unit, each_a = targets.deviation.b, [a[None] for a in targets.mean.a]
+
+    def flat(z_b: Sequence[Tensor]) -> Tensor:
+        scaled = [z * u for z, u in zip(z_b, unit, strict=True)]
+        return targets.mean.scaling * torch.cat([x.flatten(1) for x in products(scaled, each_a)], dim=1)
+
+    with torch.no_grad():
+        mixed = flat(head.mix(torch.eye(head.size, device=unit[0].device))[1])
+        wanted = flat(targets.z.b)
+        gram, inner = mixed @ mixed.mT, mixed @ wanted.mT
+        nearest = torch.linalg.pinv(gram, hermitian=True) @ inner  # equal adapters make components of no size
+        rest_N = (wanted.square().sum(1) - (nearest * inner).sum(0)) / targets.variance
+        shares_ND, gram = nearest.mT.float(), (gram / targets.variance).float()
+
+    def function(states: Tensor, mask: Tensor | None, index_n: Tensor) -> Tensor:
+        apart_nD = head.shares(trunk(states, mask)) - shares_ND[index_n]
+        return weight * (((apart_nD @ gram) * apart_nD).sum(1) + rest_N[index_n]).mean()
+
+    return function
 
 
 def angular_loss(written: LoraTensors, wanted: LoraTensors) -> Tensor:
@@ -664,10 +703,13 @@ class Trainer:
         """1 from the first gradient that is not finite: the fused optimiser then changes nothing any more, and the
         host need not wait for every step to find out."""
         self.optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
-        self.loss = reconstruction_losses(hypernet, targets, config.loss)
-        if config.train.compile:
-            self.loss = torch.compile(self.loss, dynamic=False)
         self.draws = Draws(texts.trained, per_step=config.train.adapters_per_step, seed=config.seed)
+
+    @cached_property
+    def loss(self) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+        """Made at the first step: a resumed run has its weights by then."""
+        loss = reconstruction_losses(self.hypernet, self.targets, self.config.loss)
+        return torch.compile(loss, dynamic=False) if self.config.train.compile else loss
 
     def step(self, step: int, index_n: Tensor, texts_n: Tensor) -> Tensor:
         """One optimiser step; returns the loss, on the device."""
