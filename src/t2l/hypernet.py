@@ -584,19 +584,21 @@ class HeadBasis(_Head):
         outputs = [num_layers * rank * (i + o) for i, o in sizes]
         super().__init__(outputs, sizes, rank=rank, width=width, head_size=head_size, dropout=dropout)
         self.widen = nn.Sequential(*list(self.widen)[:-1])  # shares of a mixture have either sign
-        self.num_layers, self.size = num_layers, head_size
+        self.num_layers = num_layers
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features (N, 1, 1, H), of the description as a whole, to changes of A and B."""
-        return self.mix(self.shares(features_NLMH))
+        shares_ND = self.shares(features_NLMH)
+        return self.split([matrix(shares_ND).unflatten(-1, (self.num_layers, -1)) for matrix in self.write])
 
     def shares(self, features_NLMH: Tensor) -> Tensor:
         """Features to how much of each of the D adapters goes into the mixture, (N, D)."""
         return self.features(features_NLMH[:, 0, 0])
 
-    def mix(self, shares_ND: Tensor) -> Changes:
-        """Shares to changes of A and B."""
-        return self.split([matrix(shares_ND).unflatten(-1, (self.num_layers, -1)) for matrix in self.write])
+    def basis(self) -> Changes:
+        """The D adapters: changes of A (D, L, R, I), none where it is not written, and of B (D, L, O, R)."""
+        flat = [matrix.weight.mT for matrix in self.write]
+        return self.split([x.unflatten(-1, (self.num_layers, -1)) for x in flat])  # type: ignore[operator]
 
     @torch.no_grad()
     def set_basis(self, change_a: Sequence[Tensor], change_b: Sequence[Tensor]) -> None:

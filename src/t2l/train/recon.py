@@ -250,12 +250,12 @@ def make_targets(
 
 
 def products(b: Sequence[Tensor], a: Sequence[Tensor]) -> Iterator[Tensor]:
-    """(N, L, O, R) for each target, float64, whose inner products are those of ΔW = BA, for adapters that share A.
+    """B (N, L, O, R), so transformed that its inner products are those of ΔW = BA, for one A (L, R, I); in float64.
 
     ⟨BA, B'A⟩ = ⟨BRᵀ, B'Rᵀ⟩ for Aᵀ = QR. One target at a time, since they are large.
     """
-    for x, y in zip(a, b, strict=True):
-        yield y.double() @ torch.linalg.qr(x[0].mT.double(), mode="r").R.mT
+    for each_b, one_a in zip(b, a, strict=True):
+        yield each_b.double() @ torch.linalg.qr(one_a.mT.double(), mode="r").R.mT
 
 
 def principal_directions(lora: LoraTensors, number: int) -> Tensor:
@@ -265,8 +265,7 @@ def principal_directions(lora: LoraTensors, number: int) -> Tensor:
     the least squared error is the mean plus each adapter's projection on these. The error is that of ΔW where all
     adapters have one A, otherwise that of A and B.
     """
-
-    parts = products(lora.b, lora.a) if lora.shares_a else iter((*lora.a, *lora.b))
+    parts = products(lora.b, [a[0] for a in lora.a]) if lora.shares_a else iter((*lora.a, *lora.b))
     centred = ((x - x.mean(0)).flatten(1).double() for x in parts)
     _, vectors = torch.linalg.eigh(torch.stack([x @ x.mT for x in centred]).sum(0))  # the largest come last
     return vectors[:, vectors.shape[1] - number :].flip(1)
@@ -351,14 +350,13 @@ def share_loss(
     ΔW is then linear in the shares, so with C the mixed adapters, s the shares, and s' those of the nearest mixture,
     ‖ΔW - ΔW'‖² = (s - s')CCᵀ(s - s')ᵀ + what no mixture reaches.
     """
-    unit, each_a = targets.deviation.b, [a[None] for a in targets.mean.a]
 
     def flat(z_b: Sequence[Tensor]) -> Tensor:
-        scaled = [z * u for z, u in zip(z_b, unit, strict=True)]
-        return targets.mean.scaling * torch.cat([x.flatten(1) for x in products(scaled, each_a)], dim=1)
+        changes = [z * u for z, u in zip(z_b, targets.deviation.b, strict=True)]
+        return targets.mean.scaling * torch.cat([x.flatten(1) for x in products(changes, targets.mean.a)], dim=1)
 
     with torch.no_grad():
-        mixed = flat(head.mix(torch.eye(head.size, device=unit[0].device))[1])
+        mixed = flat(head.basis()[1])
         wanted = flat(targets.z.b)
         gram, inner = mixed @ mixed.mT, mixed @ wanted.mT
         nearest = torch.linalg.pinv(gram, hermitian=True) @ inner  # equal adapters make components of no size
