@@ -85,6 +85,7 @@ def tiny(
     starts = {
         ("baselines", "runs/multitask/checkpoint"): "baselines/multitask.yaml",
         ("smollm2-135m", "runs/sft/checkpoint"): "smollm2-135m/1-sft.yaml",
+        ("smollm2-135m", "runs/contrast/checkpoint"): "smollm2-135m/2-contrast.yaml",
     }
 
     def shrink(path: Path) -> SftConfig:
