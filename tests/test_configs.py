@@ -61,7 +61,7 @@ def fake_tasks(split: str) -> list[Task]:
     for n, word in enumerate(("yes", "no", "ja", "nein", "oui")):
         definition = f"Whatever it is, say {word}."
         # The first has one answer, the others a few: both kinds that relabelling tells apart.
-        words = (word, word.upper() if n else word)
+        words = (word, f"not {word}" if n else word)
         answers = {
             s: tuple(Example(e.id, f"{e.input} {n}", (words[place % 2],)) for place, e in enumerate(some))
             for s, some in examples.items()
