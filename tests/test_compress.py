@@ -18,6 +18,7 @@ from t2l.apply import applied
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.generate import Adapter
+from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.peft_io import load_adapter
@@ -37,7 +38,14 @@ from t2l.train.compress import (
     subset,
     texts_for,
 )
-from t2l.train.recon import ReconConfig, ReconDataConfig, ReconTrainConfig, choose_descriptions, compare
+from t2l.train.recon import (
+    ReconConfig,
+    ReconDataConfig,
+    ReconTrainConfig,
+    choose_descriptions,
+    compare,
+    saved_config,
+)
 
 NAMES = ("add", "bark", "count", "dance")
 
@@ -206,6 +214,21 @@ def test_the_head_fits_a_quarter(library: AdapterLibrary, config: ReconConfig) -
         chosen = fitting_head(config, library.spec, number, 32, share=0.25)
         heads.append(chosen.hypernet.head_size)
     assert heads[0] == 128 and heads[-1] == 2048 and heads == sorted(heads) and len(set(heads)) > 2
+
+
+def test_a_basis_fits_a_quarter_too(library: AdapterLibrary, config: ReconConfig) -> None:
+    """To the last adapter that it mixes; of few adapters it mixes all that tell them apart."""
+    basis = replace(config, hypernet=replace(config.hypernet, variant="basis"))
+
+    def parameters(size: int) -> int:
+        hypernet = replace(basis.hypernet, head_size=size)
+        network = Hypernet(library.spec, embedding_size=32, kind="sentence", config=saved_config(hypernet))
+        return sum(p.numel() for p in network.parameters())
+
+    size = fitting_head(basis, library.spec, 2000, 32, share=0.25).hypernet.head_size
+    assert parameters(size) < 500 * library.spec.num_parameters <= parameters(size + 1)
+    for number, all_of_them in ((1, 1), (4, 3), (20, 19)):
+        assert fitting_head(basis, library.spec, number, 32, share=0.25).hypernet.head_size == all_of_them
 
 
 # -------------------------------------------------------------------------------------------------- compressing
@@ -441,3 +464,19 @@ def test_wrong_use_of_the_commands(library: AdapterLibrary, tmp_path: Path) -> N
     done = t2l("compress", tmp_path / "nothing", "-o", tmp_path / "out", "--device", "cpu")
     assert done.exit_code == 1 and "is not an adapter library" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_file_one_a_makes_a_basis(library: AdapterLibrary, sentence_folder: Path, tmp_path: Path) -> None:
+    """Of adapters that share A all differences fit; others get variant L."""
+    lora = library.stack()
+    lora = LoraTensors(tuple(a[:1].repeat(4, 1, 1, 1) for a in lora.a), lora.b, lora.scaling)
+    shared = save_library(tmp_path / "shared", lora, library.spec, library.index)
+    quick = [f"encoder.model={sentence_folder}", "encoder.max_tokens=60", "train.steps=2", "hypernet.width=24"]
+    options = [word for setting in quick for word in ("--set", setting)]
+    found = {}
+    for name, of in (("own", library), ("one", shared)):
+        done = t2l("compress", of.folder, "-o", tmp_path / name, "--device", "cpu", *options)
+        assert done.exit_code == 0, done.output
+        found[name] = json.loads((tmp_path / name / "config.json").read_text())["hypernet"]
+    assert (found["own"]["variant"], found["own"]["writes"], found["own"]["head_size"]) == ("L", "AB", 128)
+    assert (found["one"]["variant"], found["one"]["writes"], found["one"]["head_size"]) == ("basis", "B", 3)

@@ -25,6 +25,13 @@ DEFAULT_RECON: dict[str, Any] = {
     "train": {"steps": 20000},
 }
 """Settings of `t2l compress` without a file; the head is as large as a quarter of the adapters' size allows."""
+SHARED_A_RECON: dict[str, Any] = {
+    "encoder": DEFAULT_RECON["encoder"],
+    "hypernet": {"variant": "basis", "writes": "B", "width": 320, "dropout": 0.0},
+    "loss": {"factors": 0.0, "squares": 1.0},
+    "train": {"steps": 30000, "adapters_per_step": 360, "log_every": 1000},
+}
+"""The same where all adapters have one A, which keeps far more of them: entry 27 of docs/experiments.md."""
 LibraryArgument = Annotated[Path, typer.Argument(metavar="LIBRARY", help="Folder of an adapter library.")]
 NamesOption = Annotated[
     list[str] | None, typer.Option("--name", metavar="NAME", help="Only this adapter; may be repeated.")
@@ -84,8 +91,6 @@ def compress_library(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists already; choose another folder or pass --overwrite")
     try_writing(out.absolute())
-    plain = load_yaml(config) if config else DEFAULT_RECON
-    plain = override(plain, [f"data.library={json.dumps(str(library))}", *(overrides or [])])
 
     from t2l.encoder import load_encoder
     from t2l.library import AdapterLibrary
@@ -93,6 +98,9 @@ def compress_library(
     from t2l.train.recon import ReconConfig
 
     opened = AdapterLibrary.open(library)
+    default = SHARED_A_RECON if config is None and opened.stack().shares_a else DEFAULT_RECON
+    plain = load_yaml(config) if config else default
+    plain = override(plain, [f"data.library={json.dumps(str(library))}", *(overrides or [])])
     chosen = _device(device)
     if config is None and chosen == "cuda":
         plain["train"].setdefault("compile", True)

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -50,6 +51,8 @@ KINDS: tuple[Kind, ...] = ("trained", "held-out", "random", "other")
 """What a network reads for a task: a description it was trained on, one that was held out, made-up words, or another
 task's description (the paper's table 5)."""
 HEAD_SIZES = (128, 256, 512, 1024, 2048)
+LEAST_BASIS = 32
+"""Adapters that a network mixes at least, if there are more, however small it was to be."""
 
 # ---------------------------------------------------------------------------------------------------- the scores
 
@@ -603,7 +606,11 @@ def fitting_head(
         embedding_size: E.
         share: Such as 0.25; where even the smallest head exceeds it, that one is taken.
     """
-    for size in reversed(HEAD_SIZES):
+    basis = config.hypernet.variant == "basis"
+    most = max(1, number - 1)
+    sizes = range(min(LEAST_BASIS, most), most + 1) if basis else HEAD_SIZES
+
+    def parameters(size: int) -> int:
         hypernet = replace(config.hypernet, head_size=size)
         with torch.device("meta"):
             network = Hypernet(
@@ -612,10 +619,10 @@ def fitting_head(
                 kind="tokens" if config.encoder.kind == "tokens" else "sentence",
                 config=saved_config(hypernet),
             )
-        parameters = sum(p.numel() for p in network.parameters())
-        if parameters < share * number * spec.num_parameters or size == HEAD_SIZES[0]:
-            return replace(config, hypernet=hypernet)
-    raise AssertionError("there is a smallest head")
+        return sum(p.numel() for p in network.parameters())
+
+    fitting = bisect_left(sizes, share * number * spec.num_parameters, key=parameters)
+    return replace(config, hypernet=replace(config.hypernet, head_size=sizes[max(0, fitting - 1)]))
 
 
 def subset(library: AdapterLibrary, number: int) -> tuple[str, ...]:
