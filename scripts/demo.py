@@ -74,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default=DEFAULT, help="checkpoint folder, Hub id or t2l:NAME")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the adapters")
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
     args = parser.parse_args()
     # Libraries talk to each other about coming versions; nobody who watches a demo can act on it.
     warnings.simplefilter("ignore", FutureWarning)
