@@ -21,6 +21,7 @@ from t2l.cli import app
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, EvaluationError
 from t2l.eval import answers, decode, harness, retrieval, rows, suites
+from t2l.eval.arrow import arrow, prototypes
 from t2l.eval.harness import Settings, run
 from t2l.eval.rows import ROWS, AdapterSource, choose_rows
 from t2l.generate import Adapter, TextToLora
@@ -175,9 +176,50 @@ def test_oracle_average_and_arrow_are_the_librarys(
     assert torch.allclose(mean.lora.b[1], stacked.b[1].mean(0))
     tokens = torch.tensor([[0, 5, 9, 12]])
     plain = base(tokens).logits
-    with rows.arrow(base, opened) as routed:
+    with arrow(base, opened) as routed:
         assert not torch.allclose(routed(tokens).logits, plain)
     assert torch.equal(base(tokens).logits, plain)
+
+
+def test_arrow_is_pefts(tmp_path: Path) -> None:
+    """Five adapters, three a token. PEFT's power iteration is exact where the first singular value stands out."""
+    from peft import ArrowConfig, create_arrow_model
+
+    base = make_base(make_config())
+    spec = AdapterSpec.from_config(base.config, "tiny", LoraConfig(rank=3, alpha=6))
+    alone = []
+    for n in range(5):
+        lora = random_lora(spec, n)
+        for b in lora.b:
+            b[..., 0] *= 20
+        alone.append(lora)
+    opened = save_library(tmp_path / "five", LoraTensors.stack(alone), spec, {f"task{n}": {} for n in range(5)})
+    tokens = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = base(tokens).logits
+        with arrow(base, opened):
+            ours = base(tokens).logits
+        opened.export(tmp_path / "peft")
+        theirs = (
+            create_arrow_model(
+                base_model=base,
+                task_specific_adapter_paths=[str(tmp_path / "peft" / name) for name in opened.names],
+                arrow_config=ArrowConfig(top_k=3, rng_seed=0),
+            )
+            .eval()(tokens)
+            .logits
+        )
+    assert (ours - plain).abs().max() > 0.1
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_a_prototype_is_the_first_right_singular_vector() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 3, 12, generator=generator), torch.randn(4, 7, 3, generator=generator)
+    expected = torch.linalg.svd(b.double() @ a.double()).Vh[:, 0]
+    found = prototypes(a, b).double()
+    assert torch.allclose((found * expected).sum(-1).abs(), torch.ones(4).double(), atol=1e-6)
+    assert torch.allclose(found.norm(dim=-1), torch.ones(4).double(), atol=1e-6)
 
 
 def test_a_library_for_judging_is_no_baseline(

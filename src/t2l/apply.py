@@ -70,7 +70,7 @@ def live(model: nn.Module, spec: AdapterSpec) -> Iterator[LiveAdapters]:
     Raises:
         SpecMismatchError: if the model lacks a target module or its sizes differ.
     """
-    modules = _target_modules(model, spec)
+    modules = target_modules(model, spec)
     depth = 0
     while any(hasattr(module, f"_t2l_lora_{depth}") for _, _, module in modules):
         depth += 1
@@ -156,7 +156,7 @@ def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def _target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, nn.Linear]]:
+def target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, nn.Linear]]:
     """(m, position in spec.layers, module) for every target module, checked."""
     modules = []
     for m, target in enumerate(spec.targets):

@@ -18,6 +18,7 @@ from t2l import models
 from t2l.errors import ConfigError, DataError, EvaluationError, OutputError
 from t2l.eval import answers, backends, decode, metrics, rows, suites
 from t2l.eval.answers import Key, key_of
+from t2l.eval.arrow import arrow
 from t2l.eval.backends import Backend
 from t2l.eval.report import below_floor, gather
 from t2l.eval.rows import AdapterSource, Row
@@ -30,8 +31,8 @@ from t2l.prompt import token_ids
 Log = Callable[[str], None]
 NEED_WEIGHTS = ("arrow", "t2l-best-of")
 """Adapters that are no plain LoRA of one prompt, or are made with the base model: no other backend serves them."""
-ARROW_ELEMENTS = 2**32
-"""PEFT's Arrow holds tokens x adapters x features at a time; its batches are kept under this."""
+ROUTED = 2**31
+"""Arrow's routing holds tokens x adapters x rank numbers at a time; its batches are kept under this."""
 LIKELIHOOD_TOKENS = 2**18
 """Most tokens that a batch of likelihoods is counted from where the user says nothing: larger ones are no faster."""
 
@@ -223,7 +224,7 @@ def judge(
             source.prepare((a.row, a.question) for a in adapted)
             for part in (plain, adapted, routed):
                 if part:
-                    with rows.arrow(source.model, source.training[0]) if part is routed else nullcontext():
+                    with arrow(source.model, source.training[0]) if part is routed else nullcontext():
                         for line in _answer(source, backend, part, settings):
                             write(line)
     except OSError as error:
@@ -273,8 +274,7 @@ def _answer(
         tokens = settings.batch_tokens or (min(tokens, LIKELIHOOD_TOKENS) if likelihood else tokens)
         if part[0].row.adapter == "arrow":
             library = source.training[0]
-            widest = max(max(t.in_features, t.out_features) for t in library.spec.targets)
-            tokens = max(1, min(tokens, ARROW_ELEMENTS // (widest * len(library.names))))
+            tokens = max(1, min(tokens, ROUTED // (library.spec.rank * len(library.names))))
         if likelihood:
             # Every token of a choice meets the whole vocabulary: logits are what takes memory.
             yield from _likelihoods(source, part, max(1, tokens // 4))

@@ -6,13 +6,10 @@ Knows no files of answers and no statistics.
 """
 
 import hashlib
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -520,34 +517,3 @@ def require_effect(model: Any, tokenizer: Any, adapters: Sequence[UsedAdapter]) 
             f"The adapter {what} leaves the base model's logits as they are ({int(idle_N.sum())} of {len(adapters)} "
             "do): a row with it would repeat the base model's. Was the checkpoint trained?"
         )
-
-
-@contextmanager
-@torch.no_grad()
-def arrow(model: Any, library: AdapterLibrary) -> Iterator[Any]:
-    """PEFT's Arrow routing (arXiv 2405.11157) over a library's adapters, three at a time for each token.
-
-    Raises:
-        AdapterNotAppliedError: if the routed model's logits are the base's.
-    """
-    from peft import ArrowConfig, create_arrow_model
-
-    parameter = next(model.parameters())
-    tokens = torch.tensor([[1, 2, 3, 4]], device=parameter.device) % model.config.vocab_size
-    plain = model(tokens).logits
-    with tempfile.TemporaryDirectory() as folder:
-        exported = Path(folder) / "adapters"
-        library.export(exported, dtype=parameter.dtype)
-        routed = create_arrow_model(
-            base_model=model,
-            task_specific_adapter_paths=[str(exported / name) for name in library.names],
-            arrow_config=ArrowConfig(top_k=min(3, len(library.names)), rng_seed=0),
-            autocast_adapter_dtype=False,
-        )
-    try:
-        routed = routed.to(parameter.device, parameter.dtype).eval()
-        if torch.equal(routed(tokens).logits, plain):
-            raise AdapterNotAppliedError("Arrow routing leaves the base model's logits as they are")
-        yield routed
-    finally:
-        routed.unload()
