@@ -419,7 +419,7 @@ def test_squares_of_a_basis_are_the_same_from_its_shares(config: ReconConfig, sh
                 assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-@pytest.mark.parametrize(("loss", "steps"), [("factors", 1000), ("all", 1200)])
+@pytest.mark.parametrize(("loss", "steps"), [("factors", 1000), pytest.param("all", 1200, marks=pytest.mark.slow)])
 def test_adapters_that_have_one_a_are_written_by_their_b(
     loss: str, steps: int, config: ReconConfig, shared: AdapterLibrary, tmp_path: Path
 ) -> None:
