@@ -365,3 +365,19 @@ def test_written_reports_are_as_readable_as_any_new_file(save: Any, tmp_path: Pa
     plain.touch()
     assert CliRunner().invoke(app, ["eval", "report", str(file.path), "--out", str(tmp_path / "r.md")]).exit_code == 0
     assert (tmp_path / "r.md").stat().st_mode == plain.stat().st_mode
+
+
+def test_several_checkpoints_are_also_shown_apart(save: Callable[..., answers.AnswerFile]) -> None:
+    """Their means are those of each one's own report, and their mean that of the table."""
+    files = [save(made(seeds=(n,)), f"{n}.jsonl", checkpoint_sha256=str(n) * 64, suites={"test": {}}) for n in range(3)]
+    _, tables = report.tables(files)
+    (apart,) = (table for table in tables if table.title.endswith("by checkpoint"))
+    head, *cells = apart.cells
+    assert head == ["row", "`00000000`", "`11111111`", "`22222222`", "standard deviation"]
+    rows = {row[0]: row[1:] for row in cells}
+    alone = [gather([file])[0].rows for file in files]
+    assert rows["t2l"][:3] == [f"{estimate(x['t2l']).mean:.3f}" for x in alone]
+    gaps = [difference(x["t2l"], x["t2l-wrong"]).mean for x in alone]
+    assert rows["t2l − t2l-wrong"] == [*(f"{gap:.3f}" for gap in gaps), f"{np.std(gaps, ddof=1):.3f}"]
+    _, tables = report.tables(files[:1])
+    assert not any(table.title.endswith("by checkpoint") for table in tables)

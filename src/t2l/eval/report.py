@@ -437,6 +437,8 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
         found.append(_rows_table(suite, notes) if suite.fixed_tasks else _tasks_table(suite, notes))
         if differences := _differences_table(suite, compared(suite, options.compare)):
             found.append(differences)
+        if apart := _checkpoints_table(suite, files, options):
+            found.append(apart)
     found.append(_facts_table(files))
     return suites, found
 
@@ -577,6 +579,38 @@ def _differences_table(suite: Suite, found: Sequence[tuple[str, str, Difference]
         f"above, p (two-sided) from a sign-flip permutation test over {unit}."
     ]
     return Table(f"{_title(suite)}: paired differences", notes, cells)
+
+
+def _checkpoints_table(suite: Suite, files: Sequence[AnswerFile], options: Options) -> Table | None:
+    """Means and differences of each checkpoint, where several were judged."""
+    by_weights: dict[str, list[AnswerFile]] = defaultdict(list)
+    for file in files:
+        if suite.name in file.header["suites"] and file.header.get("checkpoint_sha256"):
+            by_weights[file.header["checkpoint_sha256"]].append(file)
+    if len(by_weights) < 2:
+        return None
+    each = [
+        found
+        for mine in by_weights.values()
+        for found in gather(mine, score=options.score, partial=True)
+        if found.name == suite.name
+    ]
+    values = {
+        name: [estimate(x.rows[name], fixed_tasks=x.fixed_tasks).mean for x in each]
+        for name in suite.rows
+        if all(name in x.rows for x in each)
+    }
+    for one, other, _ in compared(suite, options.compare):
+        if one in values and other in values:
+            values[f"{one} − {other}"] = [
+                difference(x.rows[one], x.rows[other], fixed_tasks=x.fixed_tasks).mean for x in each
+            ]
+    head = ["row", *(f"`{weights[:8]}`" for weights in by_weights), "standard deviation"]
+    cells = [[name, *(f"{x:.3f}" for x in found), f"{np.std(found, ddof=1):.3f}"] for name, found in values.items()]
+    notes = [
+        "Checkpoints by their weights' sha256, each on its own seeds: how trainings differ, which no interval holds."
+    ]
+    return Table(f"{_title(suite)}: by checkpoint", notes, [head, *cells])
 
 
 def _facts_table(files: Sequence[AnswerFile]) -> Table:
