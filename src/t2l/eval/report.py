@@ -100,6 +100,11 @@ class Difference(Estimate):
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {p_text(self.p)}"
 
+    @property
+    def points(self) -> str:
+        """Mean and interval in points of a hundred."""
+        return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
 
 def p_text(p: float) -> str:
     """`p < 0.001` or `p = 0.012`."""
@@ -127,6 +132,10 @@ def strata(scores: Scores) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
+def _groups(scores: Scores, fixed_tasks: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    return strata(scores) if fixed_tasks else clusters(scores)
+
+
 def _bootstrap(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Means under resampling; the mean of the strata's means where there are several."""
     means = np.zeros(DRAWS)
@@ -152,17 +161,13 @@ def estimate(scores: Scores, *, fixed_tasks: bool = False) -> Estimate:
         scores: Of one row.
         fixed_tasks: Whether the tasks are all there are, and count alike; otherwise answers count alike.
     """
-    groups = strata(scores) if fixed_tasks else clusters(scores)
+    groups = _groups(scores, fixed_tasks)
     low, high = np.quantile(_bootstrap(groups), [0.025, 0.975])
     return Estimate(_mean(groups), float(low), float(high), *_size(scores))
 
 
-def difference(one: Scores, other: Scores, *, fixed_tasks: bool = False) -> Difference:
-    """Paired difference of two rows over the tasks that both have.
-
-    Raises:
-        DataError: if they share no task, or one lacks answers that the other has in a shared task.
-    """
+def _paired(one: Scores, other: Scores) -> Scores:
+    """Answer by answer the difference of two rows, on the tasks that both have."""
     shared = [task for task in one if task in other]
     if not shared:
         raise DataError("Rows cannot be paired: they share no task")
@@ -174,7 +179,17 @@ def difference(one: Scores, other: Scores, *, fixed_tasks: bool = False) -> Diff
         paired[task] = {
             item: [x - y for x, y in zip(values, theirs[item], strict=True)] for item, values in mine.items()
         }
-    groups = strata(paired) if fixed_tasks else clusters(paired)
+    return paired
+
+
+def difference(one: Scores, other: Scores, *, fixed_tasks: bool = False) -> Difference:
+    """Paired difference of two rows over the tasks that both have.
+
+    Raises:
+        DataError: if they share no task, or one lacks answers that the other has in a shared task.
+    """
+    paired = _paired(one, other)
+    groups = _groups(paired, fixed_tasks)
     draws = _bootstrap(groups)
     low, one_sided, high = np.quantile(draws, [0.025, 0.05, 0.975])
     p = _sign_flip([sums / (counts.sum() * len(groups)) for sums, counts in groups])
@@ -431,14 +446,17 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
             + "; ".join(f"suite {name} lacks {', '.join(rows)}" for name, rows in missing.items())
             + ". Run them, or pass --without-controls"
         )
+    apart = _by_checkpoint(files, options)
     found = []
     for suite in suites:
         notes = _notes(suite, missing.get(suite.name, []))
         found.append(_rows_table(suite, notes) if suite.fixed_tasks else _tasks_table(suite, notes))
-        if differences := _differences_table(suite, compared(suite, options.compare)):
+        pairs = compared(suite, options.compare)
+        if differences := _differences_table(suite, pairs):
             found.append(differences)
-        if apart := _checkpoints_table(suite, files, options):
-            found.append(apart)
+        each = {weights: own[suite.name] for weights, own in apart.items() if suite.name in own}
+        if len(each) > 1:
+            found.append(_checkpoints_table(suite, each, [(one, other) for one, other, _ in pairs]))
     found.append(_facts_table(files))
     return suites, found
 
@@ -581,32 +599,35 @@ def _differences_table(suite: Suite, found: Sequence[tuple[str, str, Difference]
     return Table(f"{_title(suite)}: paired differences", notes, cells)
 
 
-def _checkpoints_table(suite: Suite, files: Sequence[AnswerFile], options: Options) -> Table | None:
-    """Means and differences of each checkpoint, where several were judged."""
+def _by_checkpoint(files: Sequence[AnswerFile], options: Options) -> dict[str, dict[str, Suite]]:
+    """Weights' sha256 to the suites that they were judged on, by name."""
     by_weights: dict[str, list[AnswerFile]] = defaultdict(list)
     for file in files:
-        if suite.name in file.header["suites"] and file.header.get("checkpoint_sha256"):
-            by_weights[file.header["checkpoint_sha256"]].append(file)
+        if weights := file.header.get("checkpoint_sha256"):
+            by_weights[weights].append(file)
     if len(by_weights) < 2:
-        return None
-    each = [
-        found
-        for mine in by_weights.values()
-        for found in gather(mine, score=options.score, partial=True)
-        if found.name == suite.name
-    ]
-    values = {
-        name: [estimate(x.rows[name], fixed_tasks=x.fixed_tasks).mean for x in each]
-        for name in suite.rows
-        if all(name in x.rows for x in each)
+        return {}
+    return {
+        weights: {suite.name: suite for suite in gather(mine, score=options.score, partial=True)}
+        for weights, mine in by_weights.items()
     }
-    for one, other, _ in compared(suite, options.compare):
-        if one in values and other in values:
-            values[f"{one} − {other}"] = [
-                difference(x.rows[one], x.rows[other], fixed_tasks=x.fixed_tasks).mean for x in each
-            ]
-    head = ["row", *(f"`{weights[:8]}`" for weights in by_weights), "standard deviation"]
-    cells = [[name, *(f"{x:.3f}" for x in found), f"{np.std(found, ddof=1):.3f}"] for name, found in values.items()]
+
+
+def _checkpoints_table(suite: Suite, each: Mapping[str, Suite], pairs: Sequence[tuple[str, str]]) -> Table:
+    """Means and differences of each of several checkpoints."""
+
+    def everywhere(*names: str) -> bool:
+        return all(name in one.rows for one in each.values() for name in names)
+
+    scores = {name: [x.rows[name] for x in each.values()] for name in suite.rows if everywhere(name)}
+    scores |= {
+        f"{one} − {other}": [_paired(x.rows[one], x.rows[other]) for x in each.values()]
+        for one, other in pairs
+        if everywhere(one, other)
+    }
+    means = {name: [_mean(_groups(x, suite.fixed_tasks)) for x in found] for name, found in scores.items()}
+    head = ["row", *(f"`{weights[:8]}`" for weights in each), "standard deviation"]
+    cells = [[name, *(f"{x:.3f}" for x in found), f"{np.std(found, ddof=1):.3f}"] for name, found in means.items()]
     notes = [
         "Checkpoints by their weights' sha256, each on its own seeds: how trainings differ, which no interval holds."
     ]
