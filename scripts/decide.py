@@ -6,18 +6,18 @@ With T2L_DATA set also on tasks with few and with many different answers.
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from t2l.errors import DataError, T2LError
+from common import exit_code
+
+from t2l.errors import DataError
 from t2l.eval import answers
 from t2l.eval.report import Difference, Scores, Suite, difference, estimate, gather
-from t2l.tasks import load_sni
+from t2l.tasks import load_sni, load_splits
 
 FEW = 20
 """Different answers among the training examples of a task that has few."""
@@ -49,11 +49,23 @@ RULES = {
 }
 
 
-def parts() -> dict[str, set[str]]:
+def the_test(paths: Sequence[Path]) -> Suite:
+    """The suite `test` of files of answers.
+
+    Raises:
+        DataError: if they hold none.
+    """
+    for suite in gather([answers.read(path) for path in paths]):
+        if suite.name == "test":
+            return suite
+    raise DataError("The files hold no answers of the suite test")
+
+
+def parts() -> dict[str, Set[str]]:
     """Parts of the test that the protocol reports apart, without those that need data which is not there."""
-    frozen = json.loads(resources.files("t2l.data").joinpath("splits.json").read_text(encoding="utf-8"))
-    tasks, unseen = set(frozen["test"]), set(frozen["test_unseen_category"])
-    found = {"categories without a training task": unseen, "other categories": tasks - unseen}
+    splits = load_splits()
+    tasks, unseen = splits.test, splits.test_unseen_category
+    found: dict[str, Set[str]] = {"categories without a training task": unseen, "other categories": tasks - unseen}
     if os.environ.get("T2L_DATA"):
         few = {
             task.name
@@ -90,9 +102,7 @@ def markdown(suite: Suite) -> str:
     for part, tasks in {"all": set(suite.tasks), **parts()}.items():
         for name, (best, found) in decide(suite, tasks).items():
             rule = RULES[name]
-            points = f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-            if rule.harmless:
-                points += f", one-sided {100 * found.one_sided_low:+.1f}"
+            points = found.points + (f", one-sided {100 * found.one_sided_low:+.1f}" if rule.harmless else "")
             verdict = ("reached" if rule.reached(found) else "missed") if part == "all" else ""
             cells = [f"{name}, ≥ {rule.at_least:+.1f}", f"{part} ({found.tasks})", rule.row, best, points]
             lines.append(f"| {' | '.join(cells)} | {found.p:.3f} | {verdict} |")
@@ -103,15 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="answers of the suite test, of all training seeds")
     given = parser.parse_args(arguments)
-    try:
-        suites = [suite for suite in gather([answers.read(path) for path in given.files]) if suite.name == "test"]
-        if not suites:
-            raise DataError("The files hold no answers of the suite test")
-        print(markdown(suites[0]))
-    except T2LError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: print(markdown(the_test(given.files))))
 
 
 if __name__ == "__main__":

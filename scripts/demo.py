@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import exit_code
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from t2l import TextToLora, models
 from t2l.config import build, load_yaml
-from t2l.errors import DataError, T2LError
+from t2l.errors import DataError
 from t2l.generate import DEFAULT
 from t2l.prompt import render
 
@@ -78,14 +79,7 @@ def main() -> int:
     args = parser.parse_args()
     # Libraries talk to each other about coming versions; nobody who watches a demo can act on it.
     warnings.simplefilter("ignore", FutureWarning)
-    try:
-        show(args.checkpoint, args.out, args.max_new_tokens)
-    except T2LError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: show(args.checkpoint, args.out, args.max_new_tokens))
 
 
 def show(checkpoint: str, out: Path, max_new_tokens: int) -> None:

@@ -78,7 +78,7 @@ LEVERS = {
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
     **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},
 }
-"""The protocol's table, and those of its Deviations."""
+"""The protocol's table and its Deviations, as changes of what was adopted of them."""
 
 
 # ------------------------------------------------------------------------------------------------------------- jobs
@@ -246,7 +246,7 @@ def table(out: Path) -> str:
         shown = ("base+description", "multitask+description", f"t2l{end}", f"t2l-wrong{end}", f"t2l-random{end}")
         means = [f"{estimate(rows[row]).mean:.3f}" for row in shown]
         found = [difference(rows[f"t2l{end}"], rows[row]) for row in ("multitask+description", f"t2l-wrong{end}")]
-        differences = [f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in found]
+        differences = [d.points for d in found]
         harm = 100 * difference(rows[f"t2l-random{end}"], rows[f"multitask{end}"]).one_sided_low
         cells = [path.stem, form, *means, *differences, f"{harm:+.1f}", f"{score:+.1f}"]
         lines.append((score, " | ".join(cells)))

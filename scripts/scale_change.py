@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from common import exit_code
 
 from t2l.checkpoint import load_checkpoint, save_checkpoint
-from t2l.errors import ConfigError, T2LError
+from t2l.errors import ConfigError
 from t2l.generate import checkpoint_folder
 
 
@@ -57,12 +58,7 @@ def main() -> int:
     parser.add_argument("factor", type=float)
     parser.add_argument("out", type=Path)
     given = parser.parse_args()
-    try:
-        print(scaled(given.checkpoint, given.factor, given.out))
-    except T2LError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: print(scaled(given.checkpoint, given.factor, given.out)))
 
 
 if __name__ == "__main__":

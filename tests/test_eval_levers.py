@@ -307,7 +307,7 @@ def packed(tmp_path: Path, sentence_folder: Path, monkeypatch: Any) -> dict[str,
     """Training and choosing tasks for the bounds; the descriptions of the latter are those of the former."""
     texts = {"trained": [f"known {n}: " + "abcdefgh "[n % 7 :] * 3 for n in range(7)]}
     texts["chosen"] = texts["trained"][:3]
-    splits = Splits(frozenset({"trained"}), frozenset(), frozenset(), {}, frozenset())
+    splits = Splits(frozenset({"trained"}), frozenset(), frozenset(), frozenset(), {}, frozenset())
     monkeypatch.setattr(retrieval, "load_splits", lambda: splits)
     monkeypatch.setattr(
         retrieval, "load_sni", lambda names, splits: [Task(name, tuple(texts[name]), {}) for name in sorted(names)]

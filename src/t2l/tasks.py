@@ -50,6 +50,8 @@ class Splits:
     train: frozenset[str]
     validation: frozenset[str]
     test: frozenset[str]
+    test_unseen_category: frozenset[str]
+    """Those of `test` whose category has no training task."""
     excluded: dict[str, str]
     """Task to reason."""
     held_back: frozenset[str]
@@ -65,6 +67,7 @@ def load_splits() -> Splits:
         train=frozenset(data["train"]),
         validation=frozenset(data["validation"]),
         test=frozenset(data["test"]),
+        test_unseen_category=frozenset(data["test_unseen_category"]),
         excluded=data["excluded"],
         held_back=frozenset(_frozen("held_back")["held_back"]),
     )
