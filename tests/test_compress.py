@@ -69,6 +69,14 @@ def library(spec: AdapterSpec, tmp_path_factory: pytest.TempPathFactory) -> Adap
 
 
 @pytest.fixture(scope="module")
+def shared(library: AdapterLibrary) -> AdapterLibrary:
+    """The same adapters, all with the A of the first."""
+    lora = library.stack()
+    lora = LoraTensors(tuple(a[:1].repeat(4, 1, 1, 1) for a in lora.a), lora.b, lora.scaling)
+    return save_library(library.folder.parent / "shared", lora, library.spec, library.index)
+
+
+@pytest.fixture(scope="module")
 def tasks() -> list[Task]:
     """The last one has no held-out examples."""
     return [
@@ -270,6 +278,7 @@ def test_the_checkpoint_is_the_first_networks(compressed: tuple[Path, dict[str, 
 
 def test_one_a_of_all_is_counted_once(
     library: AdapterLibrary,
+    shared: AdapterLibrary,
     tasks: list[Task],
     config: ReconConfig,
     tiny_base: LlamaForCausalLM,
@@ -277,9 +286,7 @@ def test_one_a_of_all_is_counted_once(
     tmp_path: Path,
 ) -> None:
     """The report has both sizes and the network's share of both; components are of what differs."""
-    lora, spec = library.stack(), library.spec
-    lora = LoraTensors(tuple(a[:1].repeat(4, 1, 1, 1) for a in lora.a), lora.b, lora.scaling)
-    shared = save_library(tmp_path / "shared", lora, spec, library.index)
+    spec = library.spec
     alone = replace(
         config,
         hypernet=replace(config.hypernet, writes="B"),
@@ -466,11 +473,10 @@ def test_wrong_use_of_the_commands(library: AdapterLibrary, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_file_one_a_makes_a_basis(library: AdapterLibrary, sentence_folder: Path, tmp_path: Path) -> None:
+def test_without_a_file_one_a_makes_a_basis(
+    library: AdapterLibrary, shared: AdapterLibrary, sentence_folder: Path, tmp_path: Path
+) -> None:
     """Of adapters that share A all differences fit; others get variant L."""
-    lora = library.stack()
-    lora = LoraTensors(tuple(a[:1].repeat(4, 1, 1, 1) for a in lora.a), lora.b, lora.scaling)
-    shared = save_library(tmp_path / "shared", lora, library.spec, library.index)
     quick = [f"encoder.model={sentence_folder}", "encoder.max_tokens=60", "train.steps=2", "hypernet.width=24"]
     options = [word for setting in quick for word in ("--set", setting)]
     found = {}

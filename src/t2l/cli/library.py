@@ -91,6 +91,7 @@ def compress_library(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists already; choose another folder or pass --overwrite")
     try_writing(out.absolute())
+    plain = load_yaml(config) if config else None
 
     from t2l.encoder import load_encoder
     from t2l.library import AdapterLibrary
@@ -98,8 +99,8 @@ def compress_library(
     from t2l.train.recon import ReconConfig
 
     opened = AdapterLibrary.open(library)
-    default = SHARED_A_RECON if config is None and opened.stack().shares_a else DEFAULT_RECON
-    plain = load_yaml(config) if config else default
+    if plain is None:
+        plain = SHARED_A_RECON if opened.stack().shares_a else DEFAULT_RECON
     plain = override(plain, [f"data.library={json.dumps(str(library))}", *(overrides or [])])
     chosen = _device(device)
     if config is None and chosen == "cuda":

@@ -36,6 +36,7 @@ from t2l.train.packing import Documents, document_scores, fixed_rows, pack, toke
 from t2l.train.recon import (
     Descriptions,
     ReconConfig,
+    basis_of_library,
     choose_descriptions,
     compare,
     principal_directions,
@@ -607,8 +608,7 @@ def fitting_head(
         share: Such as 0.25; where even the smallest head exceeds it, that one is taken.
     """
     basis = config.hypernet.variant == "basis"
-    most = max(1, number - 1)
-    sizes = range(min(LEAST_BASIS, most), most + 1) if basis else HEAD_SIZES
+    sizes = range(LEAST_BASIS, max(LEAST_BASIS + 1, number)) if basis else HEAD_SIZES
 
     def parameters(size: int) -> int:
         hypernet = replace(config.hypernet, head_size=size)
@@ -622,7 +622,8 @@ def fitting_head(
         return sum(p.numel() for p in network.parameters())
 
     fitting = bisect_left(sizes, share * number * spec.num_parameters, key=parameters)
-    return replace(config, hypernet=replace(config.hypernet, head_size=sizes[max(0, fitting - 1)]))
+    chosen = replace(config, hypernet=replace(config.hypernet, head_size=sizes[max(0, fitting - 1)]))
+    return basis_of_library(chosen, number)
 
 
 def subset(library: AdapterLibrary, number: int) -> tuple[str, ...]:

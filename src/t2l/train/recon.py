@@ -588,7 +588,7 @@ def train_reconstruction(
     torch.set_float32_matmul_precision("high")
     begin = first_step(config, run, resume=resume)
     library, names = open_library(config.data)
-    plain, config = to_plain(config), _basis_of_library(config, len(names))
+    plain, config = to_plain(config), basis_of_library(config, len(names))
     spec, lora, writes = library.spec, library.stack(names), config.hypernet.writes
     if writes == "B":
         require_shared_a(lora, spec)
@@ -652,7 +652,7 @@ def new_hypernet(config: HypernetConfig, spec: AdapterSpec, encoder: Encoder, ta
     return hypernet
 
 
-def _basis_of_library(config: ReconConfig, number: int) -> ReconConfig:
+def basis_of_library(config: ReconConfig, number: int) -> ReconConfig:
     """N adapters and their mean are mixtures of N - 1: a larger basis would hold nothing more."""
     hypernet = config.hypernet
     if hypernet.variant != "basis" or hypernet.head_size < number:
