@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 ANSWERS = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*.jsonl.gz")])
 TABLES = sorted([*RESULTS.glob("*.md"), *RESULTS.glob("short-runs/*.md")])
+FINAL = sorted(RESULTS.glob("final/*.md"))
+"""Of the protocol's final rows: hundreds of thousands of answers."""
 
 
 def shipped() -> set[str]:
@@ -59,7 +61,11 @@ def test_answers_are_of_weights_that_ship(path: Path) -> None:
 
 
 @pytest.mark.skipif(not TABLES, reason="docs/results holds no table yet")
-@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "table",
+    [*TABLES, *(pytest.param(path, marks=pytest.mark.slow) for path in FINAL)],
+    ids=lambda path: path.name,
+)
 def test_tables_are_what_their_answers_give(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert remade(table, monkeypatch) == table.read_text(encoding="utf-8")
 
