@@ -47,9 +47,11 @@ from t2l.train.sft import (
     make_optimizer,
     neftune_noise,
     require_finite,
+    require_learning,
     train,
 )
 from t2l.train.state import read_progress
+from t2l.train.watch import read_metrics
 
 VERBS = ("Say", "Answer", "Reply", "Write", "Always", "Just")
 ANSWERS = {answer: tuple(f"{verb} {answer}." for verb in VERBS) for answer in ("yes", "no")}
@@ -1265,6 +1267,26 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
     assert all(torch.equal(value, after[name]) for name, value in kept["before"].items())
     assert read_progress(tmp_path / "run").step == 2
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_run_that_diverges_stops(config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One window worse than guessing may be a burst; the second in a row ends the run, what was saved before stays."""
+    original, calls = Trainer.step, []
+
+    def step(self: Trainer, batch: Batch, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(number)
+        loss, norm = original(self, batch, number)
+        return loss * 0 + (1.0, 20.0, 1.0, 20.0, 30.0, 1.0)[number], norm
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(
+        TrainingError, match=r"diverged before step 5: mean losses of 20\.0 and 30\.0, .* this run had 1\.00\. Lower"
+    ):
+        train(shorter(config, steps=6, log_every=1, save_every=4), tmp_path / "run", device="cpu", log=quiet)
+    assert calls == [0, 1, 2, 3, 4]
+    assert read_progress(tmp_path / "run").step == 4
+    assert read_metrics(tmp_path / "run")[-1]["loss"] == 30.0
+    require_learning([12.0, 13.0, 14.0], 100, 3)  # never better than guessing: not what this is about
 
 
 @pytest.mark.parametrize("metric", ["margin", "loss"])

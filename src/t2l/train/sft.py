@@ -11,7 +11,7 @@ loop trains the baselines: a multi-task LoRA (`hypernet.variant: none`), adapter
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -332,6 +332,27 @@ def require_finite(losses: list[float], norms: list[float], first: int, data: Ru
             )
 
 
+def require_learning(means: Sequence[float], vocabulary: int, step: int) -> None:
+    """Checks that a run which has learnt something has not lost all of it.
+
+    Args:
+        means: Mean losses between one row of `metrics.jsonl` and the next, so far.
+        vocabulary: The base's number of tokens.
+        step: Steps done.
+
+    Raises:
+        TrainingError: if the last two are worse than guessing among all tokens, and one before was better. Such runs
+            do not come back; a single burst often does.
+    """
+    chance, best = math.log(vocabulary), min(means)
+    if best < chance and min(means[-2:]) > chance:
+        raise TrainingError(
+            f"The run diverged before step {step}: mean losses of {means[-2]:.1f} and {means[-1]:.1f}, where guessing "
+            f"has {chance:.1f} and this run had {best:.2f}. Lower train.learning_rate, or cap what a description may "
+            "change with hypernet.max_change; --resume goes on from what was saved last, which may be too late"
+        )
+
+
 def make_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with a rate of its own for the offset, and no decay of vectors."""
     named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
@@ -438,7 +459,7 @@ def train(
     Raises:
         ConfigError: if settings do not go together.
         DataError: if data are missing, forbidden or do not fit.
-        TrainingError: if the loss is not finite, or a resume has no state or other settings.
+        TrainingError: if the loss is not finite, the run diverges, or a resume has no state or other settings.
     """
     started = time.monotonic()
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -554,6 +575,8 @@ def _loop(
     pending: list[tuple[Tensor, Tensor]] = []
     losses: list[float] = []
     norms: list[float] = []
+    means: list[float] = []
+    vocabulary = trainer.base.config.get_text_config().vocab_size
 
     def settle() -> None:
         """Waits for the steps so far, and sees whether they were sound."""
@@ -598,6 +621,8 @@ def _loop(
             if train.distill:
                 row["taught"] = taught / len(losses)
             watch.record(row)
+            means.append(row["loss"])
+            require_learning(means, vocabulary, progress.step)
             examples = tokens = skipped = 0
             taught = 0.0
             losses.clear()
