@@ -31,6 +31,7 @@ from t2l.tasks import (
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
 from t2l.train.derive import Check, Choose, derived
+from t2l.train.procedural import lines, procedural
 from t2l.train.relabel import Form, Words, answers_of, variants
 from t2l.train.settings import DataConfig, SftConfig
 
@@ -88,6 +89,7 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     if config.max_tasks is not None and config.max_tasks < len(train):
         order = random.Random(f"{config.seed}/max_tasks").sample(range(len(train)), len(train))
         train = [train[n] for n in sorted(order[: config.max_tasks])]
+    train = train + procedural(config.procedural, lines(train, config.seed), config.seed)
     empty = [task.name for task in train if not task.examples.get("train")]
     if empty:
         raise DataError(f"No training examples for {', '.join(empty[:5])}; take them out or give them some")

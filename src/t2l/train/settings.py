@@ -36,6 +36,9 @@ class DataConfig:
     see `t2l.train.derive`. The rest may be relabelled or reformed."""
     derive_variants: int = 4
     """Of each task."""
+    procedural: int = 0
+    """Tasks on top of the others whose answers are computed from lines of their inputs, see `t2l.train.procedural`;
+    drawn as often as any."""
     made_up: float = 0.0
     """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
     then does no harm."""
@@ -56,7 +59,7 @@ class DataConfig:
     """Leave out tasks none of whose examples fits into a row; otherwise they are an error."""
 
     def __post_init__(self) -> None:
-        for name in ("held_out_descriptions", "hold_out"):
+        for name in ("held_out_descriptions", "hold_out", "procedural"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
         for name in ("derive", "file_share", "made_up", "reform", "relabel"):
