@@ -47,6 +47,7 @@ LEVERS = {
     "balance": Lever(both=("data.by_category=true",)),
     **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50)},
     **{f"relabel-{n}": Lever(both=(f"data.relabel={n / 100}",)) for n in (0, 30)},
+    **{f"in-place-{n}": Lever(both=(f"data.relabel_in_place={n / 100}",)) for n in (50, 100)},
     "reform-0": Lever(both=("data.reform=0",)),
     **{f"derive-{n}": Lever((f"data.derive={n / 100}",)) for n in (0, 60)},
     **{f"procedural-{n}": Lever(both=(f"data.procedural={n}",)) for n in (300, 1000)},

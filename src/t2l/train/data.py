@@ -311,7 +311,7 @@ def _variants(
     made: dict[str, list[tuple[Words | Form, tuple[str, ...]]]] = {task.name: [] for task in tasks}
     for task in tasks:
         if _variant_share(task, config):
-            made[task.name] = variants(task, config.relabel_variants, config.seed)
+            made[task.name] = variants(task, config.relabel_variants, config.seed, in_place=config.relabel_in_place)
     kinds = {type(change) for found in made.values() for change, _ in found}
     if config.relabel and Words not in kinds:
         raise DataError("data.relabel: no task has a few short answers that other words could take the place of")

@@ -27,6 +27,9 @@ class DataConfig:
     relabel: float = 0.0
     """Share of the rows of a task with a few short answers that have other words in their place; only the description
     says which, see `t2l.train.relabel`."""
+    relabel_in_place: float = 0.0
+    """Share of relabelled variants whose texts are the task's own, with the new words where these name the old ones, as
+    far as they do; the texts of others have a sentence more that says the new words."""
     reform: float = 0.0
     """Share of the rows of other tasks whose answers are of another form; only the description says which."""
     relabel_variants: int = 6
@@ -62,7 +65,7 @@ class DataConfig:
         for name in ("held_out_descriptions", "hold_out", "procedural"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("derive", "file_share", "made_up", "reform", "relabel"):
+        for name in ("derive", "file_share", "made_up", "reform", "relabel", "relabel_in_place"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
