@@ -197,8 +197,10 @@ def jobs_of(
     t2l = training(run, seed, [*common, *lever.both, *lever.own, *origin], waits)
     if not judging:
         return [t2l, multitask]
-    judge = (*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", "minimum", "--seeds", "0")
-    judge += ("--per-task", "20", "--batch-tokens", str(batch_tokens), "--out", str(out / f"{name}-{seed}.jsonl"))
+    judge = (*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", "minimum")
+    # Each seed draws another kind of description: short, usual, detailed.
+    judge += ("--seeds", "0,1,2", "--per-task", "8", "--batch-tokens", str(batch_tokens))
+    judge += ("--out", str(out / f"{name}-{seed}.jsonl"))
     judge += ("--checkpoint", str(run / "checkpoint"), "--multitask", str(other / "checkpoint"))
     return [t2l, multitask, Job(f"{run.name}-judged", judge, (t2l.name, multitask.name))]
 
