@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from t2l.errors import ConfigError
+from t2l.errors import ConfigError, DataError
 from t2l.tasks import Example, Task, written_descriptions
 from t2l.train import procedural
 from t2l.train.data import load_tasks
@@ -172,6 +172,15 @@ def test_they_stand_behind_the_tasks_whose_lines_they_ask_about(tmp_path: Path) 
     inputs = {example.input for example in train[0].examples["train"]}
     assert all(example.input in inputs for task in train[1:] for example in task.examples["train"])
     assert held_out == [] and load_tasks(replace(config, procedural=0))[0] == train[:1]
+
+
+def test_too_few_lines_are_an_error(tmp_path: Path) -> None:
+    row = {"task": "one", "description": "One.", "input": "too short", "output": "x", "split": "train"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        DataError, match=r"of 2 tasks 0 can be made; the training inputs hold too few"
+    ):
+        load_tasks(DataConfig(tasks=str(tmp_path / "own.jsonl"), procedural=2))
 
 
 def test_setting_must_not_be_negative() -> None:

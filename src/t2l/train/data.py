@@ -89,7 +89,14 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     if config.max_tasks is not None and config.max_tasks < len(train):
         order = random.Random(f"{config.seed}/max_tasks").sample(range(len(train)), len(train))
         train = [train[n] for n in sorted(order[: config.max_tasks])]
-    train = train + procedural(config.procedural, lines(train, config.seed), config.seed)
+    if config.procedural:
+        made = procedural(config.procedural, lines(train, config.seed), config.seed)
+        if len(made) < config.procedural:
+            raise DataError(
+                f"data.procedural: of {config.procedural} tasks {len(made)} can be made; the training inputs hold too "
+                "few short lines of text"
+            )
+        train = train + made
     empty = [task.name for task in train if not task.examples.get("train")]
     if empty:
         raise DataError(f"No training examples for {', '.join(empty[:5])}; take them out or give them some")

@@ -42,10 +42,6 @@ class Asked:
 # ------------------------------------------------------------------------------------------------------ what is asked
 
 
-def _words(line: str) -> list[str]:
-    return line.split()
-
-
 def _bare(line: str) -> list[str]:
     """The line's words in small letters, without what stands around them."""
     return [found for found in (re.sub(r"^\W+|\W+$", "", word).casefold() for word in line.split()) if found]
@@ -98,7 +94,7 @@ def _longer_than(draw: random.Random) -> Asked:
         f"Has the line more than {number} words? Give {{0}} if it has, else {{1}}.",
     )
     labels = draw.choice((_pair(draw), ("long", "short")))
-    return Asked(says, lambda line: int(len(_words(line)) <= number), labels)
+    return Asked(says, lambda line: int(len(line.split()) <= number), labels)
 
 
 def _begins(draw: random.Random) -> Asked:
@@ -164,12 +160,12 @@ def _nth(draw: random.Random) -> Asked:
         f"What is word number {place + 1}? Copy it.",
         f"Return only the {name} word.",
     )
-    return Asked(says, lambda line: _words(line)[place])
+    return Asked(says, lambda line: line.split()[place])
 
 
 def _last(draw: random.Random) -> Asked:
     says = ("Copy the last word.", "Repeat the word that the line ends with.", "Only the final word is wanted.")
-    return Asked(says, lambda line: _words(line)[-1])
+    return Asked(says, lambda line: line.split()[-1])
 
 
 def _some(draw: random.Random) -> Asked:
@@ -182,7 +178,7 @@ def _some(draw: random.Random) -> Asked:
     )
 
     def answer(line: str) -> str:
-        return " ".join(_words(line)[:number] if first else _words(line)[-number:])
+        return " ".join(line.split()[:number] if first else line.split()[-number:])
 
     return Asked(says, answer)
 
@@ -195,7 +191,7 @@ def _without(draw: random.Random) -> Asked:
         f"Delete the {end} word and give back what remains.",
         f"All words but the {end} one, please.",
     )
-    return Asked(says, lambda line: " ".join(_words(line)[1:] if first else _words(line)[:-1]))
+    return Asked(says, lambda line: " ".join(line.split()[1:] if first else line.split()[:-1]))
 
 
 def _case(draw: random.Random) -> Asked:
@@ -207,7 +203,7 @@ def _case(draw: random.Random) -> Asked:
         f"Take the first {what} of the line and turn all letters into {name}.",
         f"Output: first {what}, {name} only.",
     )
-    return Asked(says, lambda line: change(" ".join(_words(line)[:number])))
+    return Asked(says, lambda line: change(" ".join(line.split()[:number])))
 
 
 def _longest(draw: random.Random) -> Asked:
@@ -230,7 +226,7 @@ def _number(draw: random.Random) -> Asked:
         "Count the words and give their number.",
         "The number of words is the answer.",
     )
-    return Asked(says, lambda line: str(len(_words(line))) if len(_words(line)) <= 9 else None)
+    return Asked(says, lambda line: str(len(line.split())) if len(line.split()) <= 9 else None)
 
 
 def _initials(draw: random.Random) -> Asked:
@@ -242,7 +238,7 @@ def _initials(draw: random.Random) -> Asked:
     )
 
     def answer(line: str) -> str | None:
-        words = _words(line)[:number]
+        words = line.split()[:number]
         fits = len(words) == number and all(word[0].isalpha() for word in words)
         return "".join(word[0].upper() for word in words) if fits else None
 
@@ -257,7 +253,7 @@ def _joined(draw: random.Random) -> Asked:
         f"Write the first {number} words with {name} between them and no spaces.",
         f"First {number} words, linked by {name}.",
     )
-    return Asked(says, lambda line: sign.join(_words(line)[:number]))
+    return Asked(says, lambda line: sign.join(line.split()[:number]))
 
 
 def _starting(draw: random.Random) -> Asked:
@@ -278,35 +274,14 @@ def _swapped(draw: random.Random) -> Asked:
     )
 
     def answer(line: str) -> str:
-        first, *middle, last = _words(line)
+        first, *middle, last = line.split()
         return " ".join((last, *middle, first))
 
     return Asked(says, answer)
 
 
-LABELLED = (
-    _holds_word,
-    _holds_sign,
-    _ends,
-    _longer_than,
-    _begins,
-    _which_word,
-    _repeated,
-    _ends_longer,
-)
-OPEN = (
-    _nth,
-    _last,
-    _some,
-    _without,
-    _case,
-    _longest,
-    _number,
-    _initials,
-    _joined,
-    _starting,
-    _swapped,
-)
+LABELLED = (_holds_word, _holds_sign, _ends, _longer_than, _begins, _which_word, _repeated, _ends_longer)
+OPEN = (_nth, _last, _some, _without, _case, _longest, _number, _initials, _joined, _starting, _swapped)
 LABELLED_SHARE = 0.6
 """Of the tasks."""
 
@@ -357,7 +332,7 @@ def lines(tasks: Iterable[Task], seed: int, number: int = 20_000) -> list[str]:
         for line in example.input.split("\n")
         if len(line) <= LONGEST_LINE
     }
-    fitting = sorted(line for line in found if least <= len(_words(line)) <= most and len(_bare(line)) >= least)
+    fitting = sorted(line for line in found if least <= len(line.split()) <= most and len(_bare(line)) >= least)
     return random.Random(f"{seed}/lines").sample(fitting, min(number, len(fitting)))
 
 
