@@ -177,9 +177,7 @@ def test_they_stand_behind_the_tasks_whose_lines_they_ask_about(tmp_path: Path) 
 def test_too_few_lines_are_an_error(tmp_path: Path) -> None:
     row = {"task": "one", "description": "One.", "input": "too short", "output": "x", "split": "train"}
     (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(
-        DataError, match=r"of 2 tasks 0 can be made; the training inputs hold too few"
-    ):
+    with pytest.raises(DataError, match=r"of 2 tasks 0 can be made; the training inputs hold too few"):
         load_tasks(DataConfig(tasks=str(tmp_path / "own.jsonl"), procedural=2))
 
 
