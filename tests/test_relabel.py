@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -221,6 +222,26 @@ def test_some_rows_read_made_up_words_with_the_right_prompt_and_answers() -> Non
     changed = batch.descriptions != plain.descriptions
     assert 3 < int(changed.sum()) < 13
     assert set(batch.descriptions[changed].tolist()) == {2, 3}
+
+
+def test_some_rows_read_another_description_of_what_they_ask() -> None:
+    tokenizer = make_tokenizer()
+    own = Pool("a", task("yes", "no").examples["train"], (0, 1, 2))
+    variant = replace(own, descriptions=(3, 4), reword=Words({"yes": "on", "no": "off"}))
+    pools = [replace(own, variants=(variant,), variant_share=0.5), Pool("b", own.examples, (5,))]
+    texts = ["Say yes or no.", "Yes or no?", "Which?", "Say on or off.", "On or off?", "Say yes."]
+    settings: dict[str, Any] = {"rows": 32, "tokens": 64, "answer_tokens": 24, "in_prompt": 1.0, "seed": 0}
+    plain, all_, half = (Batches(pools, texts, tokenizer, **settings, read_another=share)[0] for share in (0, 1, 0.5))
+    for name in ("tokens", "labels", "others", "partners", "weights"):
+        assert np.array_equal(getattr(all_, name), getattr(plain, name)), name
+    kind = [0 if text < 3 else 1 if text < 5 else 2 for text in range(6)]
+    read = all_.descriptions.tolist()
+    assert [kind[x] for x in read] == [kind[x] for x in plain.descriptions.tolist()], "what is asked is what is read"
+    assert {x for x in read if kind[x] == 0} == {0, 1, 2} and {x for x in read if kind[x] == 1} == {3, 4}
+    changed = (all_.descriptions != plain.descriptions).sum()
+    assert 0 < (half.descriptions != plain.descriptions).sum() < changed
+    both = torch.stack([plain.descriptions, all_.descriptions])
+    assert ((half.descriptions == both).any(0)).all()
 
 
 def test_a_teachers_examples_have_the_variants_answers_too() -> None:

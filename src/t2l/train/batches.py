@@ -136,6 +136,8 @@ class Batches(Dataset):
             description: not where nothing else reads it.
         made_up: Positions of texts that describe nothing.
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
+        read_another: Share of rows that read another description of their task than the prompt shows, if drawn anew it
+            is another.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
 
     Raises:
@@ -160,6 +162,7 @@ class Batches(Dataset):
         relabel_unsaid: bool = True,
         made_up: Sequence[int] = (),
         made_up_share: float = 0.0,
+        read_another: float = 0.0,
         share_beginnings: bool = True,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
@@ -167,7 +170,7 @@ class Batches(Dataset):
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.teacher_tokens, self.shots = teacher_tokens, shots
         self.relabel_unsaid = relabel_unsaid
-        self.made_up, self.made_up_share = made_up, made_up_share
+        self.made_up, self.made_up_share, self.read_another = made_up, made_up_share, read_another
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
@@ -228,6 +231,10 @@ class Batches(Dataset):
         prompts = [PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt)) for _ in pools]
         self._change(step, tasks, pools, shown, others, partners, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
+        if self.read_another:
+            eighth = np.random.default_rng((self.seed, 8, step))
+            anew = [int(eighth.choice(pool.readable)) for pool in pools]
+            chosen = [new if eighth.random() < self.read_another else x for new, x in zip(anew, chosen, strict=True)]
         if self.made_up:
             third = np.random.default_rng((self.seed, 7, step))
             chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]

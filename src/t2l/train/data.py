@@ -246,6 +246,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         by_category: bool = False,
         teacher_tokens: int = 0,
         made_up: Sequence[int] = (),
+        read_another: float = 0.0,
     ) -> Batches:
         return Batches(
             pools,
@@ -263,6 +264,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             relabel_unsaid=not config.blind,
             made_up=made_up,
             made_up_share=config.data.made_up,
+            read_another=read_another,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
         )
@@ -275,6 +277,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         by_category=config.data.by_category,
         teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
         made_up=range(len(descriptions) - len(made_up), len(descriptions)),
+        read_another=config.train.read_another,
     )
     suites = {
         "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],

@@ -131,6 +131,9 @@ class TrainConfig:
     document's T tokens (arXiv 2310.05914; the paper: 5). T is counted for each document, not for a packed row."""
     description_dropout: float = 0.0
     """Share of rows whose adapter is the offset alone, as for no description at all."""
+    read_another: float = 0.0
+    """Share of rows whose adapter is written from another description of the task than the prompt shows: it can then
+    know more than the prompt does."""
     encoding_noise: float = 0.0
     """Gaussian noise on what the hypernetwork reads, as a share of its root mean square."""
     mix_descriptions: float = 0.0
@@ -175,7 +178,7 @@ class TrainConfig:
         if not 0 < self.contrast_share <= 1:
             raise ConfigError(f"train.contrast_share must be in (0, 1], got {self.contrast_share}")
         shares = ("description_in_prompt", "warmup", "label_smoothing", "description_dropout", "mix_descriptions")
-        for name in shares:
+        for name in (*shares, "read_another"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("contrast", "distill", "distill_shots", "l2", "neftune_alpha", "encoding_noise", "weight_decay"):
@@ -232,10 +235,12 @@ class SftConfig:
             raise ConfigError(
                 f"data.relabel, reform and derive say in descriptions what to answer; here is read the '{self.reads}'"
             )
+        if train.read_another and self.reads != "description":
+            raise ConfigError(f"train.read_another is another description to read; here is read the '{self.reads}'")
         if self.data.made_up and (self.reads != "description" or self.blind):
             raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
         if self.blind:
-            reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
+            reading = ("contrast", "description_dropout", "read_another", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
             if idle:
                 raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
