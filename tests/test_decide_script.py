@@ -62,3 +62,15 @@ def test_differences_are_the_reports(script: ModuleType, tmp_path: Path, capsys:
 def test_parts_by_answers_are_the_protocols(script: ModuleType) -> None:
     parts = script.parts()
     assert (len(parts["few different answers"]), len(parts["many different answers"])) == (29, 31)
+
+
+@pytest.mark.slow
+def test_decisions_are_what_the_answers_give(script: ModuleType, capsys: Any, monkeypatch: Any) -> None:
+    """Without the data only the parts that need none, all of which stand in the file."""
+    monkeypatch.delenv("T2L_DATA", raising=False)
+    final = REPOSITORY / "docs" / "results" / "final"
+    assert script.main([str(final / f"test-{seed}.jsonl.gz") for seed in range(3)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    kept = (final / "decisions.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 + 3 * 4 and set(lines) <= set(kept)
+    assert [line.split("|")[-2].strip() for line in kept[2:6]] == ["missed", "reached", "missed", "reached"]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 ANSWERS = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*.jsonl.gz")])
 TABLES = sorted([*RESULTS.glob("*.md"), *RESULTS.glob("short-runs/*.md")])
-FINAL = sorted(RESULTS.glob("final/*.md"))
+FINAL = sorted(set(RESULTS.glob("final/*.md")) - {RESULTS / "final" / "decisions.md"})
 """Of the protocol's final rows: hundreds of thousands of answers."""
 
 
