@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, MistralConfig
 from t2l.apply import live
 from t2l.config import HypernetConfig, LoraConfig
 from t2l.errors import ConfigError, SpecMismatchError
-from t2l.hypernet import Hypernet
+from t2l.hypernet import Hypernet, Standard
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 
@@ -252,6 +252,35 @@ def test_padding_content_does_not_matter(variant: str, spec: AdapterSpec) -> Non
         moved = hypernet(states + 0.5 * mask[..., None] * torch.randn(states.shape), mask)
     assert close(clean, dirty)
     assert not close(clean, moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_standardized_encodings_are_read_like_others(variant: str, kind: str, spec: AdapterSpec) -> None:
+    """The same network reads them as its twin reads what was standardized by hand; constants are no parameters."""
+    states, mask = encode(kind)
+    rows = states[mask] if mask is not None else states
+    assert len(rows) > 2
+    standardized = make_hypernet(spec, variant=variant, kind=kind, standardize=True)
+    twin = make_hypernet(spec, variant=variant, kind=kind)
+    saved = standardized.state_dict()
+    constants = {name: saved.pop(name) for name in list(saved) if name.startswith("standard.")}
+    assert set(constants) == {"standard.mean_E", "standard.scale_E"}
+    assert not set(constants) & {name for name, _ in standardized.named_parameters()}
+    twin.load_state_dict(saved)
+    assert close(standardized(states, mask), twin(states, mask)), "until they are fitted, they do nothing"
+    standardized.standard.fit(rows)
+    by_hand = (states - rows.mean(0)) / rows.std(0, correction=0)
+    assert close(standardized(states, mask), twin(by_hand, mask), tolerance=1e-4)
+    assert not close(standardized(states, mask), twin(states, mask), tolerance=1e-3)
+
+
+def test_a_number_that_never_changes_keeps_its_size() -> None:
+    standard = Standard(3)
+    rows = torch.tensor([[1.0, 5.0, 2.0], [3.0, 5.0, 2.00001]])
+    standard.fit(rows)
+    assert torch.allclose(standard(rows), torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), atol=1e-4)
+    assert standard.scale_E[1:].tolist() == [1.0, 1.0]
 
 
 def test_all_tokens_are_read(spec: AdapterSpec) -> None:

@@ -179,6 +179,28 @@ def interrupt_at(step: int) -> Callable[[str], None]:
     return log
 
 
+def test_standardized_run_keeps_what_it_measured(config: SftConfig, tmp_path: Path) -> None:
+    """By the tokens of the texts that are trained on; saved, resumed, and no start for a run that does not."""
+    standardized = replace(config, hypernet=replace(config.hypernet, standardize=True))
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(standardized, run, device="cpu", log=interrupt_at(4))
+    folder = train(standardized, run, resume=True, device="cpu", log=quiet)
+    t2l = TextToLora.from_pretrained(str(folder))
+    encoded = t2l.encoder.encode([text for texts in ANSWERS.values() for text in texts[:-1]])
+    rows = encoded.states[encoded.mask].bfloat16().float()
+    assert t2l.hypernet.standard is not None
+    assert torch.allclose(t2l.hypernet.standard.mean_E, rows.mean(0), atol=2e-3)
+    assert torch.allclose(1 / t2l.hypernet.standard.scale_E, rows.std(0, correction=0), rtol=2e-3, atol=2e-3)
+    other = shorter(config, start_from=str(folder))
+    with pytest.raises(ConfigError, match=r"hypernet\.standardize is True, here False"):
+        train(other, tmp_path / "other", device="cpu", log=quiet)
+    on = shorter(standardized, start_from=str(folder), steps=1)
+    again = TextToLora.from_pretrained(str(train(on, tmp_path / "on", device="cpu", log=quiet)))
+    assert again.hypernet.standard is not None
+    assert torch.equal(again.hypernet.standard.mean_E, t2l.hypernet.standard.mean_E)
+
+
 @pytest.mark.parametrize("noise", [b"", b"x"], ids=["same random state", "other random state"])
 def test_resumed_run_is_the_same_run(noise: bytes, config: SftConfig, whole_run: Path, tmp_path: Path) -> None:
     """Six steps, or three, a crash in the fourth and three more: weights, optimiser and random state bit for bit."""

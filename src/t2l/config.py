@@ -78,6 +78,10 @@ class HypernetConfig:
     prompt_aware: bool = False
     """Whether what is written also depends on whether the prompts that the adapter is for show the description. One
     that can leave the words to the prompt need not overrule it with others."""
+    standardize: bool = False
+    """Whether every number of an encoding is read by its mean and standard deviation over the training texts (over all
+    of their tokens), which are saved with the weights. All texts' hidden states have most of their length in common;
+    what differs is then what is large."""
     own_units: bool = False
     """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
     to the elements' standard deviations over the library."""
@@ -94,8 +98,9 @@ class HypernetConfig:
             raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
         if self.variant == "none" and not self.train_offset:
             raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
-        if self.variant == "none" and self.prompt_aware:
-            raise ConfigError("hypernet.variant 'none' writes one adapter only; prompt_aware would do nothing")
+        for name in ("prompt_aware", "standardize"):
+            if self.variant == "none" and getattr(self, name):
+                raise ConfigError(f"hypernet.variant 'none' writes one adapter only; {name} would do nothing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class Hypernet(nn.Module):
         grid = (1, 1) if config.variant == "basis" else (num_layers, len(spec.targets))
         self.scaling, self.max_change = spec.scaling, config.max_change
         self.offset = Offset(sizes, num_layers=num_layers, rank=spec.rank, trainable=config.train_offset)
+        self.standard = Standard(embedding_size) if config.standardize else None
         self.trunk: SentenceTrunk | TokenTrunk | None = None
         self.units = Units(written, num_layers=num_layers, rank=spec.rank) if config.own_units else None
         self.head: HeadL | HeadM | HeadS | HeadBasis | None = None
@@ -108,6 +109,8 @@ class Hypernet(nn.Module):
         shared_a, shared_b = (tuple(x.expand(len(states), *x.shape) for x in part) for part in (offset_a, offset_b))
         if self.trunk is None or self.head is None:
             return LoraTensors(shared_a, shared_b, self.scaling)
+        if self.standard is not None:
+            states = self.standard(states)
         features_NLMH = self.trunk(states, mask, in_prompt)
         change_a, change_b = self.head(features_NLMH)
         if self.max_change is not None:
@@ -151,6 +154,27 @@ class Hypernet(nn.Module):
         with torch.no_grad():
             for parameter, value in zip((*self.offset.a, *self.offset.b), (*lora.a, *lora.b), strict=True):
                 parameter.copy_(value)
+
+
+class Standard(nn.Module):
+    """(x - mean) / deviation for every number of an encoding; both are constants, saved with the weights."""
+
+    mean_E: Tensor
+    scale_E: Tensor
+
+    def __init__(self, embedding_size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_E", torch.zeros(embedding_size))
+        self.register_buffer("scale_E", torch.ones(embedding_size))
+
+    def fit(self, states_KE: Tensor) -> None:
+        """Takes the constants from K encodings of texts or tokens; a number that never changes keeps its size."""
+        deviation, self.mean_E[:] = torch.std_mean(states_KE.float(), dim=0, correction=0)
+        self.scale_E[:] = torch.where(deviation > 1e-4, 1 / deviation, 1.0)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(…, E) to the same."""
+        return (states - self.mean_E) * self.scale_E
 
 
 class Offset(nn.Module):

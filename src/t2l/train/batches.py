@@ -208,6 +208,12 @@ class Batches(Dataset):
         return int(rng.choice(self.pools[task].readable))
 
     @property
+    def readable(self) -> list[int]:
+        """Everything that may be read for any task, its variants and what is derived of it, in order."""
+        pools = [p for pool in self.pools for p in (pool, *pool.variants, *pool.derived)]
+        return sorted({text for pool in pools for text in pool.readable})
+
+    @property
     def told_apart(self) -> bool:
         """Whether for every task there is something to read that belongs to other tasks alone."""
         everything = frozenset[int]().union(*self.read)

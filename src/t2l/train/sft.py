@@ -491,6 +491,8 @@ def train(
         if chosen.type == "cuda":
             base = base.to(torch.bfloat16)
         hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
+        if hypernet.standard is not None and bank is not None:
+            hypernet.standard.fit(bank.sample(torch.tensor(data.train.readable)).cpu())
         if config.train.start_from:
             origin = _start_from(hypernet, config, spec, revision)
         hypernet.to(chosen).train()
@@ -666,7 +668,7 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         if whole:
             model = spec.base_model if config.encoder.model == "base" else config.encoder.model
             sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
-            shape = ("variant", "writes", "prompt_aware", *sizes)
+            shape = ("variant", "writes", "prompt_aware", "standardize", *sizes)
             found |= {
                 "reads": config.reads,
                 "encoder": {
