@@ -113,6 +113,10 @@ def test_answers_are_what_is_asked(kind: Callable[[random.Random], procedural.As
     assert answered > 100
 
 
+def test_a_line_of_one_word_has_a_longest() -> None:
+    assert procedural._longest(random.Random(0)).answer("ha ha Ha! ha") == "ha"
+
+
 def test_tasks_name_their_labels_and_are_balanced() -> None:
     assert len(TASKS) == 200
     labelled = 0

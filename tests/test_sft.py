@@ -51,7 +51,6 @@ from t2l.train.sft import (
     train,
 )
 from t2l.train.state import read_progress
-from t2l.train.watch import read_metrics
 
 VERBS = ("Say", "Answer", "Reply", "Write", "Always", "Just")
 ANSWERS = {answer: tuple(f"{verb} {answer}." for verb in VERBS) for answer in ("yes", "no")}
@@ -1307,7 +1306,7 @@ def test_run_that_diverges_stops(config: SftConfig, tmp_path: Path, monkeypatch:
         train(shorter(config, steps=6, log_every=1, save_every=4), tmp_path / "run", device="cpu", log=quiet)
     assert calls == [0, 1, 2, 3, 4]
     assert read_progress(tmp_path / "run").step == 4
-    assert read_metrics(tmp_path / "run")[-1]["loss"] == 30.0
+    assert metrics(tmp_path / "run")[-1]["loss"] == 30.0
     require_learning([12.0, 13.0, 14.0], 100, 3)  # never better than guessing: not what this is about
 
 

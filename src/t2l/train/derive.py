@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from t2l.tasks import Example, Task
-from t2l.train.relabel import WORDS, texts_for_variant
+from t2l.train.relabel import WORDS, joined, texts_for_variant
 
 LONGEST_ANSWER = 200
 """Characters; examples with a longer answer are left out."""
@@ -234,7 +234,7 @@ def _choose(examples: tuple[Example, ...], draw: random.Random) -> tuple[Choose,
     marks = marks[: len(known)]
     before, between = draw.choice(LISTS)
     ask = Choose(marks, before, draw.choice(options), between, examples)
-    return ask, CHOICES, {"kind": called, "marks": f"{', '.join(marks[:-1])} or {marks[-1]}"}
+    return ask, CHOICES, {"kind": called, "marks": joined(marks, "or")}
 
 
 def _ended(text: str) -> str:

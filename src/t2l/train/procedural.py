@@ -11,9 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from t2l.tasks import Example, Task
-from t2l.train.relabel import OPPOSITES, WORDS
+from t2l.train.relabel import OPPOSITES, WORDS, joined
 
 EXAMPLES = 60
 """Of each task."""
@@ -42,9 +43,11 @@ class Asked:
 # ------------------------------------------------------------------------------------------------------ what is asked
 
 
-def _bare(line: str) -> list[str]:
-    """The line's words in small letters, without what stands around them."""
-    return [found for found in (re.sub(r"^\W+|\W+$", "", word).casefold() for word in line.split()) if found]
+@cache
+def _bare(line: str) -> tuple[str, ...]:
+    """The line's words in small letters, without what stands around them; all tasks ask of the same lines."""
+    words = (re.sub(r"^\W+|\W+$", "", word).casefold() for word in line.split())
+    return tuple(word for word in words if word)
 
 
 COMMON = "the a and to of in is it you that was for on with not but they he she we this are have at his her"
@@ -113,7 +116,7 @@ def _begins(draw: random.Random) -> Asked:
 
 def _which_word(draw: random.Random) -> Asked:
     words = draw.sample(COMMON.split(), draw.choice((2, 2, 3)))
-    listed = f"{', '.join(words[:-1])} or {words[-1]}"
+    listed = joined(words, "or")
     labels = tuple(words) if draw.random() < 0.6 else tuple(draw.sample(WORDS.split(), len(words)))
     told = ", ".join(f"{{{place}}} for {word}" for place, word in enumerate(words))
     says = (
@@ -214,8 +217,9 @@ def _longest(draw: random.Random) -> Asked:
     )
 
     def answer(line: str) -> str | None:
-        lengths = sorted((len(word) for word in set(_bare(line))), reverse=True)
-        return max(_bare(line), key=len) if lengths[0] > lengths[1] else None
+        most = max(map(len, _bare(line)))
+        longest = {word for word in _bare(line) if len(word) == most}
+        return longest.pop() if len(longest) == 1 else None
 
     return Asked(says, answer)
 

@@ -170,11 +170,12 @@ def variants(
             change: Words | Form = Words(new)
         else:
             change = draw.choice(list(FORMS))
-        texts = [_with_sentence(text, change, draw) for text in texts_for_variant(task, draw)]
         another = random.Random(f"{seed}/{task.name}/in_place/{turn}")
         if speaking and another.random() < in_place:
             some = another.sample(speaking, min(TEXTS_EACH, len(speaking)))
             texts = [_exchanged(text, new) for text in some]
+        else:
+            texts = [_with_sentence(text, change, draw) for text in texts_for_variant(task, draw)]
         found.append((change, tuple(dict.fromkeys(texts))))
     return found
 
@@ -186,7 +187,8 @@ def naming(descriptions: Sequence[str], answers: Sequence[str]) -> list[str]:
     """
     if any(sum(map(str.isalpha, answer)) < 2 for answer in answers):
         return []
-    counted = ((text, Counter(_answers_in(answers).findall(text))) for text in descriptions)
+    named = _answers_in(answers)
+    counted = ((text, Counter(named.findall(text))) for text in descriptions)
     return [text for text, counts in counted if len(counts) == len(answers) and len(set(counts.values())) == 1]
 
 
@@ -242,19 +244,19 @@ def _naming(new: Mapping[str, str], draw: random.Random) -> str:
     draw.shuffle(pairs)
     if all(old == word for old, word in pairs):
         words = [word for _, word in pairs]
-        either, both = _joined(words, "or"), _joined(words, "and")
+        either, both = joined(words, "or"), joined(words, "and")
         return draw.choice(LISTS).format(or_=either, and_=both, list_=", ".join(words))
     if draw.random() < 0.6:
         how = draw.choice(SWAPS)
         first = how.format(old=pairs[0][0], new=pairs[0][1])
         # The verb stands once, as in "Write maple for Yes and river for No".
         link = how[how.index("{new}") :]
-        return _joined([first, *(link.format(old=old, new=word) for old, word in pairs[1:])], "and") + "."
+        return joined([first, *(link.format(old=old, new=word) for old, word in pairs[1:])], "and") + "."
     form = draw.choice(("{new} ({old})", "{new} = {old}", "{old}: {new}", "{old} -> {new}"))
     listed = ", ".join(form.format(old=old, new=word) for old, word in pairs)
     return draw.choice(SWAP_LISTS).format(pairs=listed)
 
 
-def _joined(parts: Sequence[str], word: str) -> str:
+def joined(parts: Sequence[str], word: str) -> str:
     """`a, b or c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"

@@ -177,8 +177,15 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.contrast_share <= 1:
             raise ConfigError(f"train.contrast_share must be in (0, 1], got {self.contrast_share}")
-        shares = ("description_in_prompt", "warmup", "label_smoothing", "description_dropout", "mix_descriptions")
-        for name in (*shares, "read_another"):
+        shares = (
+            "description_in_prompt",
+            "warmup",
+            "label_smoothing",
+            "description_dropout",
+            "mix_descriptions",
+            "read_another",
+        )
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("contrast", "distill", "distill_shots", "l2", "neftune_alpha", "encoding_noise", "weight_decay"):

@@ -491,7 +491,7 @@ def train(
         if chosen.type == "cuda":
             base = base.to(torch.bfloat16)
         hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
-        if hypernet.standard is not None and bank is not None:
+        if hypernet.standard is not None and bank is not None and not begin:  # a saved state has the constants
             hypernet.standard.fit(bank.sample(torch.tensor(data.train.readable)).cpu())
         if config.train.start_from:
             origin = _start_from(hypernet, config, spec, revision)
