@@ -20,12 +20,12 @@ from pathlib import Path
 from t2l.errors import DataError
 from t2l.eval import answers
 from t2l.eval.report import Scores, difference, estimate, gather
-from t2l.eval.rows import MINIMUM
 from t2l.files import read_json
 from t2l.train.watch import read_metrics
 
 RECIPE = Path("configs/final.yaml")
 MULTITASK = ("hypernet.variant=none", "train.contrast=0", "data.made_up=0", "data.derive=0")
+BASELINES = ("base", "base+description", "multitask", "multitask+description")
 T2L = (sys.executable, "-c", "from t2l.cli import main; main()")
 
 
@@ -34,31 +34,40 @@ class Lever:
     """What is changed of the recipe."""
 
     own: tuple[str, ...] = ()
-    """In T2L's run alone; the multi-task LoRA is then that of the recipe."""
+    """In T2L's run alone; the multi-task LoRA is then that of the recipe. Also what is tried on T2L first and would be
+    the multi-task LoRA's too if it were adopted: the loss, regularisation, how tasks and descriptions are drawn."""
     both: tuple[str, ...] = ()
-    """In both runs: data, prompts, targets, rank. A multi-task LoRA of its own is trained."""
+    """In both runs: tasks, prompts, targets, rank. A multi-task LoRA of its own is trained."""
     pretrained: bool = False
     """Whether T2L starts from the multi-task LoRA."""
 
 
+CENTRED = ("hypernet.standardize=true", "hypernet.centre=true")
+OUTPUTS = ("lora.targets=[q_proj,v_proj,o_proj,down_proj]", "lora.rank=4", "lora.alpha=8")
 LEVERS = {
     "base": Lever(),
     **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
-    "balance": Lever(both=("data.by_category=true",)),
+    "balance": Lever(("data.by_category=true",)),
     **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50)},
     **{f"relabel-{n}": Lever(both=(f"data.relabel={n / 100}",)) for n in (0, 30)},
     **{f"in-place-{n}": Lever(both=(f"data.relabel_in_place={n / 100}",)) for n in (50, 100)},
     "reform-0": Lever(both=("data.reform=0",)),
     **{f"derive-{n}": Lever((f"data.derive={n / 100}",)) for n in (0, 60)},
     **{f"procedural-{n}": Lever(both=(f"data.procedural={n}",)) for n in (300, 1000)},
-    "file-80": Lever(both=("data.file_share=0.8",)),
-    "desc-data": Lever(both=("data.descriptions=all", "data.file_share=0")),
+    "file-80": Lever(("data.file_share=0.8",)),
+    "desc-data": Lever(("data.descriptions=own", "data.file_share=0")),
     **{f"contrast-{weight}": Lever((f"train.contrast={weight}",)) for weight in (0, 0.1)},
     "made-up-0": Lever(("data.made_up=0",)),
     "rate": Lever(("train.learning_rate=5e-4",)),
     "standardize": Lever(("hypernet.standardize=true",)),
     "standardize-contrast-0": Lever(("hypernet.standardize=true", "train.contrast=0")),
     "standardize-rate": Lever(("hypernet.standardize=true", "train.learning_rate=5e-4")),
+    "centre": Lever(("hypernet.centre=true",)),
+    "centre-contrast-0": Lever(("hypernet.centre=true", "train.contrast=0")),
+    "centred": Lever(CENTRED),
+    "centred-contrast-0": Lever((*CENTRED, "train.contrast=0")),
+    "centred-rate": Lever((*CENTRED, "train.learning_rate=3e-4")),
+    "centred-outputs": Lever(CENTRED, OUTPUTS),
     "offset-rate": Lever(("train.offset_learning_rate=5e-4",)),
     "desc-dropout": Lever(("train.description_dropout=0.1",)),
     **{f"read-another-{n}": Lever((f"train.read_another={n / 100}",)) for n in (50, 100)},
@@ -72,9 +81,9 @@ LEVERS = {
     "token-dropout-0.3": Lever(("hypernet.token_dropout=0.3",)),
     **{f"noise-{size}": Lever((f"train.encoding_noise={size}",)) for size in (0.1, 0.3)},
     "l2": Lever(("train.l2=1e-3",)),
-    "smooth": Lever(both=("train.label_smoothing=0.1",)),
-    "neftune": Lever(both=("train.neftune_alpha=5",)),
-    **{f"decay-{size}": Lever(both=(f"train.weight_decay={size}",)) for size in (0, 0.1)},
+    "smooth": Lever(("train.label_smoothing=0.1",)),
+    "neftune": Lever(("train.neftune_alpha=5",)),
+    **{f"decay-{size}": Lever((f"train.weight_decay={size}",)) for size in (0, 0.1)},
     "gate": Lever(("hypernet.max_change=0.01",)),
     "kl": Lever(("train.distill=1.0",)),
     "variant-M": Lever(("hypernet.variant=M",)),
@@ -82,7 +91,7 @@ LEVERS = {
     "basis": Lever(("hypernet.variant=basis", "hypernet.head_size=32")),
     "prompt-aware": Lever(("hypernet.prompt_aware=true",), ("train.description_in_prompt=0.5",)),
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
-    "outputs": Lever(both=("lora.targets=[q_proj,v_proj,o_proj,down_proj]", "lora.rank=4", "lora.alpha=8")),
+    "outputs": Lever(both=OUTPUTS),
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
     **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},
@@ -180,55 +189,88 @@ def multitask_of(name: str, seed: int) -> str:
     return f"{name if LEVERS[name].both else 'base'}-{seed}-multitask"
 
 
+def judging(
+    out: Path, name: str, rows: Sequence[str], after: tuple[str, ...], batch_tokens: int, **inputs: Path
+) -> Job:
+    """`t2l eval run` on the choosing tasks, eight instances a task under each of three descriptions."""
+    command = [*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", ",".join(rows)]
+    # Each seed draws another kind of description: short, usual, detailed.
+    command += ["--seeds", "0,1,2", "--per-task", "8", "--batch-tokens", str(batch_tokens)]
+    command += ["--out", str(out / f"{name}.jsonl")]
+    for option, checkpoint in inputs.items():
+        command += [f"--{option}", str(checkpoint / "checkpoint")]
+    return Job(f"{name}-judged", tuple(command), after)
+
+
 def jobs_of(
-    name: str, seed: int, out: Path, *, common: Sequence[str] = (), batch_tokens: int = 2**18, judging: bool = True
+    name: str,
+    seed: int,
+    out: Path,
+    *,
+    common: Sequence[str] = (),
+    own: Sequence[str] = (),
+    batch_tokens: int = 2**18,
+    judge: bool = True,
 ) -> list[Job]:
-    """What a lever's row needs: two trainings and their judging.
+    """What a lever's row needs: two trainings, and the judging of both.
 
     Args:
         name: A key of `LEVERS`.
         seed: Of training.
         out: Folder of all runs.
         common: Changes of the recipe in every run.
+        own: Changes of the recipe in every run of T2L.
         batch_tokens: Of judging, as other jobs take the GPU's memory too.
-        judging: Without it, what the runs see of the choosing tasks while they train is all.
+        judge: Without it, what the runs see of the choosing tasks while they train is all.
     """
     lever = LEVERS[name]
     run, other = out / f"{name}-{seed}", out / multitask_of(name, seed)
     multitask = training(other, seed, [*common, *lever.both, *MULTITASK])
     origin = [f"train.start_from={other / 'checkpoint'}"] if lever.pretrained else []
     waits = (multitask.name,) if lever.pretrained else ()
-    t2l = training(run, seed, [*common, *lever.both, *lever.own, *origin], waits)
-    if not judging:
+    t2l = training(run, seed, [*common, *own, *lever.both, *lever.own, *origin], waits)
+    if not judge:
         return [t2l, multitask]
-    judge = (*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", "minimum")
-    # Each seed draws another kind of description: short, usual, detailed.
-    judge += ("--seeds", "0,1,2", "--per-task", "8", "--batch-tokens", str(batch_tokens))
-    judge += ("--out", str(out / f"{name}-{seed}.jsonl"))
-    judge += ("--checkpoint", str(run / "checkpoint"), "--multitask", str(other / "checkpoint"))
-    return [t2l, multitask, Job(f"{run.name}-judged", judge, (t2l.name, multitask.name))]
+    return [
+        t2l,
+        multitask,
+        judging(out, run.name, rows_of(lever), (t2l.name,), batch_tokens, checkpoint=run),
+        judging(out, other.name, BASELINES, (multitask.name,), batch_tokens, multitask=other),
+    ]
+
+
+def rows_of(lever: Lever) -> list[str]:
+    """T2L's rows: under the plain prompt only if training shows it, which the recipe does not."""
+    plain = any("description_in_prompt" in change for change in lever.both)
+    return [
+        f"{row}{end}"
+        for row in ("t2l", "t2l-wrong", "t2l-random")
+        for end in (("", "+description") if plain else ("+description",))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ table
 
 
-def together(path: Path) -> dict[str, Scores]:
-    """Rows of all suites of a file as one."""
+def together(*paths: Path) -> dict[str, Scores]:
+    """Rows of all suites of some files as one."""
     rows: dict[str, Scores] = {}
-    for suite in gather([answers.read(path)]):
+    for suite in gather([answers.read(path) for path in paths]):
         for name, scores in suite.rows.items():
             rows.setdefault(name, {}).update(scores)
     return rows
 
 
 def points(rows: dict[str, Scores]) -> dict[str, tuple[float, float, float]]:
-    """For each form of T2L's prompt: S, and what it is made of, in points.
+    """For each form of T2L's prompt that was judged: S, and what it is made of, in points.
 
     Returns:
         `plain` and `description` to (S, T2L - multi-task LoRA with description, right - another's).
     """
     found = {}
     for form, end in (("plain", ""), ("description", "+description")):
+        if f"t2l{end}" not in rows:
+            continue
         gain = 100 * difference(rows[f"t2l{end}"], rows["multitask+description"]).mean
         steering = 100 * difference(rows[f"t2l{end}"], rows[f"t2l-wrong{end}"]).mean
         found[form] = min(gain - 4, steering - 8), gain, steering
@@ -244,12 +286,14 @@ def markdown(head: str, rows: Sequence[tuple[float, str]]) -> str:
 def table(out: Path) -> str:
     """Markdown of every judged run, the best S first; differences with 95 % intervals over tasks, in points."""
     lines, partial = [], []
-    for path in sorted(out.glob("*.jsonl")):
+    for path in sorted(out.glob("*-[0-9].jsonl")):
+        name, _, seed = path.stem.rpartition("-")
+        other = out / f"{multitask_of(name, int(seed))}.jsonl"
         try:
-            rows = together(path)
+            rows = together(path, other) if other.is_file() else {}
         except DataError:  # answers are missing
             rows = {}
-        if not rows.keys() >= {row.name for row in MINIMUM}:
+        if not rows.keys() >= {*rows_of(LEVERS[name]), *BASELINES}:
             partial.append(path.stem)
             continue
         form, (score, _, _) = max(points(rows).items(), key=lambda item: item[1][0])
@@ -308,6 +352,9 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="in every run: the recipe so far"
     )
+    parser.add_argument(
+        "--own", action="append", default=[], metavar="KEY=VALUE", help="in every run of T2L: the recipe so far"
+    )
     parser.add_argument("--max-minutes", type=float, help="then running jobs are ended; the same command goes on")
     parser.add_argument("--no-judging", action="store_true", help="only train, with a table of what the runs saw")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
@@ -320,7 +367,7 @@ def main() -> int:
         jobs: dict[str, Job] = {}
         for seed in given.seed or [0]:
             for name in given.levers:
-                some = jobs_of(name, seed, given.out, common=given.set, judging=not given.no_judging)
+                some = jobs_of(name, seed, given.out, common=given.set, own=given.own, judge=not given.no_judging)
                 jobs |= {job.name: job for job in some if job.name not in jobs}
         until = time.monotonic() + 60 * given.max_minutes if given.max_minutes else float("inf")
         failed = run_jobs(list(jobs.values()), given.out / "logs", gpus=given.gpus, at_once=given.at_once, until=until)

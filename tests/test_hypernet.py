@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, MistralConfig
 from t2l.apply import live
 from t2l.config import HypernetConfig, LoraConfig
 from t2l.errors import ConfigError, SpecMismatchError
-from t2l.hypernet import Hypernet, Standard
+from t2l.hypernet import Centre, Hypernet, Standard
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 
@@ -273,6 +273,41 @@ def test_standardized_encodings_are_read_like_others(variant: str, kind: str, sp
     by_hand = (states - rows.mean(0)) / rows.std(0, correction=0)
     assert close(standardized(states, mask), twin(by_hand, mask), tolerance=1e-4)
     assert not close(standardized(states, mask), twin(states, mask), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_centred_features_leave_the_offset_what_all_texts_share(variant: str, kind: str, spec: AdapterSpec) -> None:
+    """The mean of what is written for a batch is the offset; judging takes the average of training as it is."""
+    states, mask = encode(kind)
+    hypernet = make_hypernet(spec, variant=variant, kind=kind, centre=True, dropout=0.0, token_dropout=0.0)
+    before = {name: x.clone() for name, x in hypernet.state_dict().items()}
+    assert {"head.centre.mean", "head.centre.begun"} <= set(before)
+    assert not {"head.centre.mean", "head.centre.begun"} & {name for name, _ in hypernet.named_parameters()}
+    twin = make_hypernet(spec, variant=variant, kind=kind)
+    twin.load_state_dict({name: x for name, x in before.items() if ".centre." not in name})
+    assert close(hypernet(states, mask), twin(states, mask)), "until it is trained, nothing is taken off"
+    hypernet.train()
+    written = hypernet(states, mask)
+    hypernet.eval()
+    offset = hypernet.offset_lora()
+    for mine, shared in zip((*written.a, *written.b), (*offset.a, *offset.b), strict=True):
+        assert torch.allclose(mine.mean(0), shared, atol=1e-5)
+        assert not torch.allclose(mine, shared.expand_as(mine), atol=1e-4)
+    assert close(hypernet(states, mask), written), "the first batch is the average"
+    assert all(torch.equal(before[name], x) for name, x in hypernet.state_dict().items() if ".centre." not in name)
+    first = hypernet.head.centre.mean.clone()
+    hypernet.train()
+    some = None if mask is None else mask[:1]
+    hypernet(states[:1], some)
+    hypernet.eval()
+    drift = hypernet.head.centre.mean - first
+    assert drift.abs().max() > 0
+    hypernet.head.centre.mean.copy_(first + drift / (1 - Centre.KEPT))
+    (one,) = {len(x) for x in hypernet(states[:1], some).b}
+    assert one == 1
+    for mine, shared in zip(hypernet(states[:1], some).b, offset.b, strict=True):
+        assert torch.allclose(mine[0], shared, atol=1e-4), "a tenth of the way to the one text of the second batch"
 
 
 def test_a_number_that_never_changes_keeps_its_size() -> None:

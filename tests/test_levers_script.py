@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -86,9 +85,16 @@ def test_every_lever_is_a_setting_that_differs_from_the_recipe(script: ModuleTyp
 
 
 def test_a_row_needs_two_trainings_and_goes_on_where_it_was(script: ModuleType, tmp_path: Path) -> None:
-    first, second, judged = script.jobs_of("contrast-0.1", 3, tmp_path)
+    first, second, *judged = script.jobs_of(
+        "contrast-0.1", 3, tmp_path, common=["train.steps=9"], own=["hypernet.centre=true"]
+    )
     assert (first.name, second.name) == ("contrast-0.1-3", "base-3-multitask")
-    assert judged.after == (first.name, second.name)
+    assert [(job.name, job.after) for job in judged] == [(f"{x.name}-judged", (x.name,)) for x in (first, second)]
+    assert all("train.steps=9" in job.command for job in (first, second))
+    assert "hypernet.centre=true" in first.command and "hypernet.centre=true" not in second.command
+    assert all("t2l-wrong" not in ",".join(job.command).split(",") for job in judged)
+    plain = script.jobs_of("prompt-50", 3, tmp_path)[2]
+    assert {"t2l", "t2l-wrong", "t2l-random", "t2l+description"} <= set(",".join(plain.command).split(","))
     assert script.jobs_of("relabel-0", 3, tmp_path)[1].name == "relabel-0-3-multitask"
     late = script.jobs_of("offset-frozen", 3, tmp_path)[0]
     assert late.after == ("base-3-multitask",)
@@ -104,7 +110,7 @@ def test_a_row_needs_two_trainings_and_goes_on_where_it_was(script: ModuleType, 
 
 
 def test_what_runs_saw_as_they_trained_is_a_table_too(script: ModuleType, tmp_path: Path) -> None:
-    assert [job.name for job in script.jobs_of("gate", 0, tmp_path, judging=False)] == ["gate-0", "base-0-multitask"]
+    assert [job.name for job in script.jobs_of("gate", 0, tmp_path, judge=False)] == ["gate-0", "base-0-multitask"]
 
     def saw(name: str, *rows: dict[str, float]) -> None:
         (tmp_path / name).mkdir()
@@ -130,22 +136,32 @@ def test_what_runs_saw_as_they_trained_is_a_table_too(script: ModuleType, tmp_pa
 
 def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType, tmp_path: Path) -> None:
     lines = made(suite="validation", tasks=("a", "b"), seeds=(0,)) + made(suite="held-back", tasks=("c",), seeds=(0,))
-    (tmp_path / "base-0.jsonl").write_text(answers.to_text(header(), lines))
+    mine = [line for line in lines if line["row"] not in script.BASELINES]
+    theirs = [line for line in lines if line["row"] in script.BASELINES]
+    other = tmp_path / "prompt-50-0-multitask.jsonl"
+    other.write_text(answers.to_text(header(), theirs))
+    (tmp_path / "prompt-50-0.jsonl").write_text(answers.to_text(header(), mine))
 
     def mean(row: str) -> float:
         scores = [line["scores"]["exact_match"] for line in lines if line["row"] == row]
         return sum(scores) / len(scores)
 
-    rows = script.together(tmp_path / "base-0.jsonl")
-    assert set(rows["t2l"]) == {"a", "b", "c"} and len(gather([answers.read(tmp_path / "base-0.jsonl")])) == 2
+    rows = script.together(tmp_path / "prompt-50-0.jsonl", other)
+    assert set(rows["t2l"]) == {"a", "b", "c"} and len(gather([answers.read(tmp_path / "prompt-50-0.jsonl")])) == 2
     for form, end in (("plain", ""), ("description", "+description")):
         gain = 100 * (mean(f"t2l{end}") - mean("multitask+description"))
         steering = 100 * (mean(f"t2l{end}") - mean(f"t2l-wrong{end}"))
         assert script.points(rows)[form] == pytest.approx((min(gain - 4, steering - 8), gain, steering))
     text = script.table(tmp_path)
     best = max(value[0] for value in script.points(rows).values())
-    assert text.splitlines()[2].startswith("| base-0 |") and text.endswith(f"| {best:+.1f} |")
-    assert os.listdir(tmp_path) == ["base-0.jsonl"]
-    (tmp_path / "begun-0.jsonl").write_text(answers.to_text(header(), []))
-    (tmp_path / "half-0.jsonl").write_text(answers.to_text(header(), lines[:-7]))
-    assert script.table(tmp_path) == f"{text}\n\nNot judged to the end: begun-0, half-0"
+    assert text.splitlines()[2].startswith("| prompt-50-0 |") and text.endswith(f"| {best:+.1f} |")
+    told = [line for line in mine if line["row"].endswith("+description")]
+    (tmp_path / "base-0.jsonl").write_text(answers.to_text(header(), told))
+    assert script.table(tmp_path).endswith("Not judged to the end: base-0"), "its multi-task LoRA was not judged"
+    other.rename(tmp_path / "base-0-multitask.jsonl")
+    shown = script.table(tmp_path)
+    assert shown.splitlines()[2].startswith("| base-0 | description |")
+    assert shown.endswith("Not judged to the end: prompt-50-0")
+    for name, some in (("gate-0", []), ("kl-0", told[:-7])):
+        (tmp_path / f"{name}.jsonl").write_text(answers.to_text(header(), some))
+    assert script.table(tmp_path).endswith("Not judged to the end: gate-0, kl-0, prompt-50-0")

@@ -82,6 +82,10 @@ class HypernetConfig:
     """Whether every number of an encoding is read by its mean and standard deviation over the training texts (over all
     of their tokens), which are saved with the weights. All texts' hidden states have most of their length in common;
     what differs is then what is large."""
+    centre: bool = False
+    """Whether the head writes what a text's features differ by from those of other texts: their moving average, saved
+    with the weights, is taken off. What all adapters have in common is then the offset's alone; the head would learn it
+    several times as fast, and with it little else."""
     own_units: bool = False
     """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
     to the elements' standard deviations over the library."""
@@ -98,7 +102,7 @@ class HypernetConfig:
             raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
         if self.variant == "none" and not self.train_offset:
             raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
-        for name in ("prompt_aware", "standardize"):
+        for name in ("centre", "prompt_aware", "standardize"):
             if self.variant == "none" and getattr(self, name):
                 raise ConfigError(f"hypernet.variant 'none' writes one adapter only; {name} would do nothing")
 

@@ -85,6 +85,10 @@ class Hypernet(nn.Module):
             self.head = heads[config.variant](
                 written, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
             )
+            if config.centre:
+                parts = 2 if any(i for i, _ in written) else 1
+                places = {"L": grid, "M": (*grid, parts), "S": (*grid, parts, spec.rank), "basis": ()}
+                self.head.centre = Centre((*places[config.variant], config.head_size))
 
     def forward(
         self,
@@ -175,6 +179,32 @@ class Standard(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(…, E) to the same."""
         return (states - self.mean_E) * self.scale_E
+
+
+class Centre(nn.Module):
+    """x less what all texts have in common: a moving average over the batches of training, saved with the weights.
+
+    The average takes no part in the gradient, so that no text's features depend on the others of its batch.
+    """
+
+    KEPT = 0.9
+    """Of the average at each batch."""
+
+    mean: Tensor
+    begun: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("begun", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, …) to the same."""
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0, dtype=torch.float32), 1 - self.KEPT * self.begun)  # the first one whole
+                self.begun.fill_(1)
+        return x - self.mean
 
 
 class Offset(nn.Module):
@@ -472,6 +502,7 @@ class _Head(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes, self.rank = sizes, rank
+        self.centre: Centre | None = None
         self.block = Residual(width, dropout)
         self.widen = nn.Sequential(
             nn.LayerNorm(width),
@@ -492,8 +523,9 @@ class _Head(nn.Module):
             self.part_norm = nn.LayerNorm(width)
 
     def features(self, x: Tensor) -> Tensor:
-        """(…, H) to (…, D)."""
-        return self.widen(self.block(x))
+        """(N, …, H) to (N, …, D)."""
+        x = self.widen(self.block(x))
+        return x if self.centre is None else self.centre(x)
 
     def parts(self, features_NLMH: Tensor) -> Tensor:
         """(N, L, M, H) to (N, L, M, P, H): the features marked as A's and as B's; P is 1 where B alone is written."""

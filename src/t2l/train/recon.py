@@ -135,7 +135,14 @@ class ReconConfig:
     def __post_init__(self) -> None:
         if self.hypernet.variant == "none":
             raise ConfigError("hypernet.variant 'none' reads no description and cannot tell adapters apart")
-        for name, idle in (("max_change", None), ("codebook", "none"), ("prompt_aware", False), ("standardize", False)):
+        idle_settings = {
+            "max_change": None,
+            "codebook": "none",
+            "centre": False,
+            "prompt_aware": False,
+            "standardize": False,
+        }
+        for name, idle in idle_settings.items():
             if getattr(self.hypernet, name) != idle:
                 raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
         if self.data.canonical and self.hypernet.writes == "B":
