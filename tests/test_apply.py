@@ -227,11 +227,11 @@ def test_compiled_layers_share_one_graph(grad: bool, monkeypatch: pytest.MonkeyP
     compile_ = nn.Module.compile  # graphs are made as ever, but not turned into kernels
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options))
 
-    def graphs(num_layers: int) -> int:
+    def graphs(num_layers: int, layers: tuple[int, ...] | None = None) -> int:
         torch._dynamo.reset()
         counters.clear()
         config = make_config(num_hidden_layers=num_layers)
-        model, adapter = make_base(config), make_adapter(config)
+        model, adapter = make_base(config), make_adapter(config, layers=layers)
         lora = LoraTensors.stack([adapter.lora] * 4).map(lambda x: x.requires_grad_(grad))
         results = []
         with live(model, adapter.spec) as slots, torch.set_grad_enabled(grad):
@@ -244,3 +244,4 @@ def test_compiled_layers_share_one_graph(grad: bool, monkeypatch: pytest.MonkeyP
         return int(counters["stats"]["unique_graphs"])
 
     assert graphs(3) == graphs(5) > 0
+    assert graphs(5, layers=(2, 4)) > 0, "layers without an adapter must not run the graph of those with one"

@@ -133,7 +133,10 @@ def applied(
 
 @contextmanager
 def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
-    """Runs the decoder layers compiled for the length of a `with` block: one graph for all of them.
+    """Runs the decoder layers that bear adapters compiled for the length of a `with` block: one graph for all of them.
+
+    The others run as they are: to the compiler a layer with hooks and one without are the same, and the graph of one
+    would serve for the other.
 
     Layer by layer, compiling takes seconds where the whole model takes minutes, and runs as fast where a step's
     work hides the launches. Enter it inside `live`: hooks that come later are not seen.
@@ -143,7 +146,8 @@ def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
         spec: Its layers' place is read from the targets' paths.
     """
     (path,) = {target.path.split("{layer}")[0].rstrip(".") for target in spec.targets}
-    layers = list(model.get_submodule(path).children())
+    children = list(model.get_submodule(path).children())
+    layers = [children[layer] for layer in spec.layers]
     try:
         for layer in layers:
             layer.compile(fullgraph=True, dynamic=False)
