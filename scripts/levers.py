@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2l.config import load_yaml
 from t2l.errors import DataError
 from t2l.eval import answers
 from t2l.eval.report import Scores, difference, estimate, gather
@@ -25,7 +26,8 @@ from t2l.train.watch import read_metrics
 
 RECIPE = Path("configs/final.yaml")
 MULTITASK = ("hypernet.variant=none", "train.contrast=0", "data.made_up=0", "data.derive=0")
-BASELINES = ("base", "base+description", "multitask", "multitask+description")
+BASE = "base-model"
+"""File of the answers of the base model by itself, the same for all levers."""
 T2L = (sys.executable, "-c", "from t2l.cli import main; main()")
 
 
@@ -58,15 +60,16 @@ LEVERS = {
     "desc-data": Lever(("data.descriptions=own", "data.file_share=0")),
     **{f"contrast-{weight}": Lever((f"train.contrast={weight}",)) for weight in (0, 0.1)},
     "made-up-0": Lever(("data.made_up=0",)),
-    "rate": Lever(("train.learning_rate=5e-4",)),
+    "rate": Lever(("train.learning_rate=1e-4",)),
     "standardize": Lever(("hypernet.standardize=true",)),
     "standardize-contrast-0": Lever(("hypernet.standardize=true", "train.contrast=0")),
-    "standardize-rate": Lever(("hypernet.standardize=true", "train.learning_rate=5e-4")),
+    "standardize-rate": Lever(("hypernet.standardize=true", "train.learning_rate=1e-4")),
     "centre": Lever(("hypernet.centre=true",)),
     "centre-contrast-0": Lever(("hypernet.centre=true", "train.contrast=0")),
     "centred": Lever(CENTRED),
     "centred-contrast-0": Lever((*CENTRED, "train.contrast=0")),
-    "centred-rate": Lever((*CENTRED, "train.learning_rate=3e-4")),
+    **{f"centred-rate-{rate}": Lever((*CENTRED, f"train.learning_rate={rate}")) for rate in ("3e-4", "1e-4", "3e-5")},
+    "centred-rate-1e-4-contrast-0": Lever((*CENTRED, "train.learning_rate=1e-4", "train.contrast=0")),
     "centred-outputs": Lever(CENTRED, OUTPUTS),
     "offset-rate": Lever(("train.offset_learning_rate=5e-4",)),
     "desc-dropout": Lever(("train.description_dropout=0.1",)),
@@ -190,15 +193,15 @@ def multitask_of(name: str, seed: int) -> str:
 
 
 def judging(
-    out: Path, name: str, rows: Sequence[str], after: tuple[str, ...], batch_tokens: int, **inputs: Path
+    out: Path, name: str, rows: Sequence[str], after: tuple[str, ...], batch_tokens: int, **inputs: object
 ) -> Job:
     """`t2l eval run` on the choosing tasks, eight instances a task under each of three descriptions."""
     command = [*T2L, "eval", "run", "--suite", "validation", "--suite", "held-back", "--rows", ",".join(rows)]
     # Each seed draws another kind of description: short, usual, detailed.
     command += ["--seeds", "0,1,2", "--per-task", "8", "--batch-tokens", str(batch_tokens)]
     command += ["--out", str(out / f"{name}.jsonl")]
-    for option, checkpoint in inputs.items():
-        command += [f"--{option}", str(checkpoint / "checkpoint")]
+    for option, value in inputs.items():
+        command += [f"--{option}", str(value)]
     return Job(f"{name}-judged", tuple(command), after)
 
 
@@ -231,22 +234,21 @@ def jobs_of(
     t2l = training(run, seed, [*common, *own, *lever.both, *lever.own, *origin], waits)
     if not judge:
         return [t2l, multitask]
+    mine, theirs = rows_of(lever, "t2l", "t2l-wrong", "t2l-random"), rows_of(lever, "multitask")
     return [
         t2l,
         multitask,
-        judging(out, run.name, rows_of(lever), (t2l.name,), batch_tokens, checkpoint=run),
-        judging(out, other.name, BASELINES, (multitask.name,), batch_tokens, multitask=other),
+        judging(out, run.name, mine, (t2l.name,), batch_tokens, checkpoint=run / "checkpoint"),
+        judging(out, other.name, theirs, (multitask.name,), batch_tokens, multitask=other / "checkpoint"),
+        judging(out, BASE, ("base", "base+description"), (), batch_tokens, base=load_yaml(RECIPE)["base"]),
     ]
 
 
-def rows_of(lever: Lever) -> list[str]:
-    """T2L's rows: under the plain prompt only if training shows it, which the recipe does not."""
+def rows_of(lever: Lever, *adapters: str) -> list[str]:
+    """Rows of these adapters: under the plain prompt only if training shows it, which the recipe does not."""
     plain = any("description_in_prompt" in change for change in lever.both)
-    return [
-        f"{row}{end}"
-        for row in ("t2l", "t2l-wrong", "t2l-random")
-        for end in (("", "+description") if plain else ("+description",))
-    ]
+    ends = ("", "+description") if plain else ("+description",)
+    return [f"{adapter}{end}" for adapter in adapters for end in ends]
 
 
 # ------------------------------------------------------------------------------------------------------------ table
@@ -288,12 +290,15 @@ def table(out: Path) -> str:
     lines, partial = [], []
     for path in sorted(out.glob("*-[0-9].jsonl")):
         name, _, seed = path.stem.rpartition("-")
-        other = out / f"{multitask_of(name, int(seed))}.jsonl"
+        if name not in LEVERS:
+            continue
+        others = [out / f"{other}.jsonl" for other in (BASE, multitask_of(name, int(seed)))]
         try:
-            rows = together(path, other) if other.is_file() else {}
+            rows = together(path, *others) if all(other.is_file() for other in others) else {}
         except DataError:  # answers are missing
             rows = {}
-        if not rows.keys() >= {*rows_of(LEVERS[name]), *BASELINES}:
+        needed = rows_of(LEVERS[name], "multitask", "t2l", "t2l-wrong", "t2l-random")
+        if not rows.keys() >= {*needed, "base", "base+description"}:
             partial.append(path.stem)
             continue
         form, (score, _, _) = max(points(rows).items(), key=lambda item: item[1][0])

@@ -89,7 +89,9 @@ def test_a_row_needs_two_trainings_and_goes_on_where_it_was(script: ModuleType, 
         "contrast-0.1", 3, tmp_path, common=["train.steps=9"], own=["hypernet.centre=true"]
     )
     assert (first.name, second.name) == ("contrast-0.1-3", "base-3-multitask")
-    assert [(job.name, job.after) for job in judged] == [(f"{x.name}-judged", (x.name,)) for x in (first, second)]
+    *mine, base = judged
+    assert [(job.name, job.after) for job in mine] == [(f"{x.name}-judged", (x.name,)) for x in (first, second)]
+    assert (base.name, base.after) == ("base-model-judged", ())
     assert all("train.steps=9" in job.command for job in (first, second))
     assert "hypernet.centre=true" in first.command and "hypernet.centre=true" not in second.command
     assert all("t2l-wrong" not in ",".join(job.command).split(",") for job in judged)
@@ -136,17 +138,17 @@ def test_what_runs_saw_as_they_trained_is_a_table_too(script: ModuleType, tmp_pa
 
 def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType, tmp_path: Path) -> None:
     lines = made(suite="validation", tasks=("a", "b"), seeds=(0,)) + made(suite="held-back", tasks=("c",), seeds=(0,))
-    mine = [line for line in lines if line["row"] not in script.BASELINES]
-    theirs = [line for line in lines if line["row"] in script.BASELINES]
-    other = tmp_path / "prompt-50-0-multitask.jsonl"
-    other.write_text(answers.to_text(header(), theirs))
-    (tmp_path / "prompt-50-0.jsonl").write_text(answers.to_text(header(), mine))
+    mine, other, base = (
+        [line for line in lines if line["row"].startswith(start)] for start in ("t2l", "multitask", "base")
+    )
+    for name, some in (("prompt-50-0", mine), ("prompt-50-0-multitask", other), ("base-model", base)):
+        (tmp_path / f"{name}.jsonl").write_text(answers.to_text(header(), some))
 
     def mean(row: str) -> float:
         scores = [line["scores"]["exact_match"] for line in lines if line["row"] == row]
         return sum(scores) / len(scores)
 
-    rows = script.together(tmp_path / "prompt-50-0.jsonl", other)
+    rows = script.together(*(tmp_path / f"prompt-50-0{end}.jsonl" for end in ("", "-multitask")))
     assert set(rows["t2l"]) == {"a", "b", "c"} and len(gather([answers.read(tmp_path / "prompt-50-0.jsonl")])) == 2
     for form, end in (("plain", ""), ("description", "+description")):
         gain = 100 * (mean(f"t2l{end}") - mean("multitask+description"))
@@ -158,7 +160,7 @@ def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType
     told = [line for line in mine if line["row"].endswith("+description")]
     (tmp_path / "base-0.jsonl").write_text(answers.to_text(header(), told))
     assert script.table(tmp_path).endswith("Not judged to the end: base-0"), "its multi-task LoRA was not judged"
-    other.rename(tmp_path / "base-0-multitask.jsonl")
+    (tmp_path / "prompt-50-0-multitask.jsonl").rename(tmp_path / "base-0-multitask.jsonl")
     shown = script.table(tmp_path)
     assert shown.splitlines()[2].startswith("| base-0 | description |")
     assert shown.endswith("Not judged to the end: prompt-50-0")
