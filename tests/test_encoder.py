@@ -150,12 +150,24 @@ def test_token_batch_equals_single_calls_in_any_order(tokens: TokenEncoder) -> N
         assert (shuffled.states[order.index(n), : len(alone)] - alone).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("layers", [(), (0, 1), (4,), (1, -1)])
+@pytest.mark.parametrize("layers", [(), (4,), (1, -1)])
 def test_layers_out_of_range_are_refused(
     layers: tuple[int, ...], tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with pytest.raises(ConfigError, match=r"must lie in 1\.\.3"):
+    with pytest.raises(ConfigError, match=r"must lie in 0\.\.3"):
         TokenEncoder(tiny_base, tiny_tokenizer, layers=layers, max_tokens=96)
+
+
+def test_layer_0_is_the_input_embeddings(tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of the token itself, whatever stands around it, before what the blocks make of it."""
+    encoder = TokenEncoder(tiny_base, tiny_tokenizer, layers=(0, 2), max_tokens=96)
+    states = encoder.encode(["Add. Add."]).states[0]
+    ids = [*encoder.prefix, *tiny_tokenizer("Add. Add.", add_special_tokens=False).input_ids]
+    embedded = tiny_base.get_input_embeddings()(torch.tensor(ids)).detach()
+    width = embedded.shape[-1]
+    assert (states[:, :width] - F.layer_norm(embedded, (width,))).abs().max() <= 1e-5
+    deeper = TokenEncoder(tiny_base, tiny_tokenizer, layers=(2,), max_tokens=96).encode(["Add. Add."]).states[0]
+    assert torch.equal(states[:, width:], deeper)
 
 
 def test_encoding_leaves_no_gradient_and_runs_no_head(tokens: TokenEncoder, tiny_base: LlamaForCausalLM) -> None:

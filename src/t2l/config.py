@@ -30,7 +30,8 @@ class EncoderConfig:
     names: tuple[str, ...] = ()
     """`onehot` only: the tasks in the order of their numbers; training fills it in."""
     layers: tuple[int, ...] = ()
-    """Hidden states that `tokens` concatenates, counted from 1 (the first block) to the model's number of layers."""
+    """Hidden states that `tokens` concatenates, counted from 1 (the first block) to the model's number of layers; 0
+    stands for the input embeddings."""
     max_tokens: int = 128
     """Window: a longer description is refused, never cut."""
 
@@ -86,6 +87,9 @@ class HypernetConfig:
     """Whether the head writes what a text's features differ by from those of other texts: their moving average, saved
     with the weights, is taken off. What all adapters have in common is then the offset's alone; the head would learn it
     several times as fast, and with it little else."""
+    pointer: tuple[str, ...] = ()
+    """Targets that write to the residual stream, such as `o_proj` and `down_proj`: words of the description are added
+    to the columns of their B. Needs an encoder of the base's own token states whose first layer is 0."""
     own_units: bool = False
     """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
     to the elements' standard deviations over the library."""
@@ -102,7 +106,7 @@ class HypernetConfig:
             raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
         if self.variant == "none" and not self.train_offset:
             raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
-        for name in ("centre", "prompt_aware", "standardize"):
+        for name in ("centre", "pointer", "prompt_aware", "standardize"):
             if self.variant == "none" and getattr(self, name):
                 raise ConfigError(f"hypernet.variant 'none' writes one adapter only; {name} would do nothing")
 

@@ -160,7 +160,7 @@ class TokenEncoder:
         model: A causal or bidirectional Transformers model; only its trunk is run.
         tokenizer: Its tokenizer. Its beginning-of-sequence token, if any, comes first: causal models park much
             attention there, and every description should offer the same place for it.
-        layers: Blocks whose output is read, counted from 1.
+        layers: Blocks whose output is read, counted from 1; 0 stands for the input embeddings.
         max_tokens: Window, that first token included.
     """
 
@@ -168,8 +168,8 @@ class TokenEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, *, layers: Sequence[int], max_tokens: int) -> None:
         depth = int(model.config.get_text_config().num_hidden_layers)
-        if not layers or min(layers) < 1 or max(layers) > depth:
-            raise ConfigError(f"encoder.layers must lie in 1..{depth} for this encoder, got {list(layers)}")
+        if not layers or min(layers) < 0 or max(layers) > depth:
+            raise ConfigError(f"encoder.layers must lie in 0..{depth} for this encoder, got {list(layers)}")
         self.model = model.base_model
         lists = [x for x in self.model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == depth]
         if len(lists) != 1:
@@ -207,7 +207,8 @@ class TokenEncoder:
 
             return hook
 
-        handles = [self.blocks[layer - 1].register_forward_hook(keep(layer)) for layer in self.layers]
+        places = (self.model.get_input_embeddings(), *self.blocks)
+        handles = [places[layer].register_forward_hook(keep(layer)) for layer in self.layers]
         try:
             output = self.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False)
         finally:

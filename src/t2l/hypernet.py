@@ -89,6 +89,21 @@ class Hypernet(nn.Module):
                 parts = 2 if any(i for i, _ in written) else 1
                 places = {"L": grid, "M": (*grid, parts), "S": (*grid, parts, spec.rank), "basis": ()}
                 self.head.centre = Centre((*places[config.variant], config.head_size))
+        self.pointers = nn.ModuleDict()
+        for m, target in enumerate(spec.targets):
+            if target.name in config.pointer:
+                if kind != "tokens" or embedding_size % target.out_features:
+                    what = "token" if kind == "tokens" else "text"
+                    raise ConfigError(
+                        f"hypernet.pointer '{target.name}' takes vectors of {target.out_features} numbers from the "
+                        f"description's tokens; this encoder gives {embedding_size} a {what}"
+                    )
+                self.pointers[str(m)] = Pointer(config.width, embedding_size, target.out_features, rank=spec.rank)
+        if len(self.pointers) < len(config.pointer):
+            raise ConfigError(
+                f"hypernet.pointer names {', '.join(config.pointer)}, the targets are "
+                f"{', '.join(target.name for target in spec.targets)}"
+            )
 
     def forward(
         self,
@@ -113,10 +128,14 @@ class Hypernet(nn.Module):
         shared_a, shared_b = (tuple(x.expand(len(states), *x.shape) for x in part) for part in (offset_a, offset_b))
         if self.trunk is None or self.head is None:
             return LoraTensors(shared_a, shared_b, self.scaling)
+        words = states
         if self.standard is not None:
             states = self.standard(states)
         features_NLMH = self.trunk(states, mask, in_prompt)
         change_a, change_b = self.head(features_NLMH)
+        for m, pointer in self.pointers.items():
+            pointed = pointer(features_NLMH[:, :, int(m)], states, words, mask)
+            change_b[int(m)] = change_b[int(m)] + pointed
         if self.max_change is not None:
             change_a, change_b = ([_capped(x, self.max_change) for x in change] for change in (change_a, change_b))
         if scale is not None:
@@ -477,6 +496,42 @@ class Attention(nn.Module):
         mask = None if mask_NS is None else mask_NS[:, None, None, :]
         out = F.scaled_dot_product_attention(split(self.query(x_NQH)), split(key), split(value), attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(-2))
+
+
+class Pointer(nn.Module):
+    """Words of the description as columns of B, so that an adapter can bring in words that no training task had.
+
+    Each rank of each layer attends to the description's tokens (a pointer, arXiv 1506.03134) and adds what it finds of
+    their own embeddings, times a gain that starts at zero. Where the base's output embeddings are its input
+    embeddings, a module that writes to the residual stream so makes the words that are pointed at more likely.
+
+    Args:
+        width: H of the features that ask.
+        embedding_size: E of the tokens' states.
+        size: O, of an embedding: the first O numbers of a state, of length √O as the encoder gives them.
+        rank: R.
+    """
+
+    KEY = 64
+
+    def __init__(self, width: int, embedding_size: int, size: int, *, rank: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+        self.query = nn.Linear(width, rank * self.KEY)
+        self.key = nn.Linear(embedding_size, self.KEY)
+        self.gain = nn.Linear(width, rank)
+        nn.init.zeros_(self.gain.weight)
+        nn.init.zeros_(self.gain.bias)
+
+    def forward(self, features_NLH: Tensor, states_NSE: Tensor, words_NSE: Tensor, mask_NS: Tensor | None) -> Tensor:
+        """A change of B, (N, L, O, R); `states` as the trunk reads them, `words` as the encoder gave them."""
+        assert mask_NS is not None, "token states come with a mask"
+        query_NLRK = self.query(features_NLH).unflatten(-1, (self.rank, self.KEY))
+        scores_NLRS = query_NLRK @ self.key(states_NSE).mT[:, None] * self.KEY**-0.5
+        share_NLRS = scores_NLRS.masked_fill(~mask_NS[:, None, None], float("-inf")).softmax(-1)
+        unit_NSO = words_NSE[..., : self.size] * self.size**-0.5
+        found_NLRO = (share_NLRS * self.gain(features_NLH)[..., None]) @ unit_NSO[:, None].to(share_NLRS.dtype)
+        return found_NLRO.mT
 
 
 Changes = tuple[list[Tensor], list[Tensor]]

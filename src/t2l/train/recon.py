@@ -139,6 +139,7 @@ class ReconConfig:
             "max_change": None,
             "codebook": "none",
             "centre": False,
+            "pointer": (),
             "prompt_aware": False,
             "standardize": False,
         }

@@ -256,6 +256,11 @@ class SftConfig:
                 "hypernet.prompt_aware tells prompts with the description from those without; "
                 f"train.description_in_prompt {train.description_in_prompt:g} has one kind only"
             )
+        if self.hypernet.pointer and (self.encoder.model != "base" or self.encoder.layers[:1] != (0,)):
+            raise ConfigError(
+                "hypernet.pointer takes words from the base's input embeddings: encoder.model 'base' with 0 as the "
+                f"first of encoder.layers; here are '{self.encoder.model}' and {list(self.encoder.layers)}"
+            )
         if train.mix_descriptions and (kind != "sentence" or self.reads != "description"):
             raise ConfigError("train.mix_descriptions needs encoder.kind 'sentence' and reads 'description'")
         if train.early_stop == "margin" and (self.blind or self.reads == "task"):
