@@ -46,6 +46,12 @@ class Lever:
 
 CENTRED = ("hypernet.standardize=true", "hypernet.centre=true")
 OUTPUTS = ("lora.targets=[q_proj,v_proj,o_proj,down_proj]", "lora.rank=4", "lora.alpha=8")
+POINTER = (
+    "hypernet.standardize=true",
+    "train.learning_rate=1e-4",
+    "encoder.layers=[0,10,20,30]",
+    "hypernet.pointer=[o_proj,down_proj]",
+)
 LEVERS = {
     "base": Lever(),
     **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
@@ -95,6 +101,8 @@ LEVERS = {
     "prompt-aware": Lever(("hypernet.prompt_aware=true",), ("train.description_in_prompt=0.5",)),
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
     "outputs": Lever(both=OUTPUTS),
+    "pointer": Lever(POINTER, OUTPUTS),
+    **{f"pointer-prompt-{n}": Lever(POINTER, (*OUTPUTS, f"train.description_in_prompt={n / 100}")) for n in (0, 50)},
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
     **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},
