@@ -296,18 +296,19 @@ def markdown(head: str, rows: Sequence[tuple[float, str]]) -> str:
 def table(out: Path) -> str:
     """Markdown of every judged run, the best S first; differences with 95 % intervals over tasks, in points."""
     lines, partial = [], []
-    for path in sorted(out.glob("*-[0-9].jsonl")):
-        name, _, seed = path.stem.rpartition("-")
-        if name not in LEVERS:
+    files = {path.name.removesuffix(".gz").removesuffix(".jsonl"): path for path in sorted(out.glob("*.jsonl*"))}
+    for run, path in files.items():
+        name, _, seed = run.rpartition("-")
+        if name not in LEVERS or not seed.isdigit():
             continue
-        others = [out / f"{other}.jsonl" for other in (BASE, multitask_of(name, int(seed)))]
+        others = [files.get(other) for other in (BASE, multitask_of(name, int(seed)))]
         try:
-            rows = together(path, *others) if all(other.is_file() for other in others) else {}
+            rows = together(path, *filter(None, others)) if all(others) else {}
         except DataError:  # answers are missing
             rows = {}
         needed = rows_of(LEVERS[name], "multitask", "t2l", "t2l-wrong", "t2l-random")
         if not rows.keys() >= {*needed, "base", "base+description"}:
-            partial.append(path.stem)
+            partial.append(run)
             continue
         form, (score, _, _) = max(points(rows).items(), key=lambda item: item[1][0])
         end = "+description" if form == "description" else ""
@@ -316,7 +317,7 @@ def table(out: Path) -> str:
         found = [difference(rows[f"t2l{end}"], rows[row]) for row in ("multitask+description", f"t2l-wrong{end}")]
         differences = [d.points for d in found]
         harm = 100 * difference(rows[f"t2l-random{end}"], rows[f"multitask{end}"]).one_sided_low
-        cells = [path.stem, form, *means, *differences, f"{harm:+.1f}", f"{score:+.1f}"]
+        cells = [run, form, *means, *differences, f"{harm:+.1f}", f"{score:+.1f}"]
         lines.append((score, " | ".join(cells)))
     names = "base | multi-task LoRA | T2L | another task's | random text"  # the first two with the description
     head = f"run | prompt of T2L | {names} | D1 | D2 | D4, lower end | S"
