@@ -94,7 +94,7 @@ def tiny(
         if plain["encoder"]["kind"] != "onehot":
             plain["encoder"]["max_tokens"] = 96
         if plain["encoder"]["kind"] == "tokens":
-            plain["encoder"]["layers"] = [1, 2]
+            plain["encoder"]["layers"] = [0 if plain["hypernet"].get("pointer") else 1, 2]
         if "model" in plain["encoder"] and plain["encoder"]["model"] != "base":
             plain["encoder"]["model"] = str(sentence_folder)
         plain["lora"].pop("layers", None)

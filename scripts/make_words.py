@@ -1,0 +1,72 @@
+"""Writes configs/words.jsonl and configs/words-new.jsonl: tasks that differ only in the words to answer with.
+
+    python scripts/make_words.py
+
+Each task sorts things of two kinds under two labels; only its description says which. The second file's labels stand
+nowhere in the first: some are words of several tokens, some two words.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+KINDS = {
+    "animals": "dog cat horse cow tiger lion rabbit sheep goat wolf bear fox mouse duck",
+    "tools": "hammer saw drill wrench pliers screwdriver axe shovel chisel rake ladder clamp file scissors",
+    "colours": "red blue green yellow purple orange pink brown black white grey violet crimson beige",
+    "foods": "bread cheese rice soup pasta butter cake salad pizza beans honey egg steak noodles",
+    "body parts": "arm leg foot hand nose ear eye mouth knee elbow shoulder finger toe neck",
+    "countries": "France Japan Brazil Canada Egypt Italy India Kenya Mexico Norway Peru Spain China Greece",
+    "clothes": "shirt coat hat sock shoe glove scarf jacket dress skirt belt boot sweater jeans",
+    "vehicles": "car bus train bicycle truck boat plane ship tractor tram van helicopter taxi ferry",
+}
+TRAINED = (
+    "apple river stone window garden paper winter summer music letter number castle forest market bridge "
+    "island mountain village school doctor teacher soldier king queen prince story picture circle square "
+    "corner shadow mirror candle pillow basket bottle ribbon button pocket yes no true false left right "
+    "north south up down open closed first second alpha beta one two three four positive negative good bad "
+    "happy sad fast slow hot cold light dark early late strong weak simple hard safe fair public private "
+    "major minor formal local ancient modern"
+)
+NEW = (
+    "copper|velvet|thunder|meadow|lantern|harbor|willow|pepper|olive|marble|Sugar|Coffee|desert|breeze|"
+    "digital|foreign|unfair|risky|gamma|delta|east side|west side|not maple|maple|very lemon|hammock|"
+    "zebrawood|quorum|Type I|Type II"
+)
+FORMS = (
+    "Answer {x} when the word belongs to {a}, and {y} when it belongs to {b}.",
+    "The word is one of {a} or one of {b}. Reply {x} for {a}; reply {y} for {b}.",
+    "Sort the word: {a} are {x}, {b} are {y}.",
+    "Tell {a} from {b}. Your answer must be {x} if it names one of {a} and {y} otherwise.",
+    "Use {x} as the label of {a} and {y} as the label of {b}.",
+)
+
+
+def tasks(prefix: str, number: int, labels: Sequence[str], splits: Sequence[str], seed: int) -> Iterator[str]:
+    """Lines of so many tasks; each has as many examples as there are `splits`, half of them of either kind."""
+    draw = random.Random(seed)
+    for task in range(number):
+        (a, b), (x, y) = draw.sample(sorted(KINDS), 2), draw.sample(labels, 2)
+        half = len(splits) // 2
+        examples = [(word, x) for word in draw.sample(KINDS[a].split(), half)]
+        examples += [(word, y) for word in draw.sample(KINDS[b].split(), half)]
+        draw.shuffle(examples)
+        texts = [form.format(a=a, b=b, x=x, y=y) for form in draw.sample(FORMS, len(FORMS))]
+        for place, ((word, label), split) in enumerate(zip(examples, splits, strict=True)):
+            line = {"task": f"{prefix}-{task:03}", "description": texts[place % len(texts)], "input": word}
+            yield json.dumps(line | {"output": label, "split": split}) + "\n"
+
+
+def files() -> dict[str, str]:
+    """Texts of both files by their names."""
+    return {
+        "words.jsonl": "".join(tasks("words", 120, TRAINED.split(), ["train"] * 12 + ["val"] * 4, seed=0)),
+        "words-new.jsonl": "".join(tasks("new-words", 24, NEW.split("|"), ["test"] * 10, seed=1)),
+    }
+
+
+if __name__ == "__main__":
+    for name, text in files().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
