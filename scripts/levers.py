@@ -102,7 +102,12 @@ LEVERS = {
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
     "outputs": Lever(both=OUTPUTS),
     "pointer": Lever(POINTER, OUTPUTS),
+    "pointer-contrast-0": Lever((*POINTER, "train.contrast=0"), OUTPUTS),
+    "pointer-in-place-100": Lever(POINTER, (*OUTPUTS, "data.relabel_in_place=1.0")),
     **{f"pointer-prompt-{n}": Lever(POINTER, (*OUTPUTS, f"train.description_in_prompt={n / 100}")) for n in (0, 50)},
+    "pointer-prompt-50-contrast-0": Lever(
+        (*POINTER, "train.contrast=0"), (*OUTPUTS, "train.description_in_prompt=0.5")
+    ),
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
     **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},

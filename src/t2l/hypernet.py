@@ -2,13 +2,15 @@
 
     encoding ─ trunk ─▶ features (N, L, M, H) ─ head L | M | S | basis ─▶ change of A and B ─ + offset ─▶ LoraTensors
 
-After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix; two departures, both for SFT:
+After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix; three departures, all for SFT:
 - Every adapter is the *offset* plus what the head says. The offset is one LoRA shared by all descriptions, with
   A drawn as PEFT draws it and B zero, and the head's weights start at zero, so a fresh hypernetwork changes
   nothing. (The reference puts both into one bias of the head; shared by A and B, as M and S need it, that bias
   makes B ≠ 0.) Because A ≠ 0 the head gets a gradient from the first step. Load a trained multi-task LoRA into the
   offset and the hypernetwork starts from it.
 - `TokenTrunk` reads the states of all tokens of the description in place of one pooled embedding.
+- A `Pointer` copies the description's own words into B, so that an adapter can answer with words it was never
+  trained on.
 
 Knows tensors only. Knows no text, no module names and no files. Shape letters as in `spec.py`; D is the head size.
 """
