@@ -59,6 +59,7 @@ LEVERS = {
     **{f"prompt-{n}": Lever(both=(f"train.description_in_prompt={n / 100}",)) for n in (0, 50)},
     **{f"relabel-{n}": Lever(both=(f"data.relabel={n / 100}",)) for n in (0, 30)},
     **{f"in-place-{n}": Lever(both=(f"data.relabel_in_place={n / 100}",)) for n in (50, 100)},
+    "vocabulary": Lever(both=("data.relabel_vocabulary=true",)),
     "reform-0": Lever(both=("data.reform=0",)),
     **{f"derive-{n}": Lever((f"data.derive={n / 100}",)) for n in (0, 60)},
     **{f"procedural-{n}": Lever(both=(f"data.procedural={n}",)) for n in (300, 1000)},
@@ -105,6 +106,7 @@ LEVERS = {
     "pointer-contrast-0": Lever((*POINTER, "train.contrast=0"), OUTPUTS),
     "pointer-in-place-100": Lever(POINTER, (*OUTPUTS, "data.relabel_in_place=1.0")),
     **{f"pointer-prompt-{n}": Lever(POINTER, (*OUTPUTS, f"train.description_in_prompt={n / 100}")) for n in (0, 50)},
+    "pointer-vocabulary": Lever(POINTER, (*OUTPUTS, "data.relabel_vocabulary=true")),
     "pointer-prompt-50-contrast-0": Lever(
         (*POINTER, "train.contrast=0"), (*OUTPUTS, "train.description_in_prompt=0.5")
     ),

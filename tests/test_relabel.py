@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train.batches import Batches, Pool
-from t2l.train.relabel import FORMS, MOST_ANSWERS, Form, Words, answers_of, naming, variants
+from t2l.train.relabel import FORMS, MOST_ANSWERS, Form, Words, answers_of, naming, variants, vocabulary
 from t2l.train.settings import DataConfig
 
 
@@ -280,3 +280,26 @@ def test_a_teachers_examples_have_the_variants_answers_too() -> None:
 def test_settings_that_do_not_go_together(settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         DataConfig(**settings)
+
+
+# ------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def test_vocabulary_is_what_several_tasks_say() -> None:
+    texts = ("Decide whether the review is positive, or non-positive.", "Judge the Review: it's positive or negative.")
+    tasks = [Task(f"t{n}", (text,), {}) for n, text in enumerate(texts)] + [Task("t2", ("negative negative ok",), {})]
+    assert vocabulary(tasks) == ("negative", "positive")
+
+
+def test_other_words_come_from_the_vocabulary_that_is_given() -> None:
+    """In every kind of variant but the letters, numbers and opposites; and the draws stay those of the seed."""
+    task = Task(
+        "t", ("Say it.",), {"train": tuple(Example(str(n), f"{n}", (a,)) for n, a in enumerate(("Yes", "No") * 4))}
+    )
+    words = tuple(f"{a}{b}zq" for a in "bcdfgh" for b in "aeiou")
+    found = [change.new for change, _ in variants(task, 60, 0, words=words) if isinstance(change, Words)]
+    assert found == [change.new for change, _ in variants(task, 60, 0, words=words) if isinstance(change, Words)]
+    taken = {word.lower() for new in found for word in re.findall(r"[A-Za-z]+zq", " ".join(new.values()), re.I)}
+    assert len(taken) > 15 and taken <= set(words)
+    plain = {word.lower() for change, _ in variants(task, 60, 0) for word in change.new.values()}
+    assert not taken & plain

@@ -32,7 +32,7 @@ from t2l.tasks import (
 from t2l.train.batches import Batches, Pool, answer_text, without_long
 from t2l.train.derive import Check, Choose, derived
 from t2l.train.procedural import lines, procedural
-from t2l.train.relabel import Form, Words, answers_of, variants
+from t2l.train.relabel import MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
 from t2l.train.settings import DataConfig, SftConfig
 
 Lengths = Callable[[list[str]], list[int]]
@@ -319,9 +319,17 @@ def _variants(
 ) -> dict[str, list[tuple[Words | Form, tuple[str, ...]]]]:
     """Variants of each task, with texts made of its descriptions."""
     made: dict[str, list[tuple[Words | Form, tuple[str, ...]]]] = {task.name: [] for task in tasks}
+    words = vocabulary(tasks) if config.relabel_vocabulary else ()
+    if config.relabel_vocabulary and len(words) < 2 * MOST_ANSWERS:
+        raise DataError(
+            f"data.relabel_vocabulary: {len(words)} words of four letters or more stand in descriptions of several "
+            f"tasks; at least {2 * MOST_ANSWERS} are needed. Leave it out to draw from a list"
+        )
     for task in tasks:
         if _variant_share(task, config):
-            made[task.name] = variants(task, config.relabel_variants, config.seed, in_place=config.relabel_in_place)
+            made[task.name] = variants(
+                task, config.relabel_variants, config.seed, in_place=config.relabel_in_place, words=words
+            )
     kinds = {type(change) for found in made.values() for change, _ in found}
     if config.relabel and Words not in kinds:
         raise DataError("data.relabel: no task has a few short answers that other words could take the place of")

@@ -144,8 +144,16 @@ def answers_of(task: Task) -> tuple[str, ...]:
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))) if len(counts) > 1 else ()
 
 
+def vocabulary(tasks: Iterable[Task]) -> tuple[str, ...]:
+    """Words of four to fourteen letters that stand in descriptions of several tasks, in order."""
+    counts: Counter[str] = Counter()
+    for task in tasks:
+        counts.update({word for text in task.descriptions for word in re.findall(r"(?<!\w)[a-z]{4,14}(?!\w)", text)})
+    return tuple(sorted(word for word, number in counts.items() if number > 1))
+
+
 def variants(
-    task: Task, number: int, seed: int, *, in_place: float = 0.0
+    task: Task, number: int, seed: int, *, in_place: float = 0.0, words: Sequence[str] = ()
 ) -> list[tuple[Words | Form, tuple[str, ...]]]:
     """Other words for a task's answers, or another form of them, and descriptions that say which.
 
@@ -155,18 +163,20 @@ def variants(
         seed: Of the draw; the same task and seed give the same variants.
         in_place: Share of those with other words whose texts name these where the task's own name the old ones, if
             any do (see `naming`).
+        words: To draw from in place of a short list of ours; more than there are answers.
 
     Returns:
         For each variant what makes the new answer of an old one, and some of the descriptions with a sentence that
         says so. Words where the task has a few short answers, otherwise forms.
     """
     answers, found = answers_of(task), list[tuple[Words | Form, tuple[str, ...]]]()
+    words = words or WORDS.split()
     speaking = naming(task.descriptions, answers) if in_place and answers else []
     for turn in range(number):
         draw = random.Random(f"{seed}/{task.name}/relabel/{turn}")
         if answers:
             named = draw.random() < NAMED
-            new = dict(zip(answers, answers, strict=True)) if named else _other_words(answers, draw)
+            new = dict(zip(answers, answers, strict=True)) if named else _other_words(answers, draw, words)
             change: Words | Form = Words(new)
         else:
             change = draw.choice(list(FORMS))
@@ -209,10 +219,9 @@ def texts_for_variant(task: Task, draw: random.Random) -> list[str]:
     return (some * TEXTS_EACH)[:TEXTS_EACH]
 
 
-def _other_words(answers: Sequence[str], draw: random.Random) -> dict[str, str]:
+def _other_words(answers: Sequence[str], draw: random.Random, words: Sequence[str]) -> dict[str, str]:
     """As many different words as there are answers, none of them an answer of the task."""
-    known = {answer.casefold() for answer in answers}
-    words, number = WORDS.split(), len(answers)
+    known, number = {answer.casefold() for answer in answers}, len(answers)
     lists = [draw.sample(words, number) for _ in range(3)]
     link = draw.choice((" ", "_", "-"))
     lists.append([link.join(draw.sample(words, 2)) for _ in range(number)])

@@ -30,6 +30,9 @@ class DataConfig:
     relabel_in_place: float = 0.0
     """Share of relabelled variants whose texts are the task's own, with the new words where these name the old ones, as
     far as they do; the texts of others have a sentence more that says the new words."""
+    relabel_vocabulary: bool = False
+    """Draw the other words from those of the training tasks' descriptions, thousands of them, in place of a list of
+    165: so many are not learnt by heart."""
     reform: float = 0.0
     """Share of the rows of other tasks whose answers are of another form; only the description says which."""
     relabel_variants: int = 6
