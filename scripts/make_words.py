@@ -2,12 +2,13 @@
 
     python scripts/make_words.py
 
-Each task sorts things of two kinds under two labels; only its description says which. The second file's labels stand
-nowhere in the first: some are words of several tokens, some two words.
+Each task sorts things of two kinds under two labels; only its description says which. Labels are words of
+configs/descriptions.jsonl; those of the second file stand nowhere in the first, and some are more than a word.
 """
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,19 +23,19 @@ KINDS = {
     "clothes": "shirt coat hat sock shoe glove scarf jacket dress skirt belt boot sweater jeans",
     "vehicles": "car bus train bicycle truck boat plane ship tractor tram van helicopter taxi ferry",
 }
-TRAINED = (
-    "apple river stone window garden paper winter summer music letter number castle forest market bridge "
-    "island mountain village school doctor teacher soldier king queen prince story picture circle square "
-    "corner shadow mirror candle pillow basket bottle ribbon button pocket yes no true false left right "
-    "north south up down open closed first second alpha beta one two three four positive negative good bad "
-    "happy sad fast slow hot cold light dark early late strong weak simple hard safe fair public private "
-    "major minor formal local ancient modern"
-)
-NEW = (
-    "copper|velvet|thunder|meadow|lantern|harbor|willow|pepper|olive|marble|Sugar|Coffee|desert|breeze|"
-    "digital|foreign|unfair|risky|gamma|delta|east side|west side|not maple|maple|very lemon|hammock|"
-    "zebrawood|quorum|Type I|Type II"
-)
+PHRASES = [
+    "east side",
+    "west side",
+    "very calm",
+    "not calm",
+    "Type I",
+    "Type II",
+    "half-open",
+    "A+",
+    "n/a",
+    "step by step",
+]
+"""New labels that are more than a word."""
 FORMS = (
     "Answer {x} when the word belongs to {a}, and {y} when it belongs to {b}.",
     "The word is one of {a} or one of {b}. Reply {x} for {a}; reply {y} for {b}.",
@@ -44,11 +45,11 @@ FORMS = (
 )
 
 
-def tasks(prefix: str, number: int, labels: Sequence[str], splits: Sequence[str], seed: int) -> Iterator[str]:
+def tasks(prefix: str, number: int, words: Sequence[str], splits: Sequence[str], seed: int) -> Iterator[str]:
     """Lines of so many tasks; each has as many examples as there are `splits`, half of them of either kind."""
     draw = random.Random(seed)
     for task in range(number):
-        (a, b), (x, y) = draw.sample(sorted(KINDS), 2), draw.sample(labels, 2)
+        (a, b), (x, y) = draw.sample(sorted(KINDS), 2), draw.sample(words, 2)
         half = len(splits) // 2
         examples = [(word, x) for word in draw.sample(KINDS[a].split(), half)]
         examples += [(word, y) for word in draw.sample(KINDS[b].split(), half)]
@@ -59,11 +60,21 @@ def tasks(prefix: str, number: int, labels: Sequence[str], splits: Sequence[str]
             yield json.dumps(line | {"output": label, "split": split}) + "\n"
 
 
+def labels() -> tuple[list[str], list[str]]:
+    """Words to train on and new ones, none of which stands in any task for another reason."""
+    taken = set(re.findall(r"[a-z]+", " ".join([*KINDS, *KINDS.values(), *FORMS, *PHRASES]).lower()))
+    texts = (FOLDER / "descriptions.jsonl").read_text(encoding="utf-8")
+    words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", texts)) - taken)
+    random.Random(2).shuffle(words)
+    return words[:600], [*words[600:650], *PHRASES]
+
+
 def files() -> dict[str, str]:
     """Texts of both files by their names."""
+    trained, new = labels()
     return {
-        "words.jsonl": "".join(tasks("words", 120, TRAINED.split(), ["train"] * 12 + ["val"] * 4, seed=0)),
-        "words-new.jsonl": "".join(tasks("new-words", 24, NEW.split("|"), ["test"] * 10, seed=1)),
+        "words.jsonl": "".join(tasks("words", 240, trained, ["train"] * 6 + ["val"] * 2, seed=0)),
+        "words-new.jsonl": "".join(tasks("new-words", 30, new, ["test"] * 8, seed=1)),
     }
 
 

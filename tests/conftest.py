@@ -213,6 +213,7 @@ def make_checkpoint(base_folder: Path, tiny_config: LlamaConfig) -> Callable[...
         dtype: torch.dtype = torch.float32,
         spec: AdapterSpec | None = None,
         revision: str | None = None,
+        prompt: PromptConfig | None = None,
         **hypernet_config: Any,
     ) -> Path:
         spec = spec or AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
@@ -229,7 +230,7 @@ def make_checkpoint(base_folder: Path, tiny_config: LlamaConfig) -> Callable[...
             encoder=encoder_config,
             encoder_revision=revision or fingerprint(str(base_folder) if encoder == "base" else encoder),
             hypernet=HypernetConfig(**(values | hypernet_config)),
-            prompt=PromptConfig(),
+            prompt=prompt or PromptConfig(),
         )
         save_checkpoint(folder, hypernet, spec, config, card="A tiny checkpoint.\n", dtype=dtype)
         return folder

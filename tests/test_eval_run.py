@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from t2l.apply import applied
 from t2l.checkpoint import load_checkpoint, save_checkpoint
 from t2l.cli import app
-from t2l.config import LoraConfig
+from t2l.config import LoraConfig, PromptConfig
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, EvaluationError
 from t2l.eval import answers, decode, harness, retrieval, rows, suites
 from t2l.eval.arrow import arrow, prototypes
@@ -576,6 +576,26 @@ def test_likelihood_scoring_and_its_floor(
     assert {line["row"] for line in answers.read(low).lines} == {"base"}  # nothing else was asked
     run(dataclasses.replace(settings, check_floor=False), low, log=lambda text: None)
     assert {line["row"] for line in answers.read(low).lines} == {"base", "t2l"}
+
+
+def test_choices_begin_as_the_adapters_were_trained(
+    benchmark_data: Path, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """With a space for adapters whose answers have one; the base's, in the same run, without."""
+    monkeypatch.setenv("T2L_DATA", str(benchmark_data))
+    spaced = str(make_checkpoint(tmp_path / "spaced", prompt=PromptConfig(answer_space=True)))
+    scored: list[tuple[bool, str]] = []
+
+    def log_likelihoods(model: Any, tokenizer: Any, prompts: Any, ids: list[list[int]], adapters: Any) -> list[float]:
+        scored.extend((adapters is not None, tokenizer.decode(some)) for some in ids)
+        return [0.0] * len(ids)
+
+    monkeypatch.setattr(decode, "log_likelihoods", log_likelihoods)
+    values = SETTINGS | {"rows": "base,t2l", "seeds": (0,), "check_floor": False}
+    run(Settings(suites=("likelihood",), checkpoint=spaced, **values), tmp_path / "a.jsonl", log=lambda text: None)
+    assert {adapted for adapted, _ in scored} == {False, True}
+    plain = sorted(text for adapted, text in scored if not adapted)
+    assert sorted(text for adapted, text in scored if adapted) == sorted(f" {text}" for text in plain)
 
 
 def test_code_is_run_only_when_asked_for_and_may_be_run_later(

@@ -49,6 +49,15 @@ def test_documents_are_prompt_and_answer(tiny_tokenizer: PreTrainedTokenizerBase
     assert all(len(variants) == 1 for variants in documents(task, tiny_tokenizer, first_answer=True).variants)
 
 
+def test_answers_begin_with_a_space_where_wanted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    task = make_task()
+    prompt = PromptConfig(answer_space=True)
+    examples = task.examples["train"]
+    store = tokenize_examples(task, examples, tiny_tokenizer, prompt, tokens=TOKENS, answer_tokens=ANSWERS, seed=3)
+    begun = render(tiny_tokenizer, "", examples[0].input, prompt)
+    assert text(store, store.variants[0][0], tiny_tokenizer) == f"{begun} {examples[0].outputs[0]}</s>"
+
+
 def test_descriptions_stand_in_prompts_where_wanted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     store = documents(make_task(), tiny_tokenizer, in_prompt=True)
     texts = [text(store, d, tiny_tokenizer) for d in range(len(store.start))]

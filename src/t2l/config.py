@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -117,10 +117,13 @@ class PromptConfig:
 
     description_in_prompt: bool = False
     """Whether the description stands before the input, in the same user message."""
+    answer_space: bool = False
+    """Whether answers begin with a space, as words inside a text do. Many tokenizers have one token for a word after a
+    space and several for it without: with the space, an answer has the tokens of the description's words."""
 
     def asked(self, description_in_prompt: bool | None) -> "PromptConfig":
         """This setting, or what a user asks for in its place."""
-        return self if description_in_prompt is None else PromptConfig(description_in_prompt=description_in_prompt)
+        return self if description_in_prompt is None else replace(self, description_in_prompt=description_in_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)

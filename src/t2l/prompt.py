@@ -18,11 +18,17 @@ def messages(
     """
     turns = []
     for example, answer in examples:
-        turns += [{"role": "user", "content": example.strip()}, {"role": "assistant", "content": answer.strip()}]
+        said = spaced(answer.strip(), prompt.answer_space)
+        turns += [{"role": "user", "content": example.strip()}, {"role": "assistant", "content": said}]
     turns.append({"role": "user", "content": text.strip()})
     if prompt.description_in_prompt:
         turns[0]["content"] = f"{description.strip()}\n\n{turns[0]['content']}"
     return turns
+
+
+def spaced(answer: str, space: bool) -> str:
+    """The answer as it continues a prompt, with or without a space before it."""
+    return f" {answer}" if space else answer
 
 
 def render(

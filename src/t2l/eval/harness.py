@@ -26,7 +26,7 @@ from t2l.eval.suites import Question
 from t2l.files import write_text
 from t2l.generate import TextToLora
 from t2l.library import AdapterLibrary
-from t2l.prompt import token_ids
+from t2l.prompt import spaced, token_ids
 
 Log = Callable[[str], None]
 NEED_WEIGHTS = ("arrow", "t2l-best-of")
@@ -303,15 +303,15 @@ def _answer(
 
 def _likelihoods(source: AdapterSource, asked: Sequence[Asked], budget: int) -> Iterator[list[dict[str, Any]]]:
     """Each choice is a sequence; a question's choices share a batch."""
-    texts = sorted({choice for a in asked for choice in a.question.item.choices})
+    space = {row: source.answer_space(row) for row in {a.row for a in asked}}
+    choices = {a.key: [spaced(choice, space[a.row]) for choice in a.question.item.choices] for a in asked}
+    texts = sorted({choice for found in choices.values() for choice in found})
     ids = dict(zip(texts, token_ids(source.tokenizer, texts), strict=True))
-    lengths = [
-        (len(a.ids) + max(len(ids[c]) for c in a.question.item.choices)) * len(a.question.item.choices) for a in asked
-    ]
+    lengths = [(len(a.ids) + max(len(ids[c]) for c in choices[a.key])) * len(choices[a.key]) for a in asked]
     for batch in decode.batches(lengths, max_tokens=budget):
         chosen = [asked[i] for i in batch]
         used = _adapters(source, chosen)
-        pairs = [(n, choice) for n, a in enumerate(chosen) for choice in a.question.item.choices]
+        pairs = [(n, choice) for n, a in enumerate(chosen) for choice in choices[a.key]]
         longest = max(len(chosen[n].ids) + len(ids[choice]) for n, choice in pairs)
         decode.require_room(source.model, longest, f"A question of {chosen[0].key}")
         each = [adapter for n, _ in pairs for adapter in used[n]] or None

@@ -337,6 +337,18 @@ class AdapterSource:
             owner = self.checkpoint if row.adapter.startswith("t2l") else self.libraries[0]
         return self.wide if row.way == "t2l-average" else owner.spec
 
+    def answer_space(self, row: Row) -> bool:
+        """Whether the row's adapters were trained to begin answers with a space."""
+        if row.adapter == "base":
+            return False
+        owner: Any = {"multitask": self.multitask, "hyperdecoders": self.hyperdecoders}.get(row.adapter)
+        if owner is None and row.adapter.startswith("t2l"):
+            owner = self.checkpoint
+        if owner is not None:
+            return bool(owner.config.prompt.answer_space)
+        entries = (library.index[name] for library in self.libraries for name in library.names)
+        return any((entry.get("prompt") or {}).get("answer_space", False) for entry in entries)
+
     def shape(self, row: Row) -> Any:
         """What must be equal for adapters to share a batch."""
         spec = self.spec(row)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from t2l.config import PromptConfig
 from t2l.encoder import Encoded, Encoder
 from t2l.errors import ConfigError, DataError
 from t2l.prompt import render, token_ids
@@ -267,6 +266,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             read_another=read_another,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
+            answer_space=config.prompt.answer_space,
         )
 
     in_prompt = config.train.description_in_prompt
@@ -413,7 +413,7 @@ def _with_readable_inputs(tasks: list[Task], lengths: Lengths, window: int) -> t
 def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str, str]:
     """Tasks none of whose training examples fits into a row, with the reason."""
     train, found = config.train, {}
-    prompt = PromptConfig(description_in_prompt=train.description_in_prompt == 1)
+    prompt = replace(config.prompt, description_in_prompt=train.description_in_prompt == 1)
     for task in tasks:
         description = min(task.descriptions, key=len)
         shortest: tuple[int, int] | None = None
@@ -422,7 +422,10 @@ def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str,
         for start in range(0, len(examples), 16):
             some = examples[start : start + 16]
             prompts = token_ids(tokenizer, [render(tokenizer, description, e.input, prompt) for e in some])
-            answers = token_ids(tokenizer, [answer_text(e.outputs[0], tokenizer.eos_token or "") for e in some])
+            answers = token_ids(
+                tokenizer,
+                [answer_text(e.outputs[0], tokenizer.eos_token or "", space=prompt.answer_space) for e in some],
+            )
             sizes = [(len(p) + len(a) - 1, len(a)) for p, a in zip(prompts, answers, strict=True)]
             if any(row <= train.sequence_tokens and answer <= train.answer_tokens for row, answer in sizes):
                 break
