@@ -52,6 +52,7 @@ POINTER = (
     "encoder.layers=[0,10,20,30]",
     "hypernet.pointer=[o_proj,down_proj]",
 )
+COPY = (*OUTPUTS, "prompt.answer_space=true", "data.relabel_vocabulary=true")
 LEVERS = {
     "base": Lever(),
     **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
@@ -106,10 +107,18 @@ LEVERS = {
     "pointer-contrast-0": Lever((*POINTER, "train.contrast=0"), OUTPUTS),
     "pointer-in-place-100": Lever(POINTER, (*OUTPUTS, "data.relabel_in_place=1.0")),
     **{f"pointer-prompt-{n}": Lever(POINTER, (*OUTPUTS, f"train.description_in_prompt={n / 100}")) for n in (0, 50)},
-    "pointer-vocabulary": Lever(POINTER, (*OUTPUTS, "data.relabel_vocabulary=true")),
     "pointer-prompt-50-contrast-0": Lever(
         (*POINTER, "train.contrast=0"), (*OUTPUTS, "train.description_in_prompt=0.5")
     ),
+    "space": Lever(both=("prompt.answer_space=true",)),
+    "copy": Lever(POINTER, COPY),
+    "copy-contrast-0": Lever((*POINTER, "train.contrast=0"), COPY),
+    **{
+        f"copy-prompt-{n}-contrast-0": Lever(
+            (*POINTER, "train.contrast=0"), (*COPY, f"train.description_in_prompt={n / 100}")
+        )
+        for n in (0, 50)
+    },
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
     **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},
