@@ -374,6 +374,8 @@ def test_pointers_that_cannot_be_are_refused(spec: AdapterSpec, residual: Adapte
         make_hypernet(residual, kind="tokens", embedding_size=size + 1, pointer=("o_proj",))
     with pytest.raises(ConfigError, match="a text"):
         make_hypernet(residual, kind="sentence", embedding_size=size, pointer=("o_proj",))
+    with pytest.raises(ConfigError, match="chooses words for each layer"):
+        HypernetConfig(variant="basis", pointer=("o_proj",))
     with pytest.raises(ConfigError, match="pointer would do nothing"):
         HypernetConfig(variant="none", pointer=("o_proj",))
 

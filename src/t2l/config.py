@@ -106,6 +106,10 @@ class HypernetConfig:
             raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
         if self.variant == "none" and not self.train_offset:
             raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
+        if self.variant == "basis" and self.pointer:
+            raise ConfigError(
+                "hypernet.pointer chooses words for each layer; variant 'basis' knows the description as a whole"
+            )
         for name in ("centre", "pointer", "prompt_aware", "standardize"):
             if self.variant == "none" and getattr(self, name):
                 raise ConfigError(f"hypernet.variant 'none' writes one adapter only; {name} would do nothing")
