@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -157,6 +158,7 @@ def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType
     text = script.table(tmp_path)
     best = max(value[0] for value in script.points(rows).values())
     assert text.splitlines()[2].startswith("| prompt-50-0 |") and text.endswith(f"| {best:+.1f} |")
+    assert sorted(os.listdir(tmp_path)) == ["base-model.jsonl", "prompt-50-0-multitask.jsonl", "prompt-50-0.jsonl"]
     told = [line for line in mine if line["row"].endswith("+description")]
     (tmp_path / "base-0.jsonl").write_text(answers.to_text(header(), told))
     assert script.table(tmp_path).endswith("Not judged to the end: base-0"), "its multi-task LoRA was not judged"
@@ -166,4 +168,5 @@ def test_s_is_the_worse_of_both_rules_over_all_choosing_tasks(script: ModuleType
     assert shown.endswith("Not judged to the end: prompt-50-0")
     for name, some in (("gate-0", []), ("kl-0", told[:-7])):
         (tmp_path / f"{name}.jsonl").write_text(answers.to_text(header(), some))
-    assert script.table(tmp_path).endswith("Not judged to the end: gate-0, kl-0, prompt-50-0")
+    judged = shown.partition("\n\n")[0]
+    assert script.table(tmp_path) == f"{judged}\n\nNot judged to the end: gate-0, kl-0, prompt-50-0"
