@@ -52,6 +52,7 @@ POINTER = (
     "encoder.layers=[0,10,20,30]",
     "hypernet.pointer=[o_proj,down_proj]",
 )
+POINTER_ALONE = (*POINTER, "train.contrast=0")
 COPY = (*OUTPUTS, "prompt.answer_space=true", "data.relabel_vocabulary=true")
 LEVERS = {
     "base": Lever(),
@@ -104,19 +105,15 @@ LEVERS = {
     "all-linear": Lever(("hypernet.variant=M",), ("lora.targets=[all-linear]",)),
     "outputs": Lever(both=OUTPUTS),
     "pointer": Lever(POINTER, OUTPUTS),
-    "pointer-contrast-0": Lever((*POINTER, "train.contrast=0"), OUTPUTS),
+    "pointer-contrast-0": Lever(POINTER_ALONE, OUTPUTS),
     "pointer-in-place-100": Lever(POINTER, (*OUTPUTS, "data.relabel_in_place=1.0")),
     **{f"pointer-prompt-{n}": Lever(POINTER, (*OUTPUTS, f"train.description_in_prompt={n / 100}")) for n in (0, 50)},
-    "pointer-prompt-50-contrast-0": Lever(
-        (*POINTER, "train.contrast=0"), (*OUTPUTS, "train.description_in_prompt=0.5")
-    ),
+    "pointer-prompt-50-contrast-0": Lever(POINTER_ALONE, (*OUTPUTS, "train.description_in_prompt=0.5")),
     "space": Lever(both=("prompt.answer_space=true",)),
     "copy": Lever(POINTER, COPY),
-    "copy-contrast-0": Lever((*POINTER, "train.contrast=0"), COPY),
+    "copy-contrast-0": Lever(POINTER_ALONE, COPY),
     **{
-        f"copy-prompt-{n}-contrast-0": Lever(
-            (*POINTER, "train.contrast=0"), (*COPY, f"train.description_in_prompt={n / 100}")
-        )
+        f"copy-prompt-{n}-contrast-0": Lever(POINTER_ALONE, (*COPY, f"train.description_in_prompt={n / 100}"))
         for n in (0, 50)
     },
     "offset-pretrained": Lever(pretrained=True),
@@ -317,9 +314,9 @@ def table(out: Path) -> str:
         name, _, seed = run.rpartition("-")
         if name not in LEVERS or not seed.isdigit():
             continue
-        others = [files.get(other) for other in (BASE, multitask_of(name, int(seed)))]
+        others = [files[other] for other in (BASE, multitask_of(name, int(seed))) if other in files]
         try:
-            rows = together(path, *filter(None, others)) if all(others) else {}
+            rows = together(path, *others)
         except DataError:  # answers are missing
             rows = {}
         needed = rows_of(LEVERS[name], "multitask", "t2l", "t2l-wrong", "t2l-random")

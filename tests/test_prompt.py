@@ -15,7 +15,10 @@ def test_answers_begin_with_a_space_where_the_setting_says_so(space: bool) -> No
     tokenizer = make_tokenizer()
     pool = Pool("a", tuple(Example(f"{n}", f"input {n}", (f" word {n} ",)) for n in range(8)), (0,))
     settings = {"rows": 3, "tokens": 64, "answer_tokens": 24, "in_prompt": 0.5, "seed": 3}
-    batch, plain = (Batches([pool], ["Say it."], tokenizer, **settings, answer_space=x)[0] for x in (space, False))  # type: ignore[arg-type]
+    batch, plain = (
+        Batches([pool], ["Say it."], tokenizer, **settings, prompt=PromptConfig(answer_space=x))[0]  # type: ignore[arg-type]
+        for x in (space, False)
+    )
     for labels, documents in zip(batch.labels, batch.label_documents, strict=True):
         for document in range(int(documents.max()) + 1):
             said = tokenizer.decode(labels[documents == document]).removesuffix(tokenizer.eos_token)

@@ -88,7 +88,7 @@ class Hypernet(nn.Module):
                 written, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
             )
             if config.centre:
-                parts = 2 if any(i for i, _ in written) else 1
+                parts = 2 if self.head.write_parts else 1
                 places = {"L": grid, "M": (*grid, parts), "S": (*grid, parts, spec.rank), "basis": ()}
                 self.head.centre = Centre((*places[config.variant], config.head_size))
         self.pointers = nn.ModuleDict()

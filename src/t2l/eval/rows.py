@@ -332,20 +332,21 @@ class AdapterSource:
         """Of the row's adapters; None for the base model and Arrow's own."""
         if row.adapter in ("base", "arrow"):
             return None
-        owner: Any = {"multitask": self.multitask, "hyperdecoders": self.hyperdecoders}.get(row.adapter)
-        if owner is None:
-            owner = self.checkpoint if row.adapter.startswith("t2l") else self.libraries[0]
-        return self.wide if row.way == "t2l-average" else owner.spec
+        return self.wide if row.way == "t2l-average" else (self._writer(row) or self.libraries[0]).spec
+
+    def _writer(self, row: Row) -> TextToLora | None:
+        """The checkpoint that the row's adapters come from; None where they are the libraries'."""
+        if row.adapter.startswith("t2l"):
+            return self.checkpoint
+        return {"multitask": self.multitask, "hyperdecoders": self.hyperdecoders}.get(row.adapter)
 
     def answer_space(self, row: Row) -> bool:
         """Whether the row's adapters were trained to begin answers with a space."""
         if row.adapter == "base":
             return False
-        owner: Any = {"multitask": self.multitask, "hyperdecoders": self.hyperdecoders}.get(row.adapter)
-        if owner is None and row.adapter.startswith("t2l"):
-            owner = self.checkpoint
-        if owner is not None:
-            return bool(owner.config.prompt.answer_space)
+        writer = self._writer(row)
+        if writer is not None:
+            return writer.config.prompt.answer_space
         entries = (library.index[name] for library in self.libraries for name in library.names)
         return any((entry.get("prompt") or {}).get("answer_space", False) for entry in entries)
 

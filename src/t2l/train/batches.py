@@ -164,13 +164,13 @@ class Batches(Dataset):
         made_up_share: float = 0.0,
         read_another: float = 0.0,
         share_beginnings: bool = True,
-        answer_space: bool = False,
+        prompt: PromptConfig | None = None,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.teacher_tokens, self.shots = teacher_tokens, shots
-        self.relabel_unsaid, self.answer_space = relabel_unsaid, answer_space
+        self.relabel_unsaid, self.prompt = relabel_unsaid, prompt or PromptConfig()
         self.made_up, self.made_up_share, self.read_another = made_up, made_up_share, read_another
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
@@ -235,10 +235,7 @@ class Batches(Dataset):
         skipped = 0
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
-        prompts = [
-            PromptConfig(description_in_prompt=bool(rng.random() < self.in_prompt), answer_space=self.answer_space)
-            for _ in pools
-        ]
+        prompts = [self.prompt.asked(bool(rng.random() < self.in_prompt)) for _ in pools]
         self._change(step, tasks, pools, shown, others, partners, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
         if self.read_another:
@@ -259,9 +256,7 @@ class Batches(Dataset):
                 for (row, _), (text, _) in zip(drawn, posed, strict=True)
             ]
             prompt_ids = token_ids(self.tokenizer, rendered)
-            answer_ids = token_ids(
-                self.tokenizer, [answer_text(answer, self.eos, space=self.answer_space) for _, answer in posed]
-            )
+            answer_ids = token_ids(self.tokenizer, [answer_text(answer, self.eos, self.prompt) for _, answer in posed])
             of_row: dict[int, list[list[int]]] = {row: [] for row in left}
             for (row, _), question in zip(drawn, prompt_ids, strict=True):
                 of_row[row].append(question)
@@ -336,7 +331,7 @@ class Batches(Dataset):
     ) -> list[Tensor]:
         """The teacher's fields of a batch."""
         rng = np.random.default_rng((self.seed, 5, step))
-        prompt = PromptConfig(description_in_prompt=True, answer_space=self.answer_space)
+        prompt = self.prompt.asked(True)
         rendered = [
             render(
                 self.tokenizer,
@@ -444,9 +439,9 @@ def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def answer_text(answer: str, eos: str, *, space: bool) -> str:
+def answer_text(answer: str, eos: str, prompt: PromptConfig) -> str:
     """An answer as it is trained on, its end included."""
-    return spaced(answer.strip(), space) + eos
+    return spaced(answer.strip(), prompt.answer_space) + eos
 
 
 def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int) -> tuple[list[Task], list[str], int]:

@@ -266,7 +266,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             read_another=read_another,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
-            answer_space=config.prompt.answer_space,
+            prompt=config.prompt,
         )
 
     in_prompt = config.train.description_in_prompt
@@ -319,12 +319,14 @@ def _variants(
 ) -> dict[str, list[tuple[Words | Form, tuple[str, ...]]]]:
     """Variants of each task, with texts made of its descriptions."""
     made: dict[str, list[tuple[Words | Form, tuple[str, ...]]]] = {task.name: [] for task in tasks}
-    words = vocabulary(tasks) if config.relabel_vocabulary else ()
-    if config.relabel_vocabulary and len(words) < 2 * MOST_ANSWERS:
-        raise DataError(
-            f"data.relabel_vocabulary: {len(words)} words of four letters or more stand in descriptions of several "
-            f"tasks; at least {2 * MOST_ANSWERS} are needed. Leave it out to draw from a list"
-        )
+    words: tuple[str, ...] = ()
+    if config.relabel_vocabulary:
+        words = vocabulary(tasks)
+        if len(words) < 2 * MOST_ANSWERS:
+            raise DataError(
+                f"data.relabel_vocabulary: {len(words)} words of four letters or more stand in descriptions of several "
+                f"tasks; at least {2 * MOST_ANSWERS} are needed. Leave it out to draw from a list"
+            )
     for task in tasks:
         if _variant_share(task, config):
             made[task.name] = variants(
@@ -413,7 +415,7 @@ def _with_readable_inputs(tasks: list[Task], lengths: Lengths, window: int) -> t
 def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str, str]:
     """Tasks none of whose training examples fits into a row, with the reason."""
     train, found = config.train, {}
-    prompt = replace(config.prompt, description_in_prompt=train.description_in_prompt == 1)
+    prompt = config.prompt.asked(train.description_in_prompt == 1)
     for task in tasks:
         description = min(task.descriptions, key=len)
         shortest: tuple[int, int] | None = None
@@ -422,10 +424,7 @@ def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str,
         for start in range(0, len(examples), 16):
             some = examples[start : start + 16]
             prompts = token_ids(tokenizer, [render(tokenizer, description, e.input, prompt) for e in some])
-            answers = token_ids(
-                tokenizer,
-                [answer_text(e.outputs[0], tokenizer.eos_token or "", space=prompt.answer_space) for e in some],
-            )
+            answers = token_ids(tokenizer, [answer_text(e.outputs[0], tokenizer.eos_token or "", prompt) for e in some])
             sizes = [(len(p) + len(a) - 1, len(a)) for p, a in zip(prompts, answers, strict=True)]
             if any(row <= train.sequence_tokens and answer <= train.answer_tokens for row, answer in sizes):
                 break

@@ -101,8 +101,7 @@ def tokenize_examples(
     texts = task.descriptions or ("",)
     prompts = [render(tokenizer, texts[rng.integers(len(texts))], e.input, prompt) for e in examples]
     outputs = [example.outputs[:1] if first_answer else example.outputs for example in examples]
-    space = prompt.answer_space
-    flat = [answer_text(answer, tokenizer.eos_token, space=space) for found in outputs for answer in found]
+    flat = [answer_text(answer, tokenizer.eos_token, prompt) for found in outputs for answer in found]
     prompt_ids = token_ids(tokenizer, prompts) if prompts else []
     answer_ids = iter(token_ids(tokenizer, flat) if flat else [])
     pieces: list[list[int]] = []

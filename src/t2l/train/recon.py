@@ -135,16 +135,8 @@ class ReconConfig:
     def __post_init__(self) -> None:
         if self.hypernet.variant == "none":
             raise ConfigError("hypernet.variant 'none' reads no description and cannot tell adapters apart")
-        idle_settings = {
-            "max_change": None,
-            "codebook": "none",
-            "centre": False,
-            "pointer": (),
-            "prompt_aware": False,
-            "standardize": False,
-        }
-        for name, idle in idle_settings.items():
-            if getattr(self.hypernet, name) != idle:
+        for name in ("max_change", "codebook", "centre", "pointer", "prompt_aware", "standardize"):
+            if getattr(self.hypernet, name) != getattr(HypernetConfig(), name):
                 raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
         if self.data.canonical and self.hypernet.writes == "B":
             raise ConfigError(
