@@ -139,6 +139,7 @@ class Batches(Dataset):
         read_another: Share of rows that read another description of their task than the prompt shows, if drawn anew it
             is another.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
+        prompt: The run's setting; whether a prompt shows the description is drawn by `in_prompt`.
 
     Raises:
         DataError: if the tokenizer has no way to end an answer.
