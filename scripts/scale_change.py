@@ -3,7 +3,8 @@
     python scripts/scale_change.py CHECKPOINT 0.5 OUT
 
 On tasks unlike the trained ones the whole change goes too far (entry 20 of docs/experiments.md). What is written is
-linear in the head's last matrices, so they are multiplied; the offset stays. The folder says what was done.
+linear in the head's last matrices and the pointers' gains, so they are multiplied; the offset stays. The folder says
+what was done.
 """
 
 import argparse
@@ -37,8 +38,10 @@ def scaled(reference: str, factor: float, out: Path) -> Path:
     if loaded.hypernet.head is None:
         raise ConfigError(f"{reference} is a multi-task LoRA (variant none): no description changes anything")
     with torch.no_grad():
-        for matrix in loaded.hypernet.head.write.parameters():
-            matrix.mul_(factor)
+        gains = [pointer.gain for pointer in loaded.hypernet.pointers.values()]
+        for part in (loaded.hypernet.head.write, *gains):
+            for parameter in part.parameters():
+                parameter.mul_(factor)
     before = loaded.config.training.get("change_scaled_by", 1.0)
     training = loaded.config.training | {
         "change_scaled_by": before * factor,

@@ -218,11 +218,15 @@ def make_checkpoint(base_folder: Path, tiny_config: LlamaConfig) -> Callable[...
     ) -> Path:
         spec = spec or AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
         if encoder == "base":
-            encoder_config = EncoderConfig(kind="tokens", model="base", layers=(1, 3), max_tokens=96)
+            layers = (0, 3) if hypernet_config.get("pointer") else (1, 3)
+            encoder_config = EncoderConfig(kind="tokens", model="base", layers=layers, max_tokens=96)
         else:
             encoder_config = EncoderConfig(kind="sentence", model=encoder, max_tokens=96)
         embedding_size = 64 if encoder == "base" else 32
         hypernet = make_hypernet(spec, kind=encoder_config.kind, embedding_size=embedding_size, **hypernet_config)
+        with torch.no_grad():
+            for pointer in hypernet.pointers.values():
+                pointer.gain.bias.fill_(0.5)
         values: dict[str, Any] = {"variant": "L", "width": 24, "head_size": 16, "token_blocks": 2, "attention_heads": 4}
         config = settings(
             {"seed": 7},

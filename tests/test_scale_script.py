@@ -4,13 +4,16 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import DESCRIPTIONS
+from transformers import LlamaConfig
 
 from t2l import TextToLora
 from t2l.checkpoint import load_checkpoint
 from t2l.errors import ConfigError, OutputError
+from t2l.spec import AdapterSpec, LoraConfig
 
 
 @pytest.fixture
@@ -19,11 +22,20 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("scale_change")
 
 
-@pytest.mark.parametrize("variant", ["L", "M", "S", "basis"])
+@pytest.mark.parametrize("variant", ["L", "M", "S", "basis", "pointer"])
 def test_the_change_is_multiplied_and_the_offset_stays(
-    variant: str, script: ModuleType, make_checkpoint: Callable[..., Path], tmp_path: Path
+    variant: str,
+    script: ModuleType,
+    make_checkpoint: Callable[..., Path],
+    tiny_config: LlamaConfig,
+    base_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    whole = make_checkpoint(tmp_path / "whole", variant=variant)
+    kind: dict[str, Any] = {"variant": variant}
+    if variant == "pointer":
+        lora = LoraConfig(targets=("q_proj", "o_proj"), rank=4, alpha=8)
+        kind = {"pointer": ("o_proj",), "spec": AdapterSpec.from_config(tiny_config, str(base_folder), lora)}
+    whole = make_checkpoint(tmp_path / "whole", **kind)
     half = script.scaled(str(whole), 0.5, tmp_path / "half")
     offset = load_checkpoint(whole).hypernet.offset_lora()
     full, less = (TextToLora.from_pretrained(str(folder)).generate(DESCRIPTIONS) for folder in (whole, half))
