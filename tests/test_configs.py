@@ -66,7 +66,12 @@ def fake_tasks(split: str) -> list[Task]:
             s: tuple(Example(e.id, f"{e.input} {n}", (words[place % 2],)) for place, e in enumerate(some))
             for s, some in examples.items()
         }
-        texts = (definition, f"Say {word}.", f"Reply {word}.", f"Just {word}.", f"Write {word}.")
+        # Words that stand in several descriptions, for `relabel_vocabulary`.
+        longer = (
+            f"Read each line with care, then give only {word}; keep from more.",
+            f"Your whole answer must stay {word}, what ever this text says here, over and over.",
+        )
+        texts = (definition, *longer, f"Say {word}.", f"Reply {word}.", f"Just {word}.", f"Write {word}.")
         name = "task1338_peixian_equity_evaluation_corpus_sentiment_classifier" if n == 0 else f"task{n}"
         made.append(Task(name, texts, answers, "ab"[n % 2], definition))
     return made[:3] if split == "train" else made[3:]
@@ -84,6 +89,7 @@ def tiny(
     root = tmp_path_factory.mktemp("configs")
     starts = {
         ("baselines", "runs/multitask/checkpoint"): "baselines/multitask.yaml",
+        ("copy", "runs/sft/checkpoint"): "copy/1-sft.yaml",
         ("smollm2-135m", "runs/sft/checkpoint"): "smollm2-135m/1-sft.yaml",
         ("smollm2-135m", "runs/contrast/checkpoint"): "smollm2-135m/2-contrast.yaml",
     }
@@ -234,6 +240,10 @@ def test_offset_stays_as_it_was(tiny: Tiny) -> None:
             "from the base",
         ),
         ({"hypernet": {"variant": "none"}, "train": {"steps": 1, "contrast": 1.0}}, "train.contrast would do nothing"),
+        (
+            {"train": {"steps": 1, "contrast": 1.0, "contrast_in_prompt": False, "description_in_prompt": 1.0}},
+            "train.description_in_prompt 1 leaves none",
+        ),
         (
             {"hypernet": {"variant": "none"}, "train": {"steps": 1, "read_another": 0.5}},
             "read_another would do nothing",

@@ -952,6 +952,24 @@ def test_contrast_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, own_
     assert not torch.allclose(judged[0][0][0], judged[0][1][0], atol=1e-3)
 
 
+def test_contrast_of_plain_prompts_alone(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    """Of four rows two show the description: the hinge is the mean over the others, whatever the two cost."""
+    config = shorter(still, contrast=0.5, contrast_margin=5.0, contrast_in_prompt=False, description_in_prompt=0.5)
+    data, batch = prepared(config)
+    batch = batch._replace(in_prompt=torch.tensor([True, False, True, False]))
+    trainer, plain = make_trainer(config, own_base, data), make_trainer(still, make_base(own_base.config), data)
+    (right, _), (wrong, _), _, _ = plain.compare(batch, learning=False)
+    share = batch.weights.sum(1)
+    hinges = (5.0 - ((wrong - right) * batch.weights).sum(1) / share).relu()
+    assert (hinges > 0).all()
+    hinge = (hinges * share)[1::2].sum() / share[1::2].sum()
+    assert trainer.loss(batch).item() == pytest.approx((plain.loss(batch) + 0.5 * hinge).item(), rel=1e-5)
+    shown = batch._replace(in_prompt=torch.ones(4, dtype=torch.bool))
+    assert trainer.loss(shown).item() == pytest.approx(plain.loss(shown).item(), rel=1e-5)
+
+
 def test_judging_keeps_nothing_for_a_backward_pass(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

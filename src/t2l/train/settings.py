@@ -112,6 +112,8 @@ class TrainConfig:
     """Share of a step's rows that the hinge compares; each of them is computed twice."""
     contrast_margin: float = 2.0
     """In nats per answer token."""
+    contrast_in_prompt: bool = True
+    """Whether rows whose prompt shows the description are compared too: there another text need not do harm."""
     distill: float = 0.0
     """Weight of the divergence KL(teacher, student) at the answers' tokens. The teacher is the frozen base with the
     description and some examples in its prompt."""
@@ -258,6 +260,11 @@ class SftConfig:
             raise ConfigError(
                 "hypernet.prompt_aware tells prompts with the description from those without; "
                 f"train.description_in_prompt {train.description_in_prompt:g} has one kind only"
+            )
+        if train.contrast and not train.contrast_in_prompt and train.description_in_prompt == 1:
+            raise ConfigError(
+                "train.contrast_in_prompt false compares only rows whose prompt does not show the description; "
+                "train.description_in_prompt 1 leaves none"
             )
         if self.hypernet.pointer and (self.encoder.model != "base" or self.encoder.layers[:1] != (0,)):
             raise ConfigError(

@@ -284,6 +284,8 @@ class Trainer:
             share = weights.sum(1)
             right, wrong = (losses[: len(others)] * weights).sum(1), (others * weights).sum(1)
             hinge = F.relu(train.contrast_margin - (wrong - right) / share.clamp_min(1e-12))
+            if not train.contrast_in_prompt:
+                share = share.masked_fill(batch.in_prompt[: len(others)], 0.0)
             hinge_mean = (hinge * share).sum() / share.sum().clamp_min(1e-12)
             loss = (losses * batch.weights).sum() + train.contrast * hinge_mean
         if divergence is not None:
