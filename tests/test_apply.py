@@ -88,7 +88,9 @@ def test_rows_say_which_sequence_uses_which(chosen: int, adapters: list[Adapter]
         together = logits(tiny_base)
     for n, row in enumerate(rows):
         with applied(tiny_base, adapters[row]):
-            assert (together[n] - logits(tiny_base, TOKENS[n : n + 1])[0]).abs().max() <= 1e-5
+            alone = logits(tiny_base, TOKENS[n : n + 1])[0]
+        # Of the largest logit: how far float32 sums of other orders differ depends on the processor.
+        assert (together[n] - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
 def test_row_without_an_adapter_is_refused(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:

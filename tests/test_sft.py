@@ -970,6 +970,21 @@ def test_contrast_of_plain_prompts_alone(
     assert trainer.loss(shown).item() == pytest.approx(plain.loss(shown).item(), rel=1e-5)
 
 
+def test_bfloat16_where_there_is_no_gpu(
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    """Rounded products, so another loss of nearly the same size; weights and their gradients stay in float32."""
+    data, batch = prepared(still)
+    exact = make_trainer(still, own_base, data)
+    rounded = make_trainer(shorter(still, bfloat16=True), make_base(own_base.config), data)
+    loss = rounded.loss(batch)
+    assert loss.item() != exact.loss(batch).item()
+    assert loss.item() == pytest.approx(exact.loss(batch).item(), rel=0.02)
+    loss.backward()
+    assert all(p.dtype == torch.float32 for p in rounded.trained.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in rounded.trained.parameters() if p.grad is not None)
+
+
 def test_judging_keeps_nothing_for_a_backward_pass(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,9 @@ class TrainConfig:
     """Evaluations in a row without a better one after which early stopping ends the run."""
     compile: bool = False
     """Compile the base model layer by layer: some seconds at the start, then much faster on a GPU."""
+    bfloat16: bool | None = None
+    """Multiply in bfloat16, weights stay in float32: if null, on a GPU. On processors with AMX, true is three times
+    as fast; descriptions are then encoded so too."""
     gradient_checkpointing: bool = False
     """Compute the base's layers a second time in the backward pass: less memory, about a third more time."""
     workers: int = 0

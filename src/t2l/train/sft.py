@@ -231,7 +231,8 @@ class Trainer:
             noise = neftune_noise(batch.documents, width, train.neftune_alpha if learning else 0.0)
         if train.label_smoothing:
             smoothing = torch.full((), train.label_smoothing if learning else 0.0, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        enabled = self.device.type == "cuda" if train.bfloat16 is None else train.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             lora = self.adapters(read, partners, batch.in_prompt, learning=learning)
             teacher = self.teacher(batch) if learning and train.distill else None
             losses, hits, *rest = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing, teacher)
@@ -481,7 +482,8 @@ def train(
         encoder = OneHotEncoder(data.texts, device=chosen)
     else:
         config_encoder = config.encoder
-    bank = None if config.blind else DescriptionBank(encoder, data.texts)
+    with torch.autocast(chosen.type, torch.bfloat16, enabled=bool(config.train.bfloat16)):
+        bank = None if config.blind else DescriptionBank(encoder, data.texts)
     log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} texts to read")
 
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
