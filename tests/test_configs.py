@@ -89,10 +89,7 @@ def tiny(
     root = tmp_path_factory.mktemp("configs")
     starts = {
         ("baselines", "runs/multitask/checkpoint"): "baselines/multitask.yaml",
-        ("copy", "runs/sft/checkpoint"): "copy/1-sft.yaml",
-        ("copy", "runs/more/checkpoint"): "copy/2-more.yaml",
         ("smollm2-135m", "runs/sft/checkpoint"): "smollm2-135m/1-sft.yaml",
-        ("smollm2-135m", "runs/contrast/checkpoint"): "smollm2-135m/2-contrast.yaml",
     }
 
     def shrink(path: Path) -> SftConfig:

@@ -78,6 +78,21 @@ def test_seen_tasks_are_learned() -> None:
         require_seen_tasks_learned(suite)
 
 
+@pytest.mark.parametrize("results", ["steering", "choosing"])
+def test_readme_and_card_say_what_was_measured(results: str) -> None:
+    """Both tables of the shipped checkpoint, row by row; the choosing tasks' two suites count as one."""
+    card = (ROOT / "src/t2l/pretrained/smollm2-135m/README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows: dict[str, Any] = {}
+    for suite in gather([answers.read(RESULTS / f"{results}.jsonl.gz")]):
+        for name, scores in suite.rows.items():
+            rows.setdefault(name, {}).update(scores)
+    for name in ("multitask", "t2l", "t2l-wrong", "t2l-random"):
+        plain, described = (str(estimate(rows[name + end])).replace("0.", ".") for end in ("", "+description"))
+        for text in (readme, card):
+            assert f"| {plain} | {described} |" in text, f"{name} of {results}"
+
+
 # ------------------------------------------------------------------------------------------- the checks themselves
 
 
