@@ -474,7 +474,10 @@ def test_bank_gives_back_what_the_encoder_said(
     """In any order and from any chunk, up to bfloat16; the window pads to one static shape."""
     encoder = TokenEncoder(tiny_base, tiny_tokenizer, layers=(2,), max_tokens=40)
     texts = ["Add the numbers.", "No.", "Translate into French, please.", "Sort."]
-    bank = DescriptionBank(encoder, texts, chunk=2)
+    said: list[str] = []
+    bank = DescriptionBank(encoder, texts, chunk=2, log=said.append, every=0)
+    assert [line.split(",")[0] for line in said] == ["2 of 4 texts read", "4 of 4 texts read"]
+    assert said[-1].endswith(" 0.0 min left")
     index = torch.tensor([2, 0, 3, 2, 1])
     found = bank[index]
     assert found.mask is not None and found.states.shape == (5, 40, 32)

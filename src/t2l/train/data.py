@@ -4,6 +4,7 @@ Knows tasks, tokenizers and encoders. Knows no base model and no hypernetwork.
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -460,15 +461,35 @@ def _check_comparisons(config: SftConfig, training: Batches, judged: dict[str, B
 
 
 class DescriptionBank:
-    """Every text the hypernetwork reads in a run, encoded once; hands out padded batches of one static shape."""
+    """Every text the hypernetwork reads in a run, encoded once; hands out padded batches of one static shape.
 
-    def __init__(self, encoder: Encoder, texts: Sequence[str], *, chunk: int = 256) -> None:
+    Without a GPU this can take longer than the steps do, so `log` hears of it every `every` seconds.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        texts: Sequence[str],
+        *,
+        chunk: int = 256,
+        log: Callable[[str], None] = lambda text: None,
+        every: float = 20.0,
+    ) -> None:
         self.kind, self.width, self.window = encoder.kind, encoder.embedding_size, encoder.max_tokens
         states, lengths = [], []
         # In order of length, so that little of a chunk is padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        begun = told = time.monotonic()
+        read, characters = 0, sum(map(len, texts))
         for start in range(0, len(order), chunk):
-            encoded = encoder.encode([texts[i] for i in order[start : start + chunk]])
+            part = [texts[i] for i in order[start : start + chunk]]
+            encoded = encoder.encode(part)
+            read += sum(map(len, part))
+            now = time.monotonic()
+            if now - told >= every:
+                told = now
+                left = (now - begun) * (characters / read - 1) / 60
+                log(f"{start + len(part):,} of {len(texts):,} texts read, {left:.1f} min left")
             if encoded.mask is None:
                 states.append(encoded.states)
             else:

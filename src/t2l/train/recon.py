@@ -597,7 +597,7 @@ def train_reconstruction(
     else:
         encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(chosen))
     texts = choose_descriptions(library, names, config, lambda found: token_counts(encoder, found))
-    bank = DescriptionBank(encoder, texts.texts)
+    bank = DescriptionBank(encoder, texts.texts, log=log)
     targets = make_targets(lora, names, canonical=config.data.canonical, device=chosen, writes=writes)
     torch.manual_seed(config.seed)
     hypernet = new_hypernet(config.hypernet, spec, encoder, targets).to(chosen).train()

@@ -483,7 +483,7 @@ def train(
     else:
         config_encoder = config.encoder
     with torch.autocast(chosen.type, torch.bfloat16, enabled=bool(config.train.bfloat16)):
-        bank = None if config.blind else DescriptionBank(encoder, data.texts)
+        bank = None if config.blind else DescriptionBank(encoder, data.texts, log=log)
     log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} texts to read")
 
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
