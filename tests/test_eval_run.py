@@ -20,13 +20,14 @@ from t2l.checkpoint import load_checkpoint, save_checkpoint
 from t2l.cli import app
 from t2l.config import LoraConfig, PromptConfig
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, EvaluationError
-from t2l.eval import answers, decode, harness, retrieval, rows, suites
+from t2l.eval import answers, decode, retrieval, rows, suites
 from t2l.eval.arrow import arrow, prototypes
 from t2l.eval.harness import Settings, run
 from t2l.eval.rows import ROWS, AdapterSource, choose_rows
 from t2l.generate import Adapter, TextToLora
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
+from t2l.pace import Pace
 from t2l.prompt import token_ids
 from t2l.spec import AdapterSpec
 
@@ -652,7 +653,7 @@ def test_wrong_use_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -
 
 def test_progress_says_what_is_left() -> None:
     told: list[str] = []
-    progress = harness.Progress(10, told.append, every=0.0)
+    progress = Pace(10, "answers", told.append, every=0.0)
     progress.add(4)
     progress.add(6)
     assert told[0].startswith("4 of 10 answers")

@@ -5,7 +5,6 @@ Knows suites, rows and a base model. What the answers mean is computed by `repor
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from t2l.eval.suites import Question
 from t2l.files import write_text
 from t2l.generate import TextToLora
 from t2l.library import AdapterLibrary
+from t2l.pace import Pace
 from t2l.prompt import spaced, token_ids
 
 Log = Callable[[str], None]
@@ -206,7 +206,7 @@ def judge(
         identity = (a.prompt, source.identity(a.row, a.question), task.suite, task.name, a.question.item.id)
         same.setdefault(identity, []).append(a)
     asked = [dataclasses.replace(a, ids=ids[a.prompt], twins=tuple(others)) for a, *others in same.values()]
-    progress = Progress(number, log)
+    progress = Pace(number, "answers", log)
     try:
         with out.open("a", encoding="utf-8") as file:
 
@@ -424,24 +424,6 @@ def _header(
 def _public(reference: str) -> str:
     """A reference as files show it: of a local folder its name alone, as files are passed on and folders are not."""
     return Path(reference).name if Path(reference).is_dir() else reference
-
-
-class Progress:
-    """Says now and then how far the answers are, how fast they come and when they will be done."""
-
-    def __init__(self, total: int, log: Log, *, every: float = 15.0) -> None:
-        self.total, self.log, self.every = total, log, every
-        self.done, self.started, self.told = 0, time.monotonic(), time.monotonic()
-
-    def add(self, number: int) -> None:
-        """Counts answers that were written."""
-        self.done += number
-        now = time.monotonic()
-        if now - self.told >= self.every or self.done == self.total:
-            self.told = now
-            rate = self.done / max(now - self.started, 1e-9)
-            left = (self.total - self.done) / rate
-            self.log(f"{self.done:,} of {self.total:,} answers, {rate:.1f}/s, {left / 60:.1f} min left")
 
 
 # ------------------------------------------------------------------------------------------------- code that is run

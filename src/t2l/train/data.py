@@ -4,7 +4,6 @@ Knows tasks, tokenizers and encoders. Knows no base model and no hypernetwork.
 """
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from t2l.encoder import Encoded, Encoder
 from t2l.errors import ConfigError, DataError
+from t2l.pace import Pace
 from t2l.prompt import render, token_ids
 from t2l.tasks import (
     Task,
@@ -479,17 +479,11 @@ class DescriptionBank:
         states, lengths = [], []
         # In order of length, so that little of a chunk is padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        begun = told = time.monotonic()
-        read, characters = 0, sum(map(len, texts))
+        pace = Pace(len(texts), "texts read", log, work=sum(map(len, texts)), every=every)
         for start in range(0, len(order), chunk):
             part = [texts[i] for i in order[start : start + chunk]]
             encoded = encoder.encode(part)
-            read += sum(map(len, part))
-            now = time.monotonic()
-            if now - told >= every:
-                told = now
-                left = (now - begun) * (characters / read - 1) / 60
-                log(f"{start + len(part):,} of {len(texts):,} texts read, {left:.1f} min left")
+            pace.add(len(part), sum(map(len, part)))
             if encoded.mask is None:
                 states.append(encoded.states)
             else:

@@ -1,0 +1,37 @@
+"""How far a long piece of work is."""
+
+import time
+from collections.abc import Callable
+
+
+class Pace:
+    """Says now and then how far a piece of work is, how fast it goes and when it will be done.
+
+    Args:
+        total: How many things there are to do.
+        what: What they are, as the line says it after the numbers: `answers`.
+        log: Where lines go.
+        work: What all of them cost together, in any unit, if one costs more than another; else each costs the same.
+        every: Seconds between two lines; the last one always comes.
+    """
+
+    def __init__(
+        self, total: int, what: str, log: Callable[[str], None], *, work: float | None = None, every: float = 15.0
+    ) -> None:
+        self.total, self.what, self.log, self.every = total, what, log, every
+        self.work = total if work is None else work
+        self.done, self.worked = 0, 0.0
+        self.started = self.told = time.monotonic()
+
+    def add(self, number: int, work: float | None = None) -> None:
+        """Counts things that were done, and what they cost."""
+        self.done += number
+        self.worked += number if work is None else work
+        now = time.monotonic()
+        if now - self.told >= self.every or self.done == self.total:
+            self.told = now
+            spent = max(now - self.started, 1e-9)
+            left = spent * (self.work / self.worked - 1)
+            self.log(
+                f"{self.done:,} of {self.total:,} {self.what}, {self.done / spent:.1f}/s, {left / 60:.1f} min left"
+            )
