@@ -17,6 +17,7 @@ ROWS: dict[str, int] = {
     "config": 1,
     "endpoint": 1,
     "files": 1,
+    "pace": 1,
     "spec": 1,
     "lora": 2,
     "models": 2,
