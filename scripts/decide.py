@@ -1,15 +1,18 @@
 """What decides, by docs/zero_shot_protocol.md: D1 to D4 from files of answers of the test, and on its parts.
 
     python scripts/decide.py test-0.jsonl.gz test-1.jsonl.gz test-2.jsonl.gz
+    python scripts/decide.py test-*.jsonl.gz --instead multitask-description-*.jsonl.gz
 
-With T2L_DATA set also on tasks with few and with many different answers.
+`--instead` takes rows of other weights, such as a second baseline or another training seed of T2L, in place of those of
+the same name; questions, prompts and judging seeds must be the same. With T2L_DATA set also on tasks with few and with
+many different answers.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Collection, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import exit_code
@@ -59,6 +62,18 @@ def the_test(paths: Sequence[Path]) -> Suite:
         if suite.name == "test":
             return suite
     raise DataError("The files hold no answers of the suite test")
+
+
+def in_place(suite: Suite, other: Suite) -> Suite:
+    """The suite with the rows of another in place of its own.
+
+    Raises:
+        DataError: if a row of the other is of other prompts.
+    """
+    for row, prompts in other.prompts.items():
+        if row in suite.rows and prompts != suite.prompts[row]:
+            raise DataError(f"Row {row}: the files after --instead have other questions, prompts or judging seeds")
+    return replace(suite, rows=suite.rows | other.rows, prompts=suite.prompts | other.prompts)
 
 
 def parts() -> dict[str, Set[str]]:
@@ -112,8 +127,14 @@ def markdown(suite: Suite) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="answers of the suite test, of all training seeds")
+    parser.add_argument("--instead", nargs="+", type=Path, help="answers of rows that take the place of theirs")
     given = parser.parse_args(arguments)
-    return exit_code(lambda: print(markdown(the_test(given.files))))
+
+    def run() -> None:
+        suite = the_test(given.files)
+        print(markdown(in_place(suite, the_test(given.instead)) if given.instead else suite))
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from test_eval_report import header, made
 
 from t2l.eval import answers
-from t2l.eval.report import Difference, difference, gather
+from t2l.eval.report import Difference, difference, estimate, gather
 from t2l.tasks import load_splits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -64,13 +64,40 @@ def test_parts_by_answers_are_the_protocols(script: ModuleType) -> None:
     assert (len(parts["few different answers"]), len(parts["many different answers"])) == (29, 31)
 
 
+def test_rows_of_other_weights_take_the_place_of_theirs(script: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    tasks = sorted(load_splits().test)
+    (path := tmp_path / "test.jsonl").write_text(answers.to_text(header(), made(ROWS, tasks=tasks)))
+    worse = made(("multitask+description",), tasks=tasks, scores=lambda name, right: {"exact_match": 0.0})
+    (other := tmp_path / "other.jsonl").write_text(answers.to_text(header(multitask_sha256="other"), worse))
+    assert script.main([str(path), "--instead", str(other)]) == 0
+    (suite,) = gather([answers.read(path)])
+    expected = 100 * estimate(suite.rows["t2l+description"]).mean
+    assert f"| multitask+description | {expected:+.1f} [" in capsys.readouterr().out.splitlines()[2]
+    (other := tmp_path / "seed.jsonl").write_text(
+        answers.to_text(header(), [line | {"seed": line["seed"] + 1} for line in worse])
+    )
+    assert script.main([str(path), "--instead", str(other)]) == 1
+    assert "have other questions, prompts or judging seeds" in capsys.readouterr().err
+
+
+def decided(script: ModuleType, capsys: Any, arguments: list[str], kept: list[str]) -> str:
+    """Runs the script; its lines stand in a file of decisions. Returns what D1 to D4 say."""
+    assert script.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 * 4 and set(lines) <= set(kept)
+    return " ".join(line.split("|")[-2].strip() for line in lines[2:6])
+
+
 @pytest.mark.slow
 def test_decisions_are_what_the_answers_give(script: ModuleType, capsys: Any, monkeypatch: Any) -> None:
     """Without the data only the parts that need none, all of which stand in the file."""
     monkeypatch.delenv("T2L_DATA", raising=False)
-    final = REPOSITORY / "docs" / "results" / "final"
-    assert script.main([str(final / f"test-{seed}.jsonl.gz") for seed in range(3)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    kept = (final / "decisions.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2 + 3 * 4 and set(lines) <= set(kept)
-    assert [line.split("|")[-2].strip() for line in kept[2:6]] == ["missed", "reached", "missed", "reached"]
+    for part in ("final", "test"):
+        folder = REPOSITORY / "docs" / "results" / part
+        kept = (folder / "decisions.md").read_text(encoding="utf-8").splitlines()
+        files = [str(folder / f"test-{seed}.jsonl.gz") for seed in range(3)]
+        assert decided(script, capsys, files, kept) == "missed reached missed reached"
+    stronger = [str(folder / f"multitask-description-{seed}.jsonl.gz") for seed in range(3)]
+    assert decided(script, capsys, [*files, "--instead", *stronger], kept) == "missed reached missed missed"
+    other = [str(path) for path in sorted((folder / "seed-1").glob("*-1.jsonl.gz"))]
+    assert decided(script, capsys, [files[1], "--instead", *other], kept) == "reached reached missed reached"

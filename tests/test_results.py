@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 ANSWERS = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*.jsonl.gz")])
 TABLES = sorted([*RESULTS.glob("*.md"), *RESULTS.glob("short-runs/*.md")])
-FINAL = sorted(set(RESULTS.glob("final/*.md")) - {RESULTS / "final" / "decisions.md"})
-"""Of the protocol's final rows: hundreds of thousands of answers."""
+FINAL = sorted(path for part in ("final", "test") for path in RESULTS.glob(f"{part}/*.md") if path.stem != "decisions")
+"""Of the 60 test tasks and the benchmarks: hundreds of thousands of answers."""
 
 
 def shipped() -> set[str]:
@@ -79,17 +79,17 @@ def test_seen_tasks_are_learned() -> None:
         require_seen_tasks_learned(suite)
 
 
-@pytest.mark.parametrize("results", ["steering", "choosing"])
-def test_readme_and_card_say_what_was_measured(results: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both tables of the shipped checkpoint, row by row; the choosing tasks' two suites count as one."""
+@pytest.mark.parametrize("files", [["steering"], ["test/test-0", "test/test-1", "test/test-2"]], ids=["seen", "new"])
+def test_readme_and_card_say_what_was_measured(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tables of the shipped checkpoint, row by row."""
     card = (ROOT / "src/t2l/pretrained/smollm2-135m/README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    rows = importlib.import_module("levers").together(RESULTS / f"{results}.jsonl.gz")
+    rows = importlib.import_module("levers").together(*(RESULTS / f"{file}.jsonl.gz" for file in files))
     for name in ("multitask", "t2l", "t2l-wrong", "t2l-random"):
         plain, described = (str(estimate(rows[name + end])).replace("0.", ".") for end in ("", "+description"))
         for text in (readme, card):
-            assert f"| {plain} | {described} |" in text, f"{name} of {results}"
+            assert f"| {plain} | {described} |" in text, f"{name} of {files}"
 
 
 # ------------------------------------------------------------------------------------------- the checks themselves
