@@ -1,11 +1,14 @@
 """Writes configs/words.jsonl and configs/words-new.jsonl: tasks that differ only in the words to answer with.
 
     python scripts/make_words.py
+    python scripts/make_words.py --two-words 0.7 --out FOLDER
 
 Each task sorts things of two kinds under two labels; only its description says which. Labels are words of
-configs/descriptions.jsonl; those of the second file stand nowhere in the first, and some are more than a word.
+configs/descriptions.jsonl; those of the second file stand nowhere in the first, and some are more than a word. The
+second command writes others, where so many labels are two words.
 """
 
+import argparse
 import json
 import random
 import re
@@ -69,15 +72,31 @@ def labels() -> tuple[list[str], list[str]]:
     return words[:600], [*words[600:650], *PHRASES]
 
 
-def files() -> dict[str, str]:
-    """Texts of both files by their names."""
-    trained, new = labels()
+def paired(words: Sequence[str], share: float, seed: int) -> list[str]:
+    """The same labels, so many of them with another single word behind them."""
+    draw = random.Random(seed)
+    single = [word for word in words if word.isalpha()]
+    return [f"{word} {draw.choice(single)}" if draw.random() < share else word for word in words]
+
+
+def files(two_words: float = 0.0) -> dict[str, str]:
+    """Texts of both files by their names; `two_words` is the share of labels that get a second word."""
+    trained, new = (paired(words, two_words, seed) for seed, words in enumerate(labels()))
     return {
         "words.jsonl": "".join(tasks("words", 240, trained, ["train"] * 6 + ["val"] * 2, seed=0)),
         "words-new.jsonl": "".join(tasks("new-words", 30, new, ["test"] * 8, seed=1)),
     }
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--two-words", type=float, default=0.0, metavar="SHARE")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, text in files(given.two_words).items():
+        (given.out / name).write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    for name, text in files().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+    main()

@@ -38,7 +38,8 @@ def scaled(reference: str, factor: float, out: Path) -> Path:
     if loaded.hypernet.head is None:
         raise ConfigError(f"{reference} is a multi-task LoRA (variant none): no description changes anything")
     with torch.no_grad():
-        gains = [pointer.gain for pointer in loaded.hypernet.pointers.values()]
+        follow = [] if loaded.hypernet.follow is None else [loaded.hypernet.follow]
+        gains = [part.gain for part in (*loaded.hypernet.pointers.values(), *follow)]
         for part in (loaded.hypernet.head.write, *gains):
             for parameter in part.parameters():
                 parameter.mul_(factor)

@@ -40,3 +40,11 @@ def test_only_the_description_says_the_answer(lines: dict[str, list[dict[str, An
         for line in some:
             answers.setdefault(line["input"], set()).add(line["output"])
     assert min(len(found) for found in answers.values()) > 5
+
+
+def test_labels_of_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    for text in importlib.import_module("make_words").files(two_words=0.7).values():
+        found = [json.loads(line) for line in text.splitlines()]
+        assert all(line["output"] in line["description"] for line in found)
+        assert 0.6 < sum(" " in line["output"] for line in found) / len(found) < 0.9
