@@ -106,15 +106,15 @@ class Hypernet(nn.Module):
             raise ConfigError(f"hypernet.pointer names {', '.join(config.pointer)}, the targets are {', '.join(names)}")
         self.follow: Follow | None = None
         if config.follow:
-            reads, writes = config.follow
-            if reads not in names:
-                raise ConfigError(f"hypernet.follow names {reads}, the targets are {', '.join(names)}")
-            self.reads, self.writes = names.index(reads), names.index(writes)
-            size = spec.targets[self.reads].in_features
-            if size != spec.targets[self.writes].out_features:
+            before, after = config.follow
+            if before not in names:
+                raise ConfigError(f"hypernet.follow names {before}, the targets are {', '.join(names)}")
+            self.follow_from, self.follow_to = names.index(before), names.index(after)
+            size, written_size = spec.targets[self.follow_from].in_features, spec.targets[self.follow_to].out_features
+            if size != written_size:
                 raise ConfigError(
-                    f"hypernet.follow reads {size} numbers with {reads} and writes "
-                    f"{spec.targets[self.writes].out_features} with {writes}; both must be the residual stream"
+                    f"hypernet.follow reads {size} numbers with {before} and writes {written_size} with {after}; "
+                    "both must be the residual stream"
                 )
             self.follow = Follow(config.width, embedding_size // size, size, num_layers=num_layers, rank=spec.rank)
 
@@ -152,8 +152,9 @@ class Hypernet(nn.Module):
             features_NLH = features_NLMH[:, :, m]
             share_NLRS = pointer.share(features_NLH, states, mask)
             change_b[m] = change_b[m] + pointer(features_NLH, share_NLRS, words)
-            if self.follow is not None and m == self.writes:
-                change_a[self.reads] = change_a[self.reads] + self.follow(features_NLH, share_NLRS, states)
+            if self.follow is not None and m == self.follow_to:
+                followed = self.follow(features_NLH, share_NLRS, states)
+                change_a[self.follow_from] = change_a[self.follow_from] + followed
         if self.max_change is not None:
             change_a, change_b = ([_capped(x, self.max_change) for x in change] for change in (change_a, change_b))
         if scale is not None:
