@@ -1,7 +1,7 @@
 """The script that says what the test decides: its rules are the protocol's, its parts the frozen split's."""
 
-import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +19,8 @@ ROWS += ("t2l-wrong+description", "t2l-random+description")
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
-    return importlib.import_module("decide")
+def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("decide")
 
 
 def found(mean: float, low: float, one_sided_low: float) -> Difference:

@@ -1,9 +1,9 @@
 """The tasks held back for choosing settings are not trained on, and neither are their inputs."""
 
 import hashlib
-import importlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,10 +22,9 @@ def document() -> dict[str, Any]:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
     pytest.importorskip("pyarrow.parquet")
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
-    return importlib.import_module("make_held_back")
+    return import_script("make_held_back")
 
 
 def test_they_are_forty_training_tasks(document: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The script of the protocol's short runs: jobs wait for each other, levers are settings, S is the protocol's."""
 
-import importlib
 import json
 import os
 import sys
@@ -22,9 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
-    return importlib.import_module("levers")
+def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("levers")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The script that takes the mean of a checkpoint and what went on from it."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +12,8 @@ from t2l.errors import ConfigError, OutputError
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
-    return importlib.import_module("mean_of_checkpoints")
+def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("mean_of_checkpoints")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])

@@ -1,13 +1,13 @@
 """What docs/results says was measured is what its files of answers hold, for the weights that ship."""
 
 import gzip
-import importlib
 import json
 import os
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -80,16 +80,23 @@ def test_seen_tasks_are_learned() -> None:
 
 
 @pytest.mark.parametrize("files", [["steering"], ["test/test-0", "test/test-1", "test/test-2"]], ids=["seen", "new"])
-def test_readme_and_card_say_what_was_measured(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_and_card_say_what_was_measured(files: list[str], import_script: Callable[[str], ModuleType]) -> None:
     """Both tables of the shipped checkpoint, row by row."""
     card = (ROOT / "src/t2l/pretrained/smollm2-135m/README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    rows = importlib.import_module("levers").together(*(RESULTS / f"{file}.jsonl.gz" for file in files))
+    rows = import_script("levers").together(*(RESULTS / f"{file}.jsonl.gz" for file in files))
     for name in ("multitask", "t2l", "t2l-wrong", "t2l-random"):
         plain, described = (str(estimate(rows[name + end])).replace("0.", ".") for end in ("", "+description"))
         for text in (readme, card):
             assert f"| {plain} | {described} |" in text, f"{name} of {files}"
+
+
+def test_readme_says_what_the_choosing_tasks_gave(import_script: Callable[[str], ModuleType]) -> None:
+    rows = import_script("levers").together(RESULTS / "choosing.jsonl.gz")
+    plain, described = (f"{estimate(rows[name]).mean:.3f}".removeprefix("0") for name in ("t2l", "t2l+description"))
+    assert f"[{plain} plain, {described} described](docs/results/choosing.md)" in (ROOT / "README.md").read_text(
+        "utf-8"
+    )
 
 
 # ------------------------------------------------------------------------------------------- the checks themselves

@@ -1,6 +1,5 @@
 """The script that scales what a description changes: the offset stays, the change is multiplied."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +16,8 @@ from t2l.spec import AdapterSpec, LoraConfig
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
-    return importlib.import_module("scale_change")
+def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("scale_change")
 
 
 @pytest.mark.parametrize("variant", ["L", "M", "S", "basis", "pointer", "follow"])

@@ -1,9 +1,10 @@
 """The suite of words to answer with: its files are what the script writes, and the second has words of its own."""
 
-import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
-    files = importlib.import_module("make_words").files()
+def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("make_words")
+
+
+@pytest.fixture
+def lines(script: ModuleType) -> dict[str, list[dict[str, Any]]]:
+    files = script.files()
     for name, text in files.items():
         assert (REPOSITORY / "configs" / name).read_text(encoding="utf-8") == text
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
@@ -42,9 +47,8 @@ def test_only_the_description_says_the_answer(lines: dict[str, list[dict[str, An
     assert min(len(found) for found in answers.values()) > 5
 
 
-def test_labels_of_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
-    for text in importlib.import_module("make_words").files(two_words=0.7).values():
+def test_labels_of_two_words(script: ModuleType) -> None:
+    for text in script.files(two_words=0.7).values():
         found = [json.loads(line) for line in text.splitlines()]
         assert all(line["output"] in line["description"] for line in found)
         assert 0.6 < sum(" " in line["output"] for line in found) / len(found) < 0.9
