@@ -11,8 +11,8 @@ Beside the rows may stand a teacher's: the same documents, each after the descri
 Shape letters: B rows (tasks), T tokens of a row, S tokens of a teacher's row, A answer tokens of a row.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +98,10 @@ class Pool:
     """Tasks that ask something else of the same examples, each with descriptions that say so."""
     derived_share: float = 0.0
     """Share of the task's rows that are of a derived one; the rest may be of a variant."""
+    illustrated: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """Positions of descriptions that come with examples, each with the places in `examples` of what it shows."""
+    illustrated_share: float = 0.0
+    """Share of this pool's rows that have such a description."""
 
     def pose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
         """What is asked of an example, and one right answer to it."""
@@ -114,6 +118,10 @@ class Pool:
     def readable(self) -> tuple[int, ...]:
         """Everything the hypernetwork may read for this task."""
         return self.reads or self.descriptions
+
+    def alike(self, text: int) -> tuple[int, ...]:
+        """What may be read in place of a text: descriptions that come with examples if it does, or without."""
+        return tuple(self.illustrated) if text in self.illustrated else self.readable
 
 
 class Batches(Dataset):
@@ -213,7 +221,7 @@ class Batches(Dataset):
     def readable(self) -> list[int]:
         """Everything that may be read for any task, its variants and what is derived of it, in order."""
         pools = [p for pool in self.pools for p in (pool, *pool.variants, *pool.derived)]
-        return sorted({text for pool in pools for text in pool.readable})
+        return sorted({text for pool in pools for text in (*pool.readable, *pool.illustrated)})
 
     @property
     def told_apart(self) -> bool:
@@ -237,16 +245,21 @@ class Batches(Dataset):
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
         prompts = [self.prompt.asked(bool(rng.random() < self.in_prompt)) for _ in pools]
-        self._change(step, tasks, pools, shown, others, partners, prompts)
+        whose = self._change(step, tasks, pools, shown, others, partners, prompts)
+        self._illustrate(step, tasks, pools, shown, others, whose)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
         if self.read_another:
             eighth = np.random.default_rng((self.seed, 8, step))
-            anew = [int(eighth.choice(pool.readable)) for pool in pools]
+            anew = [int(eighth.choice(pool.alike(text))) for pool, text in zip(pools, shown, strict=True)]
             chosen = [new if eighth.random() < self.read_another else x for new, x in zip(anew, chosen, strict=True)]
         if self.made_up:
             third = np.random.default_rng((self.seed, 7, step))
             chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]
         left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
+        for row, pool in enumerate(pools):
+            given = {pick for text in (shown[row], chosen[row]) for pick in pool.illustrated.get(text, ())}
+            if given:
+                left[row] = [pick for pick in left[row] if pick not in given] or left[row]
         while left:  # a second time only for rows into which nothing drawn so far fits
             drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
             left = {row: picks[self.candidates :] for row, picks in left.items()}
@@ -304,12 +317,15 @@ class Batches(Dataset):
         others: list[int],
         partners: list[int],
         prompts: Sequence[PromptConfig],
-    ) -> None:
+    ) -> dict[int, Pool]:
         """Puts derived tasks and variants in the place of some rows' tasks, and their descriptions of what is shown.
 
         In half of these rows the other description is of the same task too, but of other answers.
+
+        Returns:
+            Row to whose description the other one then is.
         """
-        rng = np.random.default_rng((self.seed, 6, step))
+        rng, whose = np.random.default_rng((self.seed, 6, step)), dict[int, Pool]()
         for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
             own = self.pools[task]
             said = self.relabel_unsaid or prompt.description_in_prompt
@@ -325,7 +341,33 @@ class Batches(Dataset):
                 partners[row] = int(rng.choice(pools[row].descriptions))
             unlike = [x for x in near if not x.like(pools[row])]
             if unlike and rng.random() < 0.5:
-                others[row] = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
+                whose[row] = unlike[int(rng.integers(len(unlike)))]
+                others[row] = int(rng.choice(whose[row].descriptions))
+        return whose
+
+    def _illustrate(
+        self,
+        step: int,
+        tasks: Sequence[int],
+        pools: Sequence[Pool],
+        shown: list[int],
+        others: list[int],
+        whose: Mapping[int, Pool],
+    ) -> None:
+        """Puts descriptions that come with examples in the place of some rows' own.
+
+        Their other description then comes with examples too, where there is such a one: length tells nothing.
+        """
+        rng = np.random.default_rng((self.seed, 9, step))
+        for row, (task, pool) in enumerate(zip(tasks, pools, strict=True)):
+            if not pool.illustrated or rng.random() >= pool.illustrated_share:
+                continue
+            shown[row] = int(rng.choice(list(pool.illustrated)))
+            strangers = [x for n, x in enumerate(self.pools) if n != task and x.illustrated]
+            found = [whose[row]] if row in whose else strangers
+            theirs = found[int(rng.integers(len(found)))].illustrated if found else {}
+            if theirs:
+                others[row] = int(rng.choice(list(theirs)))
 
     def _teacher(
         self, step: int, documents: list["_Document"], pools: list[Pool], shown: list[int], weights: np.ndarray

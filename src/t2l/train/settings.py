@@ -45,6 +45,11 @@ class DataConfig:
     procedural: int = 0
     """Tasks on top of the others whose answers are computed from lines of their inputs, see `t2l.train.procedural`;
     drawn as often as any."""
+    examples: float = 0.0
+    """Share of rows whose description comes with up to three examples of the task, both where the hypernetwork reads it
+    and where the prompt shows it, see `t2l.examples`; a row asks none of those that its text shows."""
+    example_texts: int = 8
+    """Texts with examples that are made for each task; for each of its variants and derived tasks a quarter of them."""
     made_up: float = 0.0
     """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
     then does no harm."""
@@ -68,12 +73,12 @@ class DataConfig:
         for name in ("held_out_descriptions", "hold_out", "procedural"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("derive", "file_share", "made_up", "reform", "relabel", "relabel_in_place"):
+        for name in ("derive", "examples", "file_share", "made_up", "reform", "relabel", "relabel_in_place"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
             raise ConfigError("data.file_share 1 leaves a task's other descriptions out; set keep_descriptions false")
-        for name in ("derive_variants", "relabel_variants"):
+        for name in ("derive_variants", "example_texts", "relabel_variants"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if self.max_tasks is not None and self.max_tasks < 1:
@@ -250,6 +255,8 @@ class SftConfig:
             raise ConfigError(
                 f"data.relabel, reform and derive say in descriptions what to answer; here is read the '{self.reads}'"
             )
+        if self.data.examples and self.reads != "description":
+            raise ConfigError(f"data.examples come with descriptions; here is read the '{self.reads}'")
         if train.read_another and self.reads != "description":
             raise ConfigError(f"train.read_another is another description to read; here is read the '{self.reads}'")
         if self.data.made_up and (self.reads != "description" or self.blind):
