@@ -203,6 +203,7 @@ def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
     ("change", "match"),
     [
         ({"dtype": "bfloat16"}, "dtype is 'float32' in one, 'bfloat16' in the other"),
+        ({"examples": 2}, "examples is None in one, 2 in the other"),
         ({"checkpoint_sha256": "d" * 64}, "both hold seed 0, with different checkpoint_sha256"),
         ({}, "both hold the answer of"),
     ],
@@ -210,6 +211,12 @@ def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
 def test_files_that_do_not_go_together_are_refused(change: dict[str, Any], match: str, save: Any) -> None:
     with pytest.raises(DataError, match=match):
         markdown([save(made()), save(made(), "b.jsonl", **change)])
+
+
+def test_a_table_says_that_descriptions_come_with_examples(save: Any) -> None:
+    files = [save(made(seeds=[seed]), f"{seed}.jsonl", examples=2) for seed in (0, 1)]
+    assert "**Every description comes with up to 2 examples**" in markdown(files)
+    assert "examples" not in markdown([save(made())])
 
 
 def test_other_weights_under_other_seeds_share_a_table(save: Any) -> None:

@@ -60,6 +60,9 @@ def eval_run(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="In place of each suite's own limit.", show_default=False)
     ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, max=3, help="Worked examples that every description comes with, the controls' too.")
+    ] = 0,
     batch_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of a batch; what a GPU has room for, if absent.", show_default=False),
@@ -106,6 +109,7 @@ def eval_run(
         full=full,
         held_out=held_out,
         max_new_tokens=max_new_tokens,
+        examples=examples,
         batch_tokens=batch_tokens,
         device=checked_device(device),
         backend=backend,

@@ -14,7 +14,17 @@ from t2l.files import write_text
 FORMAT_VERSION = 2
 Key = tuple[str, str, int, str, str]
 """Suite, row, seed, task and id of an answer."""
-RUN_FACTS = ("base", "base_revision", "backend", "served_model", "dtype", "per_task", "held_out", "max_new_tokens")
+RUN_FACTS = (
+    "base",
+    "base_revision",
+    "backend",
+    "served_model",
+    "dtype",
+    "per_task",
+    "held_out",
+    "max_new_tokens",
+    "examples",
+)
 """Equal in all files of one table."""
 SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
 """Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
@@ -111,12 +121,12 @@ def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
     merged = dict(header)
     for fact in FACTS:
         theirs = found.header.get(fact)
-        if fact in SEED_FACTS and not (theirs and header[fact]):
-            merged[fact] = theirs or header[fact]  # rows that need it come now, or are all there
-        elif theirs != header[fact]:
+        mine = header.get(fact)
+        if fact in SEED_FACTS and not (theirs and mine):
+            merged[fact] = theirs or mine  # rows that need it come now, or are all there
+        elif theirs != mine:
             raise ConfigError(
-                f"{path} holds answers of a run with {fact} {theirs!r}; this one has {header[fact]!r}. "
-                "Write to another file"
+                f"{path} holds answers of a run with {fact} {theirs!r}; this one has {mine!r}. Write to another file"
             )
     for fact in ("rows", "seeds"):
         merged[fact] = list(dict.fromkeys([*found.header[fact], *header[fact]]))
