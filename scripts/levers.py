@@ -55,13 +55,6 @@ POINTER = (
 POINTER_ALONE = (*POINTER, "train.contrast=0")
 COPY = (*OUTPUTS, "prompt.answer_space=true", "data.relabel_vocabulary=true")
 UP = (*COPY, "lora.targets=[q_proj,v_proj,o_proj,up_proj,down_proj]", "train.description_in_prompt=0.5")
-EXAMPLES = (
-    *COPY,
-    "train.description_in_prompt=0.5",
-    "data.examples=0.5",
-    "encoder.max_tokens=256",
-    "train.sequence_tokens=512",
-)
 LEVERS = {
     "base": Lever(),
     **{f"tasks-{n}": Lever(both=(f"data.max_tasks={n}",)) for n in (64, 150, 300)},
@@ -126,7 +119,6 @@ LEVERS = {
     },
     "up-prompt-50-contrast-0": Lever(POINTER_ALONE, UP),
     "follow-prompt-50-contrast-0": Lever((*POINTER_ALONE, "hypernet.follow=[up_proj,down_proj]"), UP),
-    "examples-prompt-50-contrast-0": Lever(POINTER_ALONE, EXAMPLES),
     "offset-pretrained": Lever(pretrained=True),
     "offset-frozen": Lever(("hypernet.train_offset=false",), pretrained=True),
     **{f"rank-{n}": Lever(both=(f"lora.rank={n}", f"lora.alpha={2 * n}")) for n in (4, 16)},

@@ -215,7 +215,7 @@ def test_files_that_do_not_go_together_are_refused(change: dict[str, Any], match
 
 def test_a_table_says_that_descriptions_come_with_examples(save: Any) -> None:
     files = [save(made(seeds=[seed]), f"{seed}.jsonl", examples=2) for seed in (0, 1)]
-    assert "**Every description comes with up to 2 examples**" in markdown(files)
+    assert "**What T2L reads comes with up to 2 examples**" in markdown(files)
     assert "examples" not in markdown([save(made())])
 
 

@@ -568,7 +568,7 @@ def test_every_text_comes_with_examples_of_its_own_task(number: int, tasks_file:
     every = [*tasks.values(), bare]
     plain = suites.questions(every, [0, 1])
     for one, q in zip(plain, suites.questions(every, [0, 1], examples=number), strict=True):
-        assert (one.item, one.shots) == (q.item, q.shots)
+        assert (one.item, one.shots, one.description) == (q.item, q.shots, q.description)
         if q.task is bare:
             assert q == one
             continue
@@ -590,25 +590,30 @@ def test_examples_never_hold_the_question_and_fit_the_encoder(benchmarks: dict[s
         assert q.task.shots or not any("Example input" in text for text in (*q.descriptions, *q.random_texts))
 
 
-def test_a_run_with_examples_says_so_and_asks_no_shots(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
+def test_a_run_with_examples_says_so_and_shows_them_if_asked(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     given = ["eval", "run", "--suite", str(tasks_file), "--checkpoint", checkpoint, "--out", str(out), "--seeds", "0"]
     given += ["--rows", "base+description,base+shots,t2l", "--max-new-tokens", "2", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*given, "--examples", "2"])
+    result = CliRunner().invoke(app, [*given, "--examples", "2", "--examples-in-prompt"])
     assert result.exit_code == 0, result.output
     file = answers.read(out)
-    assert file.header["examples"] == 2
-    assert file.header["left_out"] == {"base+shots": "--examples puts examples into the description already"}
+    assert file.header["examples"] == 2 and file.header["examples_in_prompt"]
+    assert file.header["left_out"] == {"base+shots": "--examples-in-prompt puts examples into the description already"}
     tasks = suites.load_suite(str(tasks_file), per_task=None)
     fits = TextToLora.from_pretrained(checkpoint).encoder.max_tokens
-    asked = suites.questions(tasks, [0], examples=2, fits=lambda text: len(text.encode()) <= fits)
+    asked = suites.questions(tasks, [0], examples=2, in_prompt=True, fits=lambda text: len(text.encode()) <= fits)
     texts = {(q.task.name, q.item.id): q.description for q in asked}
     assert all("Example input: " in text for text in texts.values())
     for line in file.lines:
         expected = rows.short_hash(texts[line["task"], line["id"]])
         assert line["description"] == (expected if line["row"] == "t2l" else None)
-    result = CliRunner().invoke(app, [*given, "--examples", "1"])
-    assert (result.exit_code, "examples 2; this one has 1" in result.output) == (1, True), result.output
+    for more, message in (
+        (["--examples", "1", "--examples-in-prompt"], "examples 2; this one has 1"),
+        (["--examples", "2"], "examples_in_prompt True; this one has None"),
+        (["--examples-in-prompt"], "needs --examples"),
+    ):
+        result = CliRunner().invoke(app, [*given, *more])
+        assert (result.exit_code, message in result.output) == (1, True), result.output
 
 
 def test_likelihood_scoring_and_its_floor(

@@ -1,4 +1,4 @@
-"""Descriptions that come with examples: how they are written, and rows that read and show them without telling."""
+"""Descriptions that come with examples: how they are written, and rows that read them without telling."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from t2l.config import EncoderConfig, HypernetConfig, LoraConfig
 from t2l.errors import ConfigError, DataError
 from t2l.examples import INPUT_CHARACTERS, OUTPUT_CHARACTERS, candidates, with_examples
 from t2l.tasks import Example
-from t2l.train.batches import Batch, Batches, Pool
+from t2l.train.batches import Batch, Batches, Illustrated, Pool
 from t2l.train.data import SHORT_EXAMPLE, RunData, prepare_data
 from t2l.train.settings import DataConfig, SftConfig, TrainConfig
 
@@ -75,10 +75,22 @@ TEXTS = [
     "Else, as 5.",
 ]
 ASKED = tuple(Example(f"{n}", f"in {n}", (f"out {n}",)) for n in range(6))
-LOUD = Pool("a", ASKED, (1,), reword=str.upper, illustrated={5: frozenset({3})}, illustrated_share=1.0)
-OWN = replace(LOUD, descriptions=(0,), reword=None, illustrated={3: frozenset({0}), 4: frozenset({1, 2})})
-OTHER = replace(OWN, name="b", descriptions=(2,), illustrated={6: frozenset({4}), 7: frozenset({5})})
-NUMBERS = {text: frozenset(map(str, shown)) for pool in (LOUD, OWN, OTHER) for text, shown in pool.illustrated.items()}
+LOUD = Pool("a", ASKED, (1,), reword=str.upper, illustrated={5: Illustrated(1, frozenset({3}))}, illustrated_share=1.0)
+OWN = replace(
+    LOUD,
+    descriptions=(0,),
+    reword=None,
+    illustrated={3: Illustrated(0, frozenset({0})), 4: Illustrated(0, frozenset({1, 2}))},
+)
+OTHER = replace(
+    OWN,
+    name="b",
+    descriptions=(2,),
+    illustrated={6: Illustrated(2, frozenset({4})), 7: Illustrated(2, frozenset({5}))},
+)
+NUMBERS = {
+    text: frozenset(map(str, known.examples)) for pool in (LOUD, OWN, OTHER) for text, known in pool.illustrated.items()
+}
 
 
 def batches(*pools: Pool, **changes: Any) -> Batches:
@@ -90,14 +102,17 @@ def equal(one: Batch, other: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
-def test_rows_read_and_show_one_text_with_examples_and_ask_the_others() -> None:
+@pytest.mark.parametrize("in_prompt", [False, True])
+def test_rows_read_a_text_with_examples_and_ask_the_others(in_prompt: bool) -> None:
     read = set()
     for step in range(4):
-        batch = batches()[step]
+        batch = batches(examples_in_prompt=in_prompt)[step]
         for row, text in enumerate(batch.descriptions.tolist()):
             read.add(text)
             asked = documents(batch, row)
-            assert all((TEXTS[text] in document) == bool(batch.in_prompt[row]) for document in asked)
+            shown = TEXTS[text] if in_prompt else TEXTS[text].split(",")[0] + "."
+            said = {document.split("<user>")[1].split("\n")[0] for document in asked}
+            assert (said == {shown}) if batch.in_prompt[row] else not any("Say" in x or "Else" in x for x in said)
             numbers = [re.search(r"in (\d)", document).group(1) for document in asked]  # type: ignore[union-attr]
             assert len(set(numbers)) == len(numbers) == 6 - len(NUMBERS[text]) and not NUMBERS[text] & set(numbers)
             assert (int(batch.others[row]) in OTHER.illustrated) == (text in OWN.illustrated)
@@ -126,7 +141,7 @@ def test_without_a_share_batches_are_those_without_such_texts() -> None:
 
 
 def test_a_variants_rows_show_its_own_texts_beside_those_of_what_is_unlike() -> None:
-    quiet = replace(LOUD, descriptions=(0,), reword=str.title, illustrated={3: frozenset({0})})
+    quiet = replace(LOUD, descriptions=(0,), reword=str.title, illustrated={3: Illustrated(0, frozenset({0}))})
     pool = replace(OWN, variants=(LOUD, quiet), variant_share=1.0)
     pairs = set()
     for step in range(6):
@@ -140,7 +155,7 @@ def test_a_variants_rows_show_its_own_texts_beside_those_of_what_is_unlike() -> 
 
 
 def test_another_description_that_is_read_comes_with_examples_too_and_these_are_not_asked() -> None:
-    batch = batches(read_another=1.0, in_prompt=1.0, rows=16)[0]
+    batch = batches(read_another=1.0, in_prompt=1.0, rows=16, examples_in_prompt=True)[0]
     both = 0
     for row, text in enumerate(batch.descriptions.tolist()):
         shown = TEXTS.index(documents(batch, row)[0].split("<user>")[1].split("\n")[0])
@@ -151,7 +166,7 @@ def test_another_description_that_is_read_comes_with_examples_too_and_these_are_
 
 
 def test_what_shows_all_examples_asks_them() -> None:
-    everything = replace(OWN, illustrated={3: frozenset(range(6))})
+    everything = replace(OWN, illustrated={3: Illustrated(0, frozenset(range(6)))})
     assert (batches(everything, rows=2)[0].weights.sum(1) > 0).all()
 
 
@@ -192,11 +207,12 @@ def test_every_pool_has_texts_with_its_own_examples(prepare: Callable[..., RunDa
     numbers = set()
     for pool in (p for own in data.train.pools for p in (own, *own.variants, *own.derived)):
         assert pool.illustrated_share == 0.5 and 0 < len(pool.illustrated) <= 8
-        for place, shown in pool.illustrated.items():
+        for place, (description, shown) in pool.illustrated.items():
             text, pairs = data.texts[place], SHOWN.findall(data.texts[place])
             numbers.add(len(pairs))
             assert len(text.encode()) <= 250
-            assert text.split("\n\nExample input: ")[0] in {data.texts[n] for n in pool.descriptions}
+            assert description in pool.descriptions
+            assert text.split("\n\nExample input: ")[0] == data.texts[description]
             inputs = {pool.examples[n].input for n in shown}
             assert len(inputs) == len(pairs) and not any(text.startswith("long") for text in inputs)
             assert shown == {n for n, example in enumerate(pool.examples) if example.input in inputs}
@@ -231,6 +247,7 @@ def test_settings_that_cannot_be(prepare: Callable[..., RunData]) -> None:
     for settings, error in (
         ({"examples": 1.5}, r"data\.examples must be in \[0, 1\], got 1\.5"),
         ({"example_texts": 0}, r"data\.example_texts must be at least 1, got 0"),
+        ({"examples_in_prompt": True}, "data.examples_in_prompt without data.examples"),
         ({"examples": 0.5, "reads": "task"}, "data.examples come with descriptions; here is read the 'task'"),
     ):
         with pytest.raises(ConfigError, match=error):

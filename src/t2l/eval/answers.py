@@ -24,6 +24,7 @@ RUN_FACTS = (
     "held_out",
     "max_new_tokens",
     "examples",
+    "examples_in_prompt",
 )
 """Equal in all files of one table."""
 SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")

@@ -449,7 +449,7 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
     apart = _by_checkpoint(files, options)
     found = []
     for suite in suites:
-        notes = _notes(suite, missing.get(suite.name, []), files[0].header.get("examples", 0))
+        notes = _notes(suite, missing.get(suite.name, []), files[0].header)
         found.append(_rows_table(suite, notes) if suite.fixed_tasks else _tasks_table(suite, notes))
         pairs = compared(suite, options.compare)
         if differences := _differences_table(suite, pairs):
@@ -461,7 +461,7 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
     return suites, found
 
 
-def _notes(suite: Suite, missing: Sequence[str], examples: int) -> list[str]:
+def _notes(suite: Suite, missing: Sequence[str], header: Mapping[str, Any]) -> list[str]:
     largest = max(suite.rows.values(), key=lambda scores: _size(scores))
     n, tasks = _size(largest)
     seeds = ", ".join(map(str, suite.seeds))
@@ -475,9 +475,10 @@ def _notes(suite: Suite, missing: Sequence[str], examples: int) -> list[str]:
         f"{tasks} tasks, n = {n:,} answers a row, seeds {seeds}; {suite.score} of {how}, with 95 % intervals from "
         f"{DRAWS:,} bootstrap draws over {drawn}."
     ]
-    if examples:
-        shown = "1 example" if examples == 1 else f"up to {examples} examples"
-        notes.append(f"**Every description comes with {shown}**, so do another task's and random text.")
+    if number := header.get("examples"):
+        some = "1 example" if number == 1 else f"up to {number} examples"
+        where = "in prompts too" if header.get("examples_in_prompt") else "in prompts it stands alone"
+        notes.append(f"**What T2L reads comes with {some}**, another task's and random text as well; {where}.")
     if missing:
         notes.append(
             "**Controls are missing: " + "; ".join(f"{REQUIRED[row]} ({row})" for row in missing) + ".** Without them "

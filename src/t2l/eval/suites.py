@@ -109,18 +109,15 @@ class Question:
     task: JudgedTask
     item: Item
     seed: int
+    description: str
+    """The seed's own, which stands in prompts."""
     descriptions: tuple[str, ...]
-    """Up to three of the task's; the first is the seed's own, which stands in prompts."""
+    """Up to three of the task's, as adapters are written from them; the first is the seed's own."""
     wrong_descriptions: tuple[str, ...]
     """Of one other task, no more of them than there are descriptions."""
     random_texts: tuple[str, ...]
     """As many as there are descriptions."""
     shots: tuple[tuple[str, str], ...]
-
-    @property
-    def description(self) -> str:
-        """The seed's description."""
-        return self.descriptions[0]
 
 
 def questions(
@@ -129,6 +126,7 @@ def questions(
     *,
     fits: Callable[[str], bool] = lambda text: True,
     examples: int = 0,
+    in_prompt: bool = False,
 ) -> list[Question]:
     """Every item of every task under every seed.
 
@@ -139,8 +137,10 @@ def questions(
         tasks: Each with descriptions that fit, see `readable`.
         seeds: In judging; they have nothing to do with training.
         fits: Whether an encoder can read a text; random texts are shortened until they fit, and examples in texts.
-        examples: Three at most, that every text comes with: those of `shots`, first of them first, for the task's
-            descriptions; the other task's own for its descriptions, if it has any; made-up ones for random texts.
+        examples: Three at most, that every text which is read comes with: those of `shots`, first of them first, for
+            the task's descriptions; the other task's own for its descriptions, if it has any; made-up ones for random
+            texts.
+        in_prompt: Whether the description in prompts comes with them too.
 
     Raises:
         DataError: if a task is alone and every benchmark is of its family, so that no other task's description is
@@ -173,16 +173,17 @@ def questions(
                 first = draw.choice(other.descriptions)
                 wrong_texts = [first, *(x for x in other.descriptions if x != first and x not in task.descriptions)]
             wrong_texts = wrong_texts[: len(turned)]
-            texts = [random_text(made_up, can_read) for _ in turned]
+            noise = [random_text(made_up, can_read) for _ in turned]
             invented = [_random_example(more) for _ in range(examples)]
             drawn, drawn_of_other = _drawn(task, seed), _drawn(other, seed)
             for item in task.items:
                 pairs, theirs = _shown(task, drawn, item), _shown(other, drawn_of_other, item)
                 right, wrongs, made = (
-                    tuple(with_examples(text, some[:examples], fits=can_read) for text in said)
-                    for said, some in ((turned, pairs), (wrong_texts, theirs), (texts, invented[: len(pairs)]))
+                    tuple(with_examples(text, some[:examples], fits=can_read) for text in texts)
+                    for texts, some in ((turned, pairs), (wrong_texts, theirs), (noise, invented[: len(pairs)]))
                 )
-                found.append(Question(task, item, seed, right, wrongs, made, pairs))
+                said = right[0] if in_prompt else turned[0]
+                found.append(Question(task, item, seed, said, right, wrongs, made, pairs))
     return found
 
 

@@ -74,6 +74,15 @@ class Batch(NamedTuple):
     """(B, A) `weights`, 0 for documents that the teacher's row does not hold."""
 
 
+class Illustrated(NamedTuple):
+    """What is known of a description that comes with examples."""
+
+    description: int
+    """Position of the same description without them."""
+    examples: frozenset[int]
+    """Places of what it shows among the pool's examples."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """A task as the sampler sees it."""
@@ -98,10 +107,10 @@ class Pool:
     """Tasks that ask something else of the same examples, each with descriptions that say so."""
     derived_share: float = 0.0
     """Share of the task's rows that are of a derived one; the rest may be of a variant."""
-    illustrated: Mapping[int, frozenset[int]] = field(default_factory=dict)
-    """Positions of descriptions that come with examples, each with the places in `examples` of what it shows."""
+    illustrated: Mapping[int, Illustrated] = field(default_factory=dict)
+    """By their positions, descriptions that come with examples."""
     illustrated_share: float = 0.0
-    """Share of this pool's rows that have such a description."""
+    """Share of this pool's rows that read such a description."""
 
     def pose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
         """What is asked of an example, and one right answer to it."""
@@ -146,6 +155,7 @@ class Batches(Dataset):
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
         read_another: Share of rows that read another description of their task than the prompt shows, if drawn anew it
             is another.
+        examples_in_prompt: Whether prompts that show a description show the examples that are read with it too.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
         prompt: The run's setting; whether a prompt shows the description is drawn by `in_prompt`.
 
@@ -172,6 +182,7 @@ class Batches(Dataset):
         made_up: Sequence[int] = (),
         made_up_share: float = 0.0,
         read_another: float = 0.0,
+        examples_in_prompt: bool = False,
         share_beginnings: bool = True,
         prompt: PromptConfig | None = None,
     ) -> None:
@@ -181,6 +192,7 @@ class Batches(Dataset):
         self.teacher_tokens, self.shots = teacher_tokens, shots
         self.relabel_unsaid, self.prompt = relabel_unsaid, prompt or PromptConfig()
         self.made_up, self.made_up_share, self.read_another = made_up, made_up_share, read_another
+        self.examples_in_prompt = examples_in_prompt
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
@@ -246,20 +258,20 @@ class Batches(Dataset):
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
         prompts = [self.prompt.asked(bool(rng.random() < self.in_prompt)) for _ in pools]
         whose = self._change(step, tasks, pools, shown, others, partners, prompts)
-        self._illustrate(step, tasks, pools, shown, others, whose)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
+        self._illustrate(step, tasks, pools, shown, chosen, others, whose)
         if self.read_another:
             eighth = np.random.default_rng((self.seed, 8, step))
-            anew = [int(eighth.choice(pool.alike(text))) for pool, text in zip(pools, shown, strict=True)]
+            anew = [int(eighth.choice(pool.alike(text))) for pool, text in zip(pools, chosen, strict=True)]
             chosen = [new if eighth.random() < self.read_another else x for new, x in zip(anew, chosen, strict=True)]
         if self.made_up:
             third = np.random.default_rng((self.seed, 7, step))
             chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]
         left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
         for row, pool in enumerate(pools):
-            given = {pick for text in (shown[row], chosen[row]) for pick in pool.illustrated.get(text, ())}
-            if given:
-                left[row] = [pick for pick in left[row] if pick not in given] or left[row]
+            seen = [pool.illustrated[text].examples for text in (shown[row], chosen[row]) if text in pool.illustrated]
+            if seen:
+                left[row] = [pick for pick in left[row] if not any(pick in some for some in seen)] or left[row]
         while left:  # a second time only for rows into which nothing drawn so far fits
             drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
             left = {row: picks[self.candidates :] for row, picks in left.items()}
@@ -351,10 +363,11 @@ class Batches(Dataset):
         tasks: Sequence[int],
         pools: Sequence[Pool],
         shown: list[int],
+        chosen: list[int],
         others: list[int],
         whose: Mapping[int, Pool],
     ) -> None:
-        """Puts descriptions that come with examples in the place of some rows' own.
+        """Has some rows read a description that comes with examples.
 
         Their other description then comes with examples too, where there is such a one: length tells nothing.
         """
@@ -362,7 +375,8 @@ class Batches(Dataset):
         for row, (task, pool) in enumerate(zip(tasks, pools, strict=True)):
             if not pool.illustrated or rng.random() >= pool.illustrated_share:
                 continue
-            shown[row] = int(rng.choice(list(pool.illustrated)))
+            chosen[row] = int(rng.choice(list(pool.illustrated)))
+            shown[row] = chosen[row] if self.examples_in_prompt else pool.illustrated[chosen[row]].description
             strangers = [x for n, x in enumerate(self.pools) if n != task and x.illustrated]
             found = [whose[row]] if row in whose else strangers
             theirs = found[int(rng.integers(len(found)))].illustrated if found else {}

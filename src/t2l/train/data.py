@@ -31,7 +31,7 @@ from t2l.tasks import (
     require_trainable,
     written_descriptions,
 )
-from t2l.train.batches import Batches, Pool, answer_text, without_long
+from t2l.train.batches import Batches, Illustrated, Pool, answer_text, without_long
 from t2l.train.derive import Check, Choose, derived
 from t2l.train.procedural import lines, procedural
 from t2l.train.relabel import MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
@@ -269,6 +269,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             made_up=made_up,
             made_up_share=config.data.made_up,
             read_another=read_another,
+            examples_in_prompt=config.data.examples_in_prompt,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
             prompt=config.prompt,
@@ -396,7 +397,7 @@ def _illustrated(
             *((f"derived/{n}", ask, fewer) for n, ask in enumerate(pool.derived)),
         )
     }
-    short, ladders = set[str](), [list(ladder) for texts in drawn.values() for ladder, _ in texts]
+    short, ladders = set[str](), [list(ladder) for texts in drawn.values() for _, ladder, _ in texts]
     # All at once, as counting a text at a time is slow: the longest of each first, then what is shorter.
     for turn in range(max(map(len, ladders))):
         asked = sorted({x[turn] for x in ladders if turn < len(x) and not short.intersection(x[:turn])})
@@ -405,12 +406,13 @@ def _illustrated(
     place: dict[str, int] = {}
 
     def with_texts(pool: Pool, which: str) -> Pool:
-        found: dict[int, frozenset[int]] = {}
-        for ladder, shown in drawn[pool.name, which]:
+        found: dict[int, Illustrated] = {}
+        for description, ladder, shown in drawn[pool.name, which]:
             text = next((text for text in ladder if text in short), None)
             if text is not None:
                 number = place.setdefault(text, len(descriptions) + len(place))
-                found[number] = found.get(number, frozenset()).union(*shown[: ladder[text]])
+                before = found[number].examples if number in found else frozenset()
+                found[number] = Illustrated(description, before.union(*shown[: ladder[text]]))
         return replace(pool, illustrated=found, illustrated_share=config.examples)
 
     made = [
@@ -430,8 +432,9 @@ def _illustrated(
 
 def _drawn(
     pool: Pool, descriptions: Sequence[str], number: int, key: str
-) -> Iterator[tuple[dict[str, int], list[list[int]]]]:
-    """For each of `number` texts its candidates, with how many examples they show, and where these stand in the pool.
+) -> Iterator[tuple[int, dict[str, int], list[list[int]]]]:
+    """For each of `number` texts: the position of its description, its candidates with how many examples they show, and
+    where these stand in the pool.
 
     Examples with one input stand for each other.
     """
@@ -442,11 +445,12 @@ def _drawn(
     preferred = [x for x in firsts if len(x[1].input) + len(x[1].outputs[0]) <= SHORT_EXAMPLE] or firsts
     for n in range(number):
         draw = random.Random(f"{key}/{n}")
-        text = descriptions[draw.choice(pool.descriptions)]
+        description = draw.choice(pool.descriptions)
         (most,) = draw.choices((1, 2, 3), weights=(1, 1, 2))
         some = draw.sample(preferred, min(most, len(preferred)))
         rng = np.random.default_rng(draw.getrandbits(64))
-        yield dict(candidates(text, [pool.pose(example, rng) for _, example in some])), [alike for alike, _ in some]
+        ladder = dict(candidates(descriptions[description], [pool.pose(example, rng) for _, example in some]))
+        yield description, ladder, [alike for alike, _ in some]
 
 
 def _made_up(lengths: Lengths, window: int, number: int = 512) -> list[str]:

@@ -46,8 +46,11 @@ class DataConfig:
     """Tasks on top of the others whose answers are computed from lines of their inputs, see `t2l.train.procedural`;
     drawn as often as any."""
     examples: float = 0.0
-    """Share of rows whose description comes with up to three examples of the task, both where the hypernetwork reads it
-    and where the prompt shows it, see `t2l.examples`; a row asks none of those that its text shows."""
+    """Share of rows that read a description with up to three examples of the task after it, see `t2l.examples`; a row
+    asks none of those."""
+    examples_in_prompt: bool = False
+    """Whether the prompts of these rows that show the description show its examples too: for a multi-task LoRA, which
+    reads nothing else."""
     example_texts: int = 8
     """Texts with examples that are made for each task; for each of its variants and derived tasks a quarter of them."""
     made_up: float = 0.0
@@ -257,6 +260,8 @@ class SftConfig:
             )
         if self.data.examples and self.reads != "description":
             raise ConfigError(f"data.examples come with descriptions; here is read the '{self.reads}'")
+        if self.data.examples_in_prompt and not self.data.examples:
+            raise ConfigError("data.examples_in_prompt without data.examples: no description comes with any")
         if train.read_another and self.reads != "description":
             raise ConfigError(f"train.read_another is another description to read; here is read the '{self.reads}'")
         if self.data.made_up and (self.reads != "description" or self.blind):
