@@ -38,8 +38,7 @@ def scaled(reference: str, factor: float, out: Path) -> Path:
     if loaded.hypernet.head is None:
         raise ConfigError(f"{reference} is a multi-task LoRA (variant none): no description changes anything")
     with torch.no_grad():
-        follow = [] if loaded.hypernet.follow is None else [loaded.hypernet.follow]
-        gains = [part.gain for part in (*loaded.hypernet.pointers.values(), *follow)]
+        gains = [pointer.gain for pointer in loaded.hypernet.pointers.values()]
         for part in (loaded.hypernet.head.write, *gains):
             for parameter in part.parameters():
                 parameter.mul_(factor)

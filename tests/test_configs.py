@@ -242,15 +242,6 @@ def test_offset_stays_as_it_was(tiny: Tiny) -> None:
             {"train": {"steps": 1, "contrast": 1.0, "contrast_in_prompt": False, "description_in_prompt": 1.0}},
             "train.description_in_prompt 1 leaves none",
         ),
-        (
-            {"hypernet": {"variant": "none"}, "train": {"steps": 1, "read_another": 0.5}},
-            "read_another would do nothing",
-        ),
-        (
-            {"reads": "task", "encoder": {"kind": "onehot"}, "train": {"steps": 1, "read_another": 0.5}},
-            "here is read the 'task'",
-        ),
-        ({"train": {"steps": 1, "read_another": 1.5}}, r"read_another must be"),
         ({"train": {"steps": 1, "mix_descriptions": 0.5}}, "needs encoder.kind 'sentence'"),
         ({"hypernet": {"variant": "none"}, "train": {"steps": 1, "early_stop": "margin"}}, "here use 'loss'"),
         ({"train": {"steps": 1, "label_smoothing": 1.5}}, r"train\.label_smoothing must be in \[0, 1\], got 1.5"),

@@ -130,7 +130,7 @@ def test_a_share_of_rows_does_and_their_other_text_is_of_their_kind() -> None:
 
 
 def test_without_a_share_batches_are_those_without_such_texts() -> None:
-    settings: dict[str, Any] = {"read_another": 0.5, "made_up": (2,), "made_up_share": 0.2}
+    settings: dict[str, Any] = {"made_up": (2,), "made_up_share": 0.2}
     laid = []
     for unused in ({"illustrated_share": 0.0}, {"illustrated": {}}):
         own, other, loud = (replace(pool, **unused) for pool in (OWN, OTHER, LOUD))
@@ -152,17 +152,6 @@ def test_a_variants_rows_show_its_own_texts_beside_those_of_what_is_unlike() -> 
             assert ("OUT" in said, "Out" in said) == (text == 5, text == 3)
     assert {pair for pair in pairs if pair[0] == 5} == {(5, 3), (5, 6), (5, 7)}
     assert {pair for pair in pairs if pair[0] == 3} == {(3, 5), (3, 6), (3, 7)}
-
-
-def test_another_description_that_is_read_comes_with_examples_too_and_these_are_not_asked() -> None:
-    batch = batches(read_another=1.0, in_prompt=1.0, rows=16, examples_in_prompt=True)[0]
-    both = 0
-    for row, text in enumerate(batch.descriptions.tolist()):
-        shown = TEXTS.index(documents(batch, row)[0].split("<user>")[1].split("\n")[0])
-        both += shown != text
-        said = {re.search(r"in (\d)", document).group(1) for document in documents(batch, row)}  # type: ignore[union-attr]
-        assert len(said) == len(documents(batch, row)) and said == set("012345") - NUMBERS[text] - NUMBERS[shown]
-    assert both
 
 
 def test_what_shows_all_examples_asks_them() -> None:

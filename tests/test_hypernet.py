@@ -357,69 +357,6 @@ def test_pointers_add_words_of_the_description_to_b(variant: str, residual: Adap
     assert close(hypernet(more, torch.cat([mask, torch.zeros(2, 1, dtype=torch.bool)], dim=1)), moved)
 
 
-@pytest.fixture(scope="module")
-def feed_forward(tiny_config: Any) -> AdapterSpec:
-    """up reads the residual stream, down writes to it."""
-    return AdapterSpec.from_config(
-        tiny_config, "tiny/base", LoraConfig(targets=("up_proj", "down_proj"), rank=4, alpha=8)
-    )
-
-
-def following(spec: AdapterSpec, **config: Any) -> Hypernet:
-    settings = {"pointer": ("down_proj",), "follow": ("up_proj", "down_proj"), "standardize": True} | config
-    return make_hypernet(
-        spec, kind="tokens", embedding_size=2 * spec.targets[0].in_features, token_dropout=0.0, **settings
-    )
-
-
-def test_what_stands_before_a_word_goes_into_a(feed_forward: AdapterSpec) -> None:
-    """Each rank's row of A moves by a mixture of the unit states one place before the words in its column of B."""
-    hypernet, size = following(feed_forward), feed_forward.targets[0].in_features
-    assert hypernet.follow is not None
-    states = torch.randn(2, 5, 2 * size, generator=torch.Generator().manual_seed(1))
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    states = states * mask[..., None]
-    with torch.no_grad():
-        hypernet.follow.mix.copy_(torch.tensor([1.0, 0.0]).expand_as(hypernet.follow.mix))
-        unpointed = hypernet(states, mask)
-        hypernet.pointers["1"].gain.bias.fill_(0.5)  # type: ignore[union-attr]
-        on = hypernet(states, mask)
-        hypernet.follow.gain.bias.zero_()
-        off = hypernet(states, mask)
-    assert all(torch.equal(x, y) for x, y in zip(on.b, off.b, strict=True)) and torch.equal(on.a[1], off.a[1])
-    for n, real in enumerate((5, 3)):
-        words = states[n, :real, :size]
-        columns = (on.b[1][n] - unpointed.b[1][n]).transpose(1, 2).reshape(-1, size)
-        shares = torch.linalg.lstsq((words / size**0.5).T, columns.T).solution.T / 0.5
-        before = torch.cat([torch.zeros(1, size), words[:-1] / words[:-1].norm(dim=-1, keepdim=True)])
-        rows = (on.a[0][n] - off.a[0][n]).reshape(-1, size)
-        assert rows.norm(dim=-1).min() > 0.1
-        assert torch.allclose(rows, shares @ before, atol=1e-4)
-
-
-def test_a_fresh_hypernet_that_follows_changes_nothing_and_learns(feed_forward: AdapterSpec) -> None:
-    """A alone is written at first; once B is there, how much of what stands before is learnt too."""
-    hypernet, size = following(feed_forward, randomise=False), feed_forward.targets[0].in_features
-    assert hypernet.follow is not None
-    states = torch.randn(1, 3, 2 * size, generator=torch.Generator().manual_seed(2))
-    written = hypernet(states, torch.ones(1, 3, dtype=torch.bool))
-    assert not any(x.any() for x in written.b)
-    sum(x.square().sum() for x in written.a).backward()
-    for part in (hypernet.follow.mix, hypernet.follow.gain.weight, hypernet.pointers["1"].query.weight):  # type: ignore[union-attr]
-        assert part.grad is not None and part.grad.abs().max() > 0
-
-
-def test_following_that_cannot_be_is_refused(feed_forward: AdapterSpec, residual: AdapterSpec) -> None:
-    with pytest.raises(ConfigError, match=r"names gate_proj, the targets are up_proj, down_proj"):
-        following(feed_forward, follow=("gate_proj", "down_proj"))
-    with pytest.raises(ConfigError, match=r"reads \d+ numbers with down_proj and writes \d+ with o_proj"):
-        following(residual, pointer=("o_proj",), follow=("down_proj", "o_proj"))
-    with pytest.raises(ConfigError, match=r"here follow is \['up_proj'\] and pointer \['down_proj'\]"):
-        HypernetConfig(pointer=("down_proj",), follow=("up_proj",))
-    with pytest.raises(ConfigError, match="writes 'AB' and standardize true, not 'AB' and false"):
-        HypernetConfig(pointer=("down_proj",), follow=("up_proj", "down_proj"))
-
-
 def test_pointers_learn_from_the_first_step(residual: AdapterSpec) -> None:
     hypernet = pointing(residual)
     size = residual.targets[1].out_features

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train.batches import Batches, Pool
-from t2l.train.relabel import FORMS, MOST_ANSWERS, Form, Words, answers_of, naming, variants, vocabulary
+from t2l.train.relabel import FORMS, MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
 from t2l.train.settings import DataConfig
 
 
@@ -59,53 +58,6 @@ def test_sentences_pair_old_and_new_and_are_varied() -> None:
             assert new[other] in new[old] or not re.search(rf"\b{re.escape(new[other])}\b", part), text
     assert len({new["positive"] for new, _ in swaps}) > 12
     assert len({re.sub("|".join(map(re.escape, new.values())), "_", text) for new, text in swaps}) > 25
-
-
-NAMED = task(
-    "Yes.",
-    "No.",
-    descriptions=(
-        "Is it so? Yes. or No.",
-        "Reply Yes. if it is, and No. if it is not.",
-        "Yes. means yes. No. and only No. means no.",  # one more often than the other
-        "Judge the claim.",
-        "Say Yes. or nothing.",
-    ),
-)
-
-
-def test_new_words_stand_where_the_old_ones_did() -> None:
-    assert naming(NAMED.descriptions, ("Yes.", "No.")) == list(NAMED.descriptions[:2])
-    found = variants(NAMED, 12, 0, in_place=1.0)
-    assert len({tuple(change.new.values()) for change, _ in found if isinstance(change, Words)}) > 6
-    for change, texts in found:
-        assert isinstance(change, Words)
-        yes, no = change.new["Yes."], change.new["No."]
-        assert set(texts) == {f"Is it so? {yes} or {no}", f"Reply {yes} if it is, and {no} if it is not."}
-
-
-def test_words_in_place_change_nothing_else() -> None:
-    plain, none, half = (variants(NAMED, 40, 0, **given) for given in ({}, {"in_place": 0.0}, {"in_place": 0.5}))
-    assert plain == none and [change for change, _ in plain] == [change for change, _ in half]
-    same = sum(one == other for one, other in zip(plain, half, strict=True))
-    assert 10 <= same <= 30
-    unnamed = replace(NAMED, descriptions=NAMED.descriptions[2:])
-    assert variants(unnamed, 12, 0, in_place=1.0) == variants(unnamed, 12, 0)
-
-
-@pytest.mark.parametrize("answers", [("A", "B"), ("1", "2"), ("(A)", "(B)"), ("Option 1", "2")])
-def test_what_may_stand_for_an_option_of_the_input_is_not_exchanged(answers: tuple[str, ...]) -> None:
-    assert naming([f"Choose {answers[0]} or {answers[1]}."], answers) == []
-
-
-def test_longer_answers_come_before_those_they_hold() -> None:
-    answers = ("true", "mostly true", "not true")
-    assert naming(
-        ["true, mostly true or not true?", "mostly true or not true?", "untrue, mostly true or not true"], answers
-    ) == ["true, mostly true or not true?"]
-    (change, texts), *_ = variants(task(*answers, descriptions=("true, mostly true or not true?",)), 1, 0, in_place=1.0)
-    assert isinstance(change, Words)
-    assert texts == (f"{change.new['true']}, {change.new['mostly true']} or {change.new['not true']}?",)
 
 
 def test_same_seed_same_variants_and_another_seed_others() -> None:
@@ -222,26 +174,6 @@ def test_some_rows_read_made_up_words_with_the_right_prompt_and_answers() -> Non
     changed = batch.descriptions != plain.descriptions
     assert 3 < int(changed.sum()) < 13
     assert set(batch.descriptions[changed].tolist()) == {2, 3}
-
-
-def test_some_rows_read_another_description_of_what_they_ask() -> None:
-    tokenizer = make_tokenizer()
-    own = Pool("a", task("yes", "no").examples["train"], (0, 1, 2))
-    variant = replace(own, descriptions=(3, 4), reword=Words({"yes": "on", "no": "off"}))
-    pools = [replace(own, variants=(variant,), variant_share=0.5), Pool("b", own.examples, (5,))]
-    texts = ["Say yes or no.", "Yes or no?", "Which?", "Say on or off.", "On or off?", "Say yes."]
-    settings: dict[str, Any] = {"rows": 32, "tokens": 64, "answer_tokens": 24, "in_prompt": 1.0, "seed": 0}
-    plain, all_, half = (Batches(pools, texts, tokenizer, **settings, read_another=share)[0] for share in (0, 1, 0.5))
-    for name in ("tokens", "labels", "others", "partners", "weights"):
-        assert np.array_equal(getattr(all_, name), getattr(plain, name)), name
-    kind = [0 if text < 3 else 1 if text < 5 else 2 for text in range(6)]
-    read = all_.descriptions.tolist()
-    assert [kind[x] for x in read] == [kind[x] for x in plain.descriptions.tolist()], "what is asked is what is read"
-    assert {x for x in read if kind[x] == 0} == {0, 1, 2} and {x for x in read if kind[x] == 1} == {3, 4}
-    changed = (all_.descriptions != plain.descriptions).sum()
-    assert 0 < (half.descriptions != plain.descriptions).sum() < changed
-    both = torch.stack([plain.descriptions, all_.descriptions])
-    assert ((half.descriptions == both).any(0)).all()
 
 
 def test_a_teachers_examples_have_the_variants_answers_too() -> None:

@@ -90,10 +90,6 @@ class HypernetConfig:
     pointer: tuple[str, ...] = ()
     """Targets that write to the residual stream, such as `o_proj` and `down_proj`: words of the description are added
     to the columns of their B. Needs an encoder of the base's own token states whose first layer is 0."""
-    follow: tuple[str, ...] = ()
-    """A target that reads the residual stream and the one of `pointer` that writes what it leads to, such as
-    `[up_proj, down_proj]`: rows of the first's A take the states of what stands before the words that the second's B
-    takes, so that after one word of the description the adapter can tell which comes next."""
     own_units: bool = False
     """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
     to the elements' standard deviations over the library."""
@@ -113,16 +109,6 @@ class HypernetConfig:
         if self.variant == "basis" and self.pointer:
             raise ConfigError(
                 "hypernet.pointer chooses words for each layer; variant 'basis' knows the description as a whole"
-            )
-        if self.follow and (len(self.follow) != 2 or self.follow[1] not in self.pointer):
-            raise ConfigError(
-                "hypernet.follow names a target and one of hypernet.pointer; here follow is "
-                f"{list(self.follow)} and pointer {list(self.pointer)}"
-            )
-        if self.follow and (self.writes == "B" or not self.standardize):
-            raise ConfigError(
-                "hypernet.follow writes standardised states into A; it needs writes 'AB' and standardize true, not "
-                f"'{self.writes}' and {str(self.standardize).lower()}"
             )
         for name in ("centre", "pointer", "prompt_aware", "standardize"):
             if self.variant == "none" and getattr(self, name):

@@ -10,7 +10,7 @@ After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix;
   offset and the hypernetwork starts from it.
 - `TokenTrunk` reads the states of all tokens of the description in place of one pooled embedding.
 - A `Pointer` copies the description's own words into B, so that an adapter can answer with words it was never
-  trained on, and `Follow` what stands before them into A, so that it knows which comes after which.
+  trained on.
 
 Knows tensors only. Knows no text, no module names and no files. Shape letters as in `spec.py`; D is the head size.
 """
@@ -101,22 +101,11 @@ class Hypernet(nn.Module):
                         f"description's tokens; this encoder gives {embedding_size} a {what}"
                     )
                 self.pointers[str(m)] = Pointer(config.width, embedding_size, target.out_features, rank=spec.rank)
-        names = [target.name for target in spec.targets]
         if len(self.pointers) < len(config.pointer):
-            raise ConfigError(f"hypernet.pointer names {', '.join(config.pointer)}, the targets are {', '.join(names)}")
-        self.follow: Follow | None = None
-        if config.follow:
-            before, after = config.follow
-            if before not in names:
-                raise ConfigError(f"hypernet.follow names {before}, the targets are {', '.join(names)}")
-            self.follow_from, self.follow_to = names.index(before), names.index(after)
-            size, written_size = spec.targets[self.follow_from].in_features, spec.targets[self.follow_to].out_features
-            if size != written_size:
-                raise ConfigError(
-                    f"hypernet.follow reads {size} numbers with {before} and writes {written_size} with {after}; "
-                    "both must be the residual stream"
-                )
-            self.follow = Follow(config.width, embedding_size // size, size, num_layers=num_layers, rank=spec.rank)
+            raise ConfigError(
+                f"hypernet.pointer names {', '.join(config.pointer)}, the targets are "
+                f"{', '.join(target.name for target in spec.targets)}"
+            )
 
     def forward(
         self,
@@ -146,15 +135,9 @@ class Hypernet(nn.Module):
             states = self.standard(states)
         features_NLMH = self.trunk(states, mask, in_prompt)
         change_a, change_b = self.head(features_NLMH)
-        for place, pointer in self.pointers.items():
-            assert isinstance(pointer, Pointer)
-            m = int(place)
-            features_NLH = features_NLMH[:, :, m]
-            share_NLRS = pointer.share(features_NLH, states, mask)
-            change_b[m] = change_b[m] + pointer(features_NLH, share_NLRS, words)
-            if self.follow is not None and m == self.follow_to:
-                followed = self.follow(features_NLH, share_NLRS, states)
-                change_a[self.follow_from] = change_a[self.follow_from] + followed
+        for m, pointer in self.pointers.items():
+            pointed = pointer(features_NLMH[:, :, int(m)], states, words, mask)
+            change_b[int(m)] = change_b[int(m)] + pointed
         if self.max_change is not None:
             change_a, change_b = ([_capped(x, self.max_change) for x in change] for change in (change_a, change_b))
         if scale is not None:
@@ -542,51 +525,15 @@ class Pointer(nn.Module):
         nn.init.zeros_(self.gain.weight)
         nn.init.zeros_(self.gain.bias)
 
-    def share(self, features_NLH: Tensor, states_NSE: Tensor, mask_NS: Tensor | None) -> Tensor:
-        """How much each rank of each layer takes of each token, (N, L, R, S); `states` as the trunk reads them."""
+    def forward(self, features_NLH: Tensor, states_NSE: Tensor, words_NSE: Tensor, mask_NS: Tensor | None) -> Tensor:
+        """A change of B, (N, L, O, R); `states` as the trunk reads them, `words` as the encoder gave them."""
         assert mask_NS is not None, "token states come with a mask"
         query_NLRK = self.query(features_NLH).unflatten(-1, (self.rank, self.KEY))
         scores_NLRS = query_NLRK @ self.key(states_NSE).mT[:, None] * self.KEY**-0.5
-        return scores_NLRS.masked_fill(~mask_NS[:, None, None], float("-inf")).softmax(-1)
-
-    def forward(self, features_NLH: Tensor, share_NLRS: Tensor, words_NSE: Tensor) -> Tensor:
-        """A change of B, (N, L, O, R); `words` as the encoder gave them."""
+        share_NLRS = scores_NLRS.masked_fill(~mask_NS[:, None, None], float("-inf")).softmax(-1)
         unit_NSO = words_NSE[..., : self.size] * self.size**-0.5
         found_NLRO = (share_NLRS * self.gain(features_NLH)[..., None]) @ unit_NSO[:, None].to(share_NLRS.dtype)
         return found_NLRO.mT
-
-
-class Follow(nn.Module):
-    """What stands before the words that a pointer takes, as rows of A: an answer's words in their order.
-
-    A label of several tokens is a chain: after ` Type` comes ` I`. Each rank takes words by its pointer's shares into B
-    of a module that writes, and here the states of the tokens one place before into A of a module that reads; B of the
-    one and A of the other, which the offset and the head write, join the two. A token's standardised state in the
-    description finds the same token where the answer is written, in any of the later layers (entry 46 of
-    docs/experiments.md), so no map between the two is learnt, only how much of each tapped layer each layer takes.
-
-    Args:
-        width: H of the features.
-        taps: Layers of the base that the encoder gives; E = taps · I.
-        size: I, of the residual stream.
-        num_layers: L.
-        rank: R.
-    """
-
-    def __init__(self, width: int, taps: int, size: int, *, num_layers: int, rank: int) -> None:
-        super().__init__()
-        self.size = size
-        self.mix = nn.Parameter(torch.full((num_layers, taps), 1 / taps))
-        self.gain = nn.Linear(width, rank)
-        nn.init.zeros_(self.gain.weight)
-        nn.init.ones_(self.gain.bias)  # changes nothing yet where B is zero
-
-    def forward(self, features_NLH: Tensor, share_NLRS: Tensor, states_NSE: Tensor) -> Tensor:
-        """A change of A, (N, L, R, I); `states` as the trunk reads them."""
-        before_NSTI = F.pad(states_NSE, (0, 0, 1, -1)).unflatten(-1, (-1, self.size))
-        unit_NSE = F.normalize(before_NSTI, dim=-1, eps=1e-3).flatten(-2).to(share_NLRS.dtype)
-        found_NLRTI = (share_NLRS @ unit_NSE[:, None]).unflatten(-1, (-1, self.size))
-        return self.gain(features_NLH)[..., None] * (self.mix[:, None, :, None] * found_NLRTI).sum(-2)
 
 
 Changes = tuple[list[Tensor], list[Tensor]]

@@ -128,10 +128,6 @@ class Pool:
         """Everything the hypernetwork may read for this task."""
         return self.reads or self.descriptions
 
-    def alike(self, text: int) -> tuple[int, ...]:
-        """What may be read in place of a text: descriptions that come with examples if it does, or without."""
-        return tuple(self.illustrated) if text in self.illustrated else self.readable
-
 
 class Batches(Dataset):
     """Item s is the batch of step s.
@@ -153,8 +149,6 @@ class Batches(Dataset):
             description: not where nothing else reads it.
         made_up: Positions of texts that describe nothing.
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
-        read_another: Share of rows that read another description of their task than the prompt shows, if drawn anew it
-            is another.
         examples_in_prompt: Whether prompts that show a description show the examples that are read with it too.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
         prompt: The run's setting; whether a prompt shows the description is drawn by `in_prompt`.
@@ -181,7 +175,6 @@ class Batches(Dataset):
         relabel_unsaid: bool = True,
         made_up: Sequence[int] = (),
         made_up_share: float = 0.0,
-        read_another: float = 0.0,
         examples_in_prompt: bool = False,
         share_beginnings: bool = True,
         prompt: PromptConfig | None = None,
@@ -191,7 +184,7 @@ class Batches(Dataset):
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.teacher_tokens, self.shots = teacher_tokens, shots
         self.relabel_unsaid, self.prompt = relabel_unsaid, prompt or PromptConfig()
-        self.made_up, self.made_up_share, self.read_another = made_up, made_up_share, read_another
+        self.made_up, self.made_up_share = made_up, made_up_share
         self.examples_in_prompt = examples_in_prompt
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
@@ -260,10 +253,6 @@ class Batches(Dataset):
         whose = self._change(step, tasks, pools, shown, others, partners, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
         self._illustrate(step, tasks, pools, shown, chosen, others, whose)
-        if self.read_another:
-            eighth = np.random.default_rng((self.seed, 8, step))
-            anew = [int(eighth.choice(pool.alike(text))) for pool, text in zip(pools, chosen, strict=True)]
-            chosen = [new if eighth.random() < self.read_another else x for new, x in zip(anew, chosen, strict=True)]
         if self.made_up:
             third = np.random.default_rng((self.seed, 7, step))
             chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]

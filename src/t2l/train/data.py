@@ -33,7 +33,6 @@ from t2l.tasks import (
 )
 from t2l.train.batches import Batches, Illustrated, Pool, answer_text, without_long
 from t2l.train.derive import Check, Choose, derived
-from t2l.train.procedural import lines, procedural
 from t2l.train.relabel import MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
 from t2l.train.settings import DataConfig, SftConfig
 
@@ -93,14 +92,6 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     if config.max_tasks is not None and config.max_tasks < len(train):
         order = random.Random(f"{config.seed}/max_tasks").sample(range(len(train)), len(train))
         train = [train[n] for n in sorted(order[: config.max_tasks])]
-    if config.procedural:
-        made = procedural(config.procedural, lines(train, config.seed), config.seed)
-        if len(made) < config.procedural:
-            raise DataError(
-                f"data.procedural: of {config.procedural} tasks {len(made)} can be made; the training inputs hold too "
-                "few short lines of text"
-            )
-        train = train + made
     empty = [task.name for task in train if not task.examples.get("train")]
     if empty:
         raise DataError(f"No training examples for {', '.join(empty[:5])}; take them out or give them some")
@@ -250,7 +241,6 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         by_category: bool = False,
         teacher_tokens: int = 0,
         made_up: Sequence[int] = (),
-        read_another: float = 0.0,
     ) -> Batches:
         return Batches(
             pools,
@@ -268,7 +258,6 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             relabel_unsaid=not config.blind,
             made_up=made_up,
             made_up_share=config.data.made_up,
-            read_another=read_another,
             examples_in_prompt=config.data.examples_in_prompt,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
@@ -288,7 +277,6 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         by_category=config.data.by_category,
         teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
         made_up=made_up_places,
-        read_another=config.train.read_another,
     )
     suites = {
         "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],
@@ -341,9 +329,7 @@ def _variants(
             )
     for task in tasks:
         if _variant_share(task, config):
-            made[task.name] = variants(
-                task, config.relabel_variants, config.seed, in_place=config.relabel_in_place, words=words
-            )
+            made[task.name] = variants(task, config.relabel_variants, config.seed, words=words)
     kinds = {type(change) for found in made.values() for change, _ in found}
     if config.relabel and Words not in kinds:
         raise DataError("data.relabel: no task has a few short answers that other words could take the place of")

@@ -135,7 +135,7 @@ class ReconConfig:
     def __post_init__(self) -> None:
         if self.hypernet.variant == "none":
             raise ConfigError("hypernet.variant 'none' reads no description and cannot tell adapters apart")
-        for name in ("max_change", "codebook", "centre", "follow", "pointer", "prompt_aware", "standardize"):
+        for name in ("max_change", "codebook", "centre", "pointer", "prompt_aware", "standardize"):
             if getattr(self.hypernet, name) != getattr(HypernetConfig(), name):
                 raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
         if self.data.canonical and self.hypernet.writes == "B":

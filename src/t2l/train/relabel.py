@@ -153,7 +153,7 @@ def vocabulary(tasks: Iterable[Task]) -> tuple[str, ...]:
 
 
 def variants(
-    task: Task, number: int, seed: int, *, in_place: float = 0.0, words: Sequence[str] = ()
+    task: Task, number: int, seed: int, *, words: Sequence[str] = ()
 ) -> list[tuple[Words | Form, tuple[str, ...]]]:
     """Other words for a task's answers, or another form of them, and descriptions that say which.
 
@@ -161,8 +161,6 @@ def variants(
         task: With descriptions and training examples.
         number: Of variants.
         seed: Of the draw; the same task and seed give the same variants.
-        in_place: Share of those with other words whose texts name these where the task's own name the old ones, if
-            any do (see `naming`).
         words: To draw from in place of a short list of ours; more than there are answers.
 
     Returns:
@@ -171,7 +169,6 @@ def variants(
     """
     answers, found = answers_of(task), list[tuple[Words | Form, tuple[str, ...]]]()
     words = words or WORDS.split()
-    speaking = naming(task.descriptions, answers) if in_place and answers else []
     for turn in range(number):
         draw = random.Random(f"{seed}/{task.name}/relabel/{turn}")
         if answers:
@@ -180,37 +177,9 @@ def variants(
             change: Words | Form = Words(new)
         else:
             change = draw.choice(list(FORMS))
-        another = random.Random(f"{seed}/{task.name}/in_place/{turn}")
-        if speaking and another.random() < in_place:
-            some = another.sample(speaking, min(TEXTS_EACH, len(speaking)))
-            texts = [_exchanged(text, new) for text in some]
-        else:
-            texts = [_with_sentence(text, change, draw) for text in texts_for_variant(task, draw)]
+        texts = [_with_sentence(text, change, draw) for text in texts_for_variant(task, draw)]
         found.append((change, tuple(dict.fromkeys(texts))))
     return found
-
-
-def naming(descriptions: Sequence[str], answers: Sequence[str]) -> list[str]:
-    """The descriptions that name all answers, each as often as the others, so that none is there by chance.
-
-    None where an answer is a single letter or a number, which mostly stands for an option of the input.
-    """
-    if any(sum(map(str.isalpha, answer)) < 2 for answer in answers):
-        return []
-    named = _answers_in(answers)
-    counted = ((text, Counter(named.findall(text))) for text in descriptions)
-    return [text for text, counts in counted if len(counts) == len(answers) and len(set(counts.values())) == 1]
-
-
-def _exchanged(text: str, new: Mapping[str, str]) -> str:
-    """The text with the new answers where the old ones stand."""
-    return _answers_in(new).sub(lambda match: new[match[0]], text)
-
-
-def _answers_in(answers: Iterable[str]) -> re.Pattern[str]:
-    """Finds the answers in a text, as words of their own."""
-    longest_first = sorted(answers, key=len, reverse=True)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
 
 
 def texts_for_variant(task: Task, draw: random.Random) -> list[str]:

@@ -27,9 +27,6 @@ class DataConfig:
     relabel: float = 0.0
     """Share of the rows of a task with a few short answers that have other words in their place; only the description
     says which, see `t2l.train.relabel`."""
-    relabel_in_place: float = 0.0
-    """Share of relabelled variants whose texts are the task's own, with the new words where these name the old ones, as
-    far as they do; the texts of others have a sentence more that says the new words."""
     relabel_vocabulary: bool = False
     """Draw the other words from those of the training tasks' descriptions, thousands of them, in place of a list of
     165: so many are not learnt by heart."""
@@ -42,9 +39,6 @@ class DataConfig:
     see `t2l.train.derive`. The rest may be relabelled or reformed."""
     derive_variants: int = 4
     """Of each task."""
-    procedural: int = 0
-    """Tasks on top of the others whose answers are computed from lines of their inputs, see `t2l.train.procedural`;
-    drawn as often as any."""
     examples: float = 0.0
     """Share of rows that read a description with up to three examples of the task after it, see `t2l.examples`; a row
     asks none of those."""
@@ -73,10 +67,10 @@ class DataConfig:
     """Leave out tasks none of whose examples fits into a row; otherwise they are an error."""
 
     def __post_init__(self) -> None:
-        for name in ("held_out_descriptions", "hold_out", "procedural"):
+        for name in ("held_out_descriptions", "hold_out"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("derive", "examples", "file_share", "made_up", "reform", "relabel", "relabel_in_place"):
+        for name in ("derive", "examples", "file_share", "made_up", "reform", "relabel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
@@ -144,9 +138,6 @@ class TrainConfig:
     document's T tokens (arXiv 2310.05914; the paper: 5). T is counted for each document, not for a packed row."""
     description_dropout: float = 0.0
     """Share of rows whose adapter is the offset alone, as for no description at all."""
-    read_another: float = 0.0
-    """Share of rows whose adapter is written from another description of the task than the prompt shows: it can then
-    know more than the prompt does."""
     encoding_noise: float = 0.0
     """Gaussian noise on what the hypernetwork reads, as a share of its root mean square."""
     mix_descriptions: float = 0.0
@@ -199,7 +190,6 @@ class TrainConfig:
             "label_smoothing",
             "description_dropout",
             "mix_descriptions",
-            "read_another",
         )
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
@@ -262,12 +252,10 @@ class SftConfig:
             raise ConfigError(f"data.examples come with descriptions; here is read the '{self.reads}'")
         if self.data.examples_in_prompt and not self.data.examples:
             raise ConfigError("data.examples_in_prompt without data.examples: no description comes with any")
-        if train.read_another and self.reads != "description":
-            raise ConfigError(f"train.read_another is another description to read; here is read the '{self.reads}'")
         if self.data.made_up and (self.reads != "description" or self.blind):
             raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
         if self.blind:
-            reading = ("contrast", "description_dropout", "read_another", "encoding_noise", "mix_descriptions")
+            reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
             if idle:
                 raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")

@@ -672,7 +672,7 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         if whole:
             model = spec.base_model if config.encoder.model == "base" else config.encoder.model
             sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
-            shape = ("variant", "writes", "centre", "follow", "pointer", "prompt_aware", "standardize", *sizes)
+            shape = ("variant", "writes", "centre", "pointer", "prompt_aware", "standardize", *sizes)
             found |= {
                 "reads": config.reads,
                 "encoder": {
