@@ -192,7 +192,8 @@ CHANGED: dict[str, Any] = {"relabel": 0.5, "reform": 0.5, "derive": 0.5, "relabe
 
 @pytest.mark.parametrize("variant", ["L", "none"])
 def test_every_pool_has_texts_with_its_own_examples(prepare: Callable[..., RunData], variant: str) -> None:
-    data = prepare(variant=variant, examples=0.5, made_up=0.0 if variant == "none" else 0.1, **CHANGED)
+    shared = {"examples_in_prompt": True} if variant == "none" else {"made_up": 0.1}
+    data = prepare(variant=variant, examples=0.5, **shared, **CHANGED)
     numbers = set()
     for pool in (p for own in data.train.pools for p in (own, *own.variants, *own.derived)):
         assert pool.illustrated_share == 0.5 and 0 < len(pool.illustrated) <= 8
@@ -237,6 +238,7 @@ def test_settings_that_cannot_be(prepare: Callable[..., RunData]) -> None:
         ({"examples": 1.5}, r"data\.examples must be in \[0, 1\], got 1\.5"),
         ({"example_texts": 0}, r"data\.example_texts must be at least 1, got 0"),
         ({"examples_in_prompt": True}, "data.examples_in_prompt without data.examples"),
+        ({"examples": 0.5, "variant": "none"}, "data.examples without data.examples_in_prompt would do nothing"),
         ({"examples": 0.5, "reads": "task"}, "data.examples come with descriptions; here is read the 'task'"),
     ):
         with pytest.raises(ConfigError, match=error):

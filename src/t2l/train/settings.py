@@ -257,6 +257,8 @@ class SftConfig:
         if self.blind:
             reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
+            if self.data.examples and not self.data.examples_in_prompt:
+                idle.append("data.examples without data.examples_in_prompt")
             if idle:
                 raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
         if self.hypernet.prompt_aware and train.description_in_prompt in (0, 1):
