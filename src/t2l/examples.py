@@ -1,4 +1,4 @@
-"""Descriptions that come with a few worked examples: one longer text, read and shown as any other description.
+"""Descriptions that come with a few worked examples: one longer text.
 
 Knows words only.
 """

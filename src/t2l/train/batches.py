@@ -366,8 +366,10 @@ class Batches(Dataset):
                 continue
             chosen[row] = int(rng.choice(list(pool.illustrated)))
             shown[row] = chosen[row] if self.examples_in_prompt else pool.illustrated[chosen[row]].description
-            strangers = [x for n, x in enumerate(self.pools) if n != task and x.illustrated]
-            found = [whose[row]] if row in whose else strangers
+            if row in whose:
+                found = [whose[row]]
+            else:
+                found = [x for n, x in enumerate(self.pools) if n != task and x.illustrated]
             theirs = found[int(rng.integers(len(found)))].illustrated if found else {}
             if theirs:
                 others[row] = int(rng.choice(list(theirs)))

@@ -43,8 +43,8 @@ class DataConfig:
     """Share of rows that read a description with up to three examples of the task after it, see `t2l.examples`; a row
     asks none of those."""
     examples_in_prompt: bool = False
-    """Whether the prompts of these rows that show the description show its examples too: for a multi-task LoRA, which
-    reads nothing else."""
+    """Whether the prompts of these rows that show the description show its examples too: a multi-task LoRA reads no
+    others."""
     example_texts: int = 8
     """Texts with examples that are made for each task; for each of its variants and derived tasks a quarter of them."""
     made_up: float = 0.0
