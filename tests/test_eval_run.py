@@ -24,7 +24,6 @@ from t2l.eval import answers, decode, retrieval, rows, suites
 from t2l.eval.arrow import arrow, prototypes
 from t2l.eval.harness import Settings, run
 from t2l.eval.rows import ROWS, AdapterSource, choose_rows
-from t2l.examples import with_examples
 from t2l.generate import Adapter, TextToLora
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
@@ -342,7 +341,6 @@ def test_rows_and_seeds_can_be_added_but_nothing_else_changed(
         ({"max_new_tokens": 6}, "max_new_tokens 5; this one has 6"),
         ({"checkpoint": multitask, "rows": "base"}, "variant is 'none'"),
         ({"per_task": 2}, "per_task None; this one has 2"),
-        ({"examples": 2}, "examples None; this one has 2"),
         ({"rows": "base,t2l-worng"}, "no row 't2l-worng'"),
     ):
         with pytest.raises(ConfigError, match=match):
@@ -559,63 +557,6 @@ def test_questions_do_not_depend_on_the_other_tasks(tasks_file: Path) -> None:
     assert len({text for q in alone for text in q.random_texts}) == 4
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_every_text_comes_with_examples_of_its_own_task(number: int, tasks_file: Path) -> None:
-    tasks = {task.name: task for task in suites.load_suite(str(tasks_file), per_task=None)}
-    bare = dataclasses.replace(
-        tasks["upper"], name="bare", suite="other", descriptions=("Do it.",), shots=(), inputs=()
-    )
-    every = [*tasks.values(), bare]
-    plain = suites.questions(every, [0, 1])
-    for one, q in zip(plain, suites.questions(every, [0, 1], examples=number), strict=True):
-        assert (one.item, one.shots, one.description) == (q.item, q.shots, q.description)
-        if q.task is bare:
-            assert q == one
-            continue
-        assert q.descriptions == tuple(with_examples(text, q.shots[:number]) for text in one.descriptions)
-        for text, said in zip(one.wrong_descriptions, q.wrong_descriptions, strict=True):
-            (other,) = (task for task in tasks.values() if text in task.descriptions)
-            shown = next(x for x in plain if x.task is other and x.seed == q.seed).shots[:number]
-            assert said == with_examples(text, shown)
-        for text, said in zip(one.random_texts, q.random_texts, strict=True):
-            assert said.startswith(f"{text}\n\nExample input: ") and said.count("\nExample output: ") == number
-            assert not {*said.lower().split()} & {*" ".join(shot.text for shot in q.task.shots).split()}
-
-
-def test_examples_never_hold_the_question_and_fit_the_encoder(benchmarks: dict[str, suites.JudgedTask]) -> None:
-    for q in suites.questions(list(benchmarks.values()), range(4), examples=3, fits=lambda text: len(text) < 300):
-        for text in (*q.descriptions, *q.random_texts, *q.wrong_descriptions):
-            assert len(text) < 300 or "Example input" not in text
-        assert all(shot != q.item.text for shot, _ in q.shots)
-        assert q.task.shots or not any("Example input" in text for text in (*q.descriptions, *q.random_texts))
-
-
-def test_a_run_with_examples_says_so_and_shows_them_if_asked(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
-    out = tmp_path / "a.jsonl"
-    given = ["eval", "run", "--suite", str(tasks_file), "--checkpoint", checkpoint, "--out", str(out), "--seeds", "0"]
-    given += ["--rows", "base+description,base+shots,t2l", "--max-new-tokens", "2", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*given, "--examples", "2", "--examples-in-prompt"])
-    assert result.exit_code == 0, result.output
-    file = answers.read(out)
-    assert file.header["examples"] == 2 and file.header["examples_in_prompt"]
-    assert file.header["left_out"] == {"base+shots": "--examples-in-prompt puts examples into the description already"}
-    tasks = suites.load_suite(str(tasks_file), per_task=None)
-    fits = TextToLora.from_pretrained(checkpoint).encoder.max_tokens
-    asked = suites.questions(tasks, [0], examples=2, in_prompt=True, fits=lambda text: len(text.encode()) <= fits)
-    texts = {(q.task.name, q.item.id): q.description for q in asked}
-    assert all("Example input: " in text for text in texts.values())
-    for line in file.lines:
-        expected = rows.short_hash(texts[line["task"], line["id"]])
-        assert line["description"] == (expected if line["row"] == "t2l" else None)
-    for more, message in (
-        (["--examples", "1", "--examples-in-prompt"], "examples 2; this one has 1"),
-        (["--examples", "2"], "examples_in_prompt True; this one has None"),
-        (["--examples-in-prompt"], "needs --examples"),
-    ):
-        result = CliRunner().invoke(app, [*given, *more])
-        assert (result.exit_code, message in result.output) == (1, True), result.output
-
-
 def test_likelihood_scoring_and_its_floor(
     benchmark_data: Path, checkpoint: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -700,7 +641,6 @@ def test_wrong_use_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -
     for arguments, code, message in (
         (["--suite", "test", "--seeds", "one", *out], 2, "whole numbers"),
         (["--suite", "test", "--full", "--per-task", "3", *out], 2, "give one"),
-        (["--suite", "test", "--examples", "4", *out], 2, "--examples"),
         (["--suite", str(tasks_file), *out], 1, "which base model"),
         (["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out], 1, "Cannot read tasks"),
         (["--suite", str(tasks_file), "--checkpoint", checkpoint, "--rows", "oracle", *out], 1, "No row is left"),

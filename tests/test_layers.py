@@ -16,7 +16,6 @@ ROWS: dict[str, int] = {
     "errors": 0,
     "config": 1,
     "endpoint": 1,
-    "examples": 1,
     "files": 1,
     "pace": 1,
     "spec": 1,

@@ -60,12 +60,6 @@ def eval_run(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="In place of each suite's own limit.", show_default=False)
     ] = None,
-    examples: Annotated[
-        int, typer.Option(min=0, max=3, help="Worked examples after what T2L reads, the controls' texts too.")
-    ] = 0,
-    examples_in_prompt: Annotated[
-        bool, typer.Option("--examples-in-prompt", help="After the description in prompts too.")
-    ] = False,
     batch_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of a batch; what a GPU has room for, if absent.", show_default=False),
@@ -112,8 +106,6 @@ def eval_run(
         full=full,
         held_out=held_out,
         max_new_tokens=max_new_tokens,
-        examples=examples,
-        examples_in_prompt=examples_in_prompt,
         batch_tokens=batch_tokens,
         device=checked_device(device),
         backend=backend,

@@ -26,7 +26,7 @@ RUN_FACTS = (
     "examples",
     "examples_in_prompt",
 )
-"""Equal in all files of one table."""
+"""Equal in all files of one table. The last two are of old files, whose runs could show examples with descriptions."""
 SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
 """Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
 FACTS = ("format_version", *RUN_FACTS, *SEED_FACTS, "versions")

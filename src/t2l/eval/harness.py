@@ -56,10 +56,6 @@ class Settings:
     """`seen` only: how many of a task's last descriptions training has not read."""
     max_new_tokens: int | None = None
     """Limit of an answer in place of each suite's own."""
-    examples: int = 0
-    """Worked examples that every text which is read comes with, the controls' too; see `suites.questions`."""
-    examples_in_prompt: bool = False
-    """Whether descriptions in prompts come with them too."""
     base: str | None = None
     """The base model, where no checkpoint or library says it."""
     device: str | None = None
@@ -114,8 +110,6 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         OutputError: if the file cannot be written.
     """
     chosen = rows.choose_rows(settings.rows)
-    if settings.examples_in_prompt and not settings.examples:
-        raise ConfigError("--examples-in-prompt needs --examples: no description comes with any")
     here = settings.backend == "transformers"
     if not here and "likelihood" in settings.suites:
         raise ConfigError(
@@ -157,9 +151,6 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
     if not here:
         needs = "it needs the base model's weights here, so --backend transformers"
         left_out |= {row.name: needs for row in chosen if row.adapter in NEED_WEIGHTS or row.way in NEED_WEIGHTS}
-    if settings.examples_in_prompt:
-        shown = "--examples-in-prompt puts examples into the description already"
-        left_out |= {row.name: shown for row in chosen if row.shots}
     for name, why in left_out.items():
         log(f"row {name} is left out: {why}")
     chosen = [row for row in chosen if row.name not in left_out]
@@ -197,13 +188,7 @@ def judge(
     done = answers.open_for_appending(out, header)
     asked = [
         Asked(row, question, text, [])
-        for question in suites.questions(
-            tasks,
-            settings.seeds,
-            fits=source.fits,
-            examples=settings.examples,
-            in_prompt=settings.examples_in_prompt,
-        )
+        for question in suites.questions(tasks, settings.seeds, fits=source.fits)
         for row in chosen
         if source.has(row, question)
         for text in (rows.prompt_of(row, question, source.tokenizer),)
@@ -416,8 +401,6 @@ def _header(
         "per_task": "all" if settings.full else settings.per_task,
         "held_out": settings.held_out,
         "max_new_tokens": settings.max_new_tokens,
-        **({"examples": settings.examples} if settings.examples else {}),
-        **({"examples_in_prompt": True} if settings.examples_in_prompt else {}),
         "versions": TextToLora.versions() | backend.versions,
         "seeds": list(settings.seeds),
         "rows": [row.name for row in chosen],

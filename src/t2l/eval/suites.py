@@ -8,13 +8,11 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from t2l.errors import DataError
 from t2l.eval import code, metrics
-from t2l.examples import with_examples
 from t2l.tasks import (
     Example,
     Task,
@@ -109,24 +107,22 @@ class Question:
     task: JudgedTask
     item: Item
     seed: int
-    description: str
-    """The seed's own, which stands in prompts."""
     descriptions: tuple[str, ...]
-    """Up to three of the task's, as adapters are written from them; the first is the seed's own."""
+    """Up to three of the task's; the first is the seed's own, which stands in prompts."""
     wrong_descriptions: tuple[str, ...]
     """Of one other task, no more of them than there are descriptions."""
     random_texts: tuple[str, ...]
     """As many as there are descriptions."""
     shots: tuple[tuple[str, str], ...]
 
+    @property
+    def description(self) -> str:
+        """The seed's description."""
+        return self.descriptions[0]
+
 
 def questions(
-    tasks: Sequence[JudgedTask],
-    seeds: Sequence[int],
-    *,
-    fits: Callable[[str], bool] = lambda text: True,
-    examples: int = 0,
-    in_prompt: bool = False,
+    tasks: Sequence[JudgedTask], seeds: Sequence[int], *, fits: Callable[[str], bool] = lambda text: True
 ) -> list[Question]:
     """Every item of every task under every seed.
 
@@ -136,72 +132,45 @@ def questions(
     Args:
         tasks: Each with descriptions that fit, see `readable`.
         seeds: In judging; they have nothing to do with training.
-        fits: Whether an encoder can read a text; random texts are shortened until they fit, and examples in texts.
-        examples: Three at most, that every text which is read comes with: those of `shots`, first of them first, for
-            the task's descriptions; the other task's own for its descriptions, if it has any; made-up ones for random
-            texts.
-        in_prompt: Whether the description in prompts comes with them too.
+        fits: Whether an encoder can read a text; random texts are shortened until they fit.
 
     Raises:
         DataError: if a task is alone and every benchmark is of its family, so that no other task's description is
             left.
     """
     found = []
-    can_read = cache(fits)  # the items of a task mostly share their texts
-    written = written_descriptions("benchmarks").items()
-    strangers = {name: JudgedTask("benchmarks", name, "text", texts, ()) for name, texts in written}
+    strangers = {name: (name, texts) for name, texts in written_descriptions("benchmarks").items()}
     for task in tasks:
-        others = {t.name: t for t in tasks if t.suite == task.suite}
+        others = {t.name: (t.family or t.name, t.descriptions) for t in tasks if t.suite == task.suite}
         for pool in (others, strangers):
             family = task.family or task.name
-            wrong = sorted(t.name for t in pool.values() if (t.family or t.name) != family and t.name != task.name)
+            wrong = sorted(name for name, (theirs, _) in pool.items() if theirs != family and name != task.name)
             if wrong:
                 break
         else:
             raise DataError(f"Suite {task.suite} has no other task whose description would be wrong for {task.name}")
         for seed in seeds:
             # Apart from each other, so that what is drawn of one does not depend on another.
-            draw, made_up, more = (
-                random.Random(f"{seed}/{task.name}/{what}") for what in ("wrong", "random", "random/examples")
+            draw, made_up, shown_first = (
+                random.Random(f"{seed}/{task.name}/{what}") for what in ("wrong", "random", "shots")
             )
             # In turn, so that as many seeds as there are descriptions use them all.
             order = random.Random(task.name).sample(task.descriptions, len(task.descriptions))
             turned = [order[(seed + n) % len(order)] for n in range(min(TEXTS, len(order)))]
             wrong_texts: list[str] = []
             while not wrong_texts or wrong_texts[0] in task.descriptions:  # two tasks may share a summary
-                other = pool[draw.choice(wrong)]
-                first = draw.choice(other.descriptions)
-                wrong_texts = [first, *(x for x in other.descriptions if x != first and x not in task.descriptions)]
-            wrong_texts = wrong_texts[: len(turned)]
-            noise = [random_text(made_up, can_read) for _ in turned]
-            invented = [_random_example(more) for _ in range(examples)]
-            drawn, drawn_of_other = _drawn(task, seed), _drawn(other, seed)
+                theirs = pool[draw.choice(wrong)][1]
+                first = draw.choice(theirs)
+                wrong_texts = [first, *(x for x in theirs if x != first and x not in task.descriptions)]
+            texts = [random_text(made_up, fits) for _ in turned]
+            # One more than needed, in case the item itself is among them.
+            drawn = shown_first.sample(task.shots, min(4, len(task.shots)))
             for item in task.items:
-                pairs, theirs = _shown(task, drawn, item), _shown(other, drawn_of_other, item)
-                right, wrongs, made = (
-                    tuple(with_examples(text, some[:examples], fits=can_read) for text in texts)
-                    for texts, some in ((turned, pairs), (wrong_texts, theirs), (noise, invented[: len(pairs)]))
-                )
-                said = right[0] if in_prompt else turned[0]
-                found.append(Question(task, item, seed, said, right, wrongs, made, pairs))
+                shown = [shot for shot in drawn if shot.text != item.text][:3]
+                pairs = tuple((shot.text, f"{task.prefill} {shot.outputs[0]}".strip()) for shot in shown)
+                wrongs = tuple(wrong_texts[: len(turned)])
+                found.append(Question(task, item, seed, tuple(turned), wrongs, tuple(texts), pairs))
     return found
-
-
-def _drawn(task: JudgedTask, seed: int) -> list[Item]:
-    """Few-shot examples of a seed: one more than needed, in case an item itself is among them."""
-    return random.Random(f"{seed}/{task.name}/shots").sample(task.shots, min(4, len(task.shots)))
-
-
-def _shown(task: JudgedTask, drawn: Sequence[Item], item: Item) -> tuple[tuple[str, str], ...]:
-    """Inputs and answers of up to three of a task's examples, none of them an item itself."""
-    shown = [shot for shot in drawn if shot.text != item.text][:3]
-    return tuple((shot.text, f"{task.prefill} {shot.outputs[0]}".strip()) for shot in shown)
-
-
-def _random_example(draw: random.Random) -> tuple[str, str]:
-    """Made-up words as input and output."""
-    text, answer = (made_up_words(draw, words=words, letters=(2, 9)) for words in ((8, 20), (1, 2)))
-    return as_sentence(text), " ".join(answer)
 
 
 def random_text(draw: random.Random, fits: Callable[[str], bool] = lambda text: True) -> str:

@@ -11,8 +11,8 @@ Beside the rows may stand a teacher's: the same documents, each after the descri
 Shape letters: B rows (tasks), T tokens of a row, S tokens of a teacher's row, A answer tokens of a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,15 +74,6 @@ class Batch(NamedTuple):
     """(B, A) `weights`, 0 for documents that the teacher's row does not hold."""
 
 
-class Illustrated(NamedTuple):
-    """What is known of a description that comes with examples."""
-
-    description: int
-    """Position of the same description without them."""
-    examples: frozenset[int]
-    """Places of what it shows among the pool's examples."""
-
-
 @dataclass(frozen=True)
 class Pool:
     """A task as the sampler sees it."""
@@ -107,10 +98,6 @@ class Pool:
     """Tasks that ask something else of the same examples, each with descriptions that say so."""
     derived_share: float = 0.0
     """Share of the task's rows that are of a derived one; the rest may be of a variant."""
-    illustrated: Mapping[int, Illustrated] = field(default_factory=dict)
-    """By their positions, descriptions that come with examples."""
-    illustrated_share: float = 0.0
-    """Share of this pool's rows that read such a description."""
 
     def pose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
         """What is asked of an example, and one right answer to it."""
@@ -149,7 +136,6 @@ class Batches(Dataset):
             description: not where nothing else reads it.
         made_up: Positions of texts that describe nothing.
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
-        examples_in_prompt: Whether prompts that show a description show the examples that are read with it too.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
         prompt: The run's setting; whether a prompt shows the description is drawn by `in_prompt`.
 
@@ -175,7 +161,6 @@ class Batches(Dataset):
         relabel_unsaid: bool = True,
         made_up: Sequence[int] = (),
         made_up_share: float = 0.0,
-        examples_in_prompt: bool = False,
         share_beginnings: bool = True,
         prompt: PromptConfig | None = None,
     ) -> None:
@@ -185,7 +170,6 @@ class Batches(Dataset):
         self.teacher_tokens, self.shots = teacher_tokens, shots
         self.relabel_unsaid, self.prompt = relabel_unsaid, prompt or PromptConfig()
         self.made_up, self.made_up_share = made_up, made_up_share
-        self.examples_in_prompt = examples_in_prompt
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
@@ -226,7 +210,7 @@ class Batches(Dataset):
     def readable(self) -> list[int]:
         """Everything that may be read for any task, its variants and what is derived of it, in order."""
         pools = [p for pool in self.pools for p in (pool, *pool.variants, *pool.derived)]
-        return sorted({text for pool in pools for text in (*pool.readable, *pool.illustrated)})
+        return sorted({text for pool in pools for text in pool.readable})
 
     @property
     def told_apart(self) -> bool:
@@ -250,17 +234,12 @@ class Batches(Dataset):
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
         prompts = [self.prompt.asked(bool(rng.random() < self.in_prompt)) for _ in pools]
-        whose = self._change(step, tasks, pools, shown, others, partners, prompts)
+        self._change(step, tasks, pools, shown, others, partners, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
-        self._illustrate(step, tasks, pools, shown, chosen, others, whose)
         if self.made_up:
             third = np.random.default_rng((self.seed, 7, step))
             chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]
         left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
-        for row, pool in enumerate(pools):
-            seen = [pool.illustrated[text].examples for text in (shown[row], chosen[row]) if text in pool.illustrated]
-            if seen:
-                left[row] = [pick for pick in left[row] if not any(pick in some for some in seen)] or left[row]
         while left:  # a second time only for rows into which nothing drawn so far fits
             drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
             left = {row: picks[self.candidates :] for row, picks in left.items()}
@@ -318,15 +297,12 @@ class Batches(Dataset):
         others: list[int],
         partners: list[int],
         prompts: Sequence[PromptConfig],
-    ) -> dict[int, Pool]:
+    ) -> None:
         """Puts derived tasks and variants in the place of some rows' tasks, and their descriptions of what is shown.
 
         In half of these rows the other description is of the same task too, but of other answers.
-
-        Returns:
-            Row to whose description the other one then is.
         """
-        rng, whose = np.random.default_rng((self.seed, 6, step)), dict[int, Pool]()
+        rng = np.random.default_rng((self.seed, 6, step))
         for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
             own = self.pools[task]
             said = self.relabel_unsaid or prompt.description_in_prompt
@@ -342,37 +318,7 @@ class Batches(Dataset):
                 partners[row] = int(rng.choice(pools[row].descriptions))
             unlike = [x for x in near if not x.like(pools[row])]
             if unlike and rng.random() < 0.5:
-                whose[row] = unlike[int(rng.integers(len(unlike)))]
-                others[row] = int(rng.choice(whose[row].descriptions))
-        return whose
-
-    def _illustrate(
-        self,
-        step: int,
-        tasks: Sequence[int],
-        pools: Sequence[Pool],
-        shown: list[int],
-        chosen: list[int],
-        others: list[int],
-        whose: Mapping[int, Pool],
-    ) -> None:
-        """Has some rows read a description that comes with examples.
-
-        Their other description then comes with examples too, where there is such a one: length tells nothing.
-        """
-        rng = np.random.default_rng((self.seed, 9, step))
-        for row, (task, pool) in enumerate(zip(tasks, pools, strict=True)):
-            if not pool.illustrated or rng.random() >= pool.illustrated_share:
-                continue
-            chosen[row] = int(rng.choice(list(pool.illustrated)))
-            shown[row] = chosen[row] if self.examples_in_prompt else pool.illustrated[chosen[row]].description
-            if row in whose:
-                found = [whose[row]]
-            else:
-                found = [x for n, x in enumerate(self.pools) if n != task and x.illustrated]
-            theirs = found[int(rng.integers(len(found)))].illustrated if found else {}
-            if theirs:
-                others[row] = int(rng.choice(list(theirs)))
+                others[row] = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 
     def _teacher(
         self, step: int, documents: list["_Document"], pools: list[Pool], shown: list[int], weights: np.ndarray

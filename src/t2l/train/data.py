@@ -4,19 +4,17 @@ Knows tasks, tokenizers and encoders. Knows no base model and no hypernetwork.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from t2l.encoder import Encoded, Encoder
 from t2l.errors import ConfigError, DataError
-from t2l.examples import candidates
 from t2l.pace import Pace
 from t2l.prompt import render, token_ids
 from t2l.tasks import (
@@ -31,15 +29,13 @@ from t2l.tasks import (
     require_trainable,
     written_descriptions,
 )
-from t2l.train.batches import Batches, Illustrated, Pool, answer_text, without_long
+from t2l.train.batches import Batches, Pool, answer_text, without_long
 from t2l.train.derive import Check, Choose, derived
 from t2l.train.relabel import MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
 from t2l.train.settings import DataConfig, SftConfig
 
 Lengths = Callable[[list[str]], list[int]]
 Change = TypeVar("Change")
-SHORT_EXAMPLE = 600
-"""Characters of input and answer; descriptions come with longer examples only where a task has no others."""
 
 
 @dataclass(frozen=True)
@@ -258,25 +254,19 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             relabel_unsaid=not config.blind,
             made_up=made_up,
             made_up_share=config.data.made_up,
-            examples_in_prompt=config.data.examples_in_prompt,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
             prompt=config.prompt,
         )
 
-    made_up_places = range(len(descriptions) - len(made_up), len(descriptions))
-    pools, illustrated = [training_pool(task) for task in train], list[str]()
-    if config.data.examples:
-        pools, illustrated = _illustrated(pools, descriptions, config.data, lengths, window)
-        descriptions += illustrated  # so do `texts`, the same list where descriptions are read
     in_prompt = config.train.description_in_prompt
     training = batches(
-        pools,
+        [training_pool(task) for task in train],
         in_prompt=in_prompt,
         seed=config.seed,
         by_category=config.data.by_category,
         teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
-        made_up=made_up_places,
+        made_up=range(len(descriptions) - len(made_up), len(descriptions)),
     )
     suites = {
         "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],
@@ -301,7 +291,6 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         "tasks_without_description_in_window": lost,
         "tasks_with_variants": sum(bool(found) for found in others.values()),
         "tasks_with_derived": sum(bool(found) for found in asked.values()),
-        "descriptions_with_examples": len(illustrated),
         "tasks_too_long": sorted(too_long),
         "inputs_over_window": unread,
         "held_out_tasks": [task.name for task in validation],
@@ -364,79 +353,6 @@ def _readable(
         for name, found in made.items()
     }
     return {name: [variant for variant in found if variant[1]] for name, found in fitting.items()}
-
-
-def _illustrated(
-    pools: list[Pool], descriptions: Sequence[str], config: DataConfig, lengths: Lengths, window: int
-) -> tuple[list[Pool], list[str]]:
-    """The pools, with their variants and what is derived, and texts with examples for each of them.
-
-    The texts' places are after those of `descriptions`.
-    """
-    fewer = max(1, config.example_texts // 4)
-    drawn = {
-        (pool.name, which): list(_drawn(some, descriptions, number, f"{config.seed}/{pool.name}/examples/{which}"))
-        for pool in pools
-        for which, some, number in (
-            ("own", pool, config.example_texts),
-            *((f"variants/{n}", variant, fewer) for n, variant in enumerate(pool.variants)),
-            *((f"derived/{n}", ask, fewer) for n, ask in enumerate(pool.derived)),
-        )
-    }
-    short, ladders = set[str](), [list(ladder) for texts in drawn.values() for _, ladder, _ in texts]
-    # All at once, as counting a text at a time is slow: the longest of each first, then what is shorter.
-    for turn in range(max(map(len, ladders))):
-        asked = sorted({x[turn] for x in ladders if turn < len(x) and not short.intersection(x[:turn])})
-        counts = lengths(asked) if asked else ()
-        short |= {text for text, count in zip(asked, counts, strict=True) if count <= window}
-    place: dict[str, int] = {}
-
-    def with_texts(pool: Pool, which: str) -> Pool:
-        found: dict[int, Illustrated] = {}
-        for description, ladder, shown in drawn[pool.name, which]:
-            text = next((text for text in ladder if text in short), None)
-            if text is not None:
-                number = place.setdefault(text, len(descriptions) + len(place))
-                before = found[number].examples if number in found else frozenset()
-                found[number] = Illustrated(description, before.union(*shown[: ladder[text]]))
-        return replace(pool, illustrated=found, illustrated_share=config.examples)
-
-    made = [
-        replace(
-            with_texts(pool, "own"),
-            variants=tuple(with_texts(x, f"variants/{n}") for n, x in enumerate(pool.variants)),
-            derived=tuple(with_texts(x, f"derived/{n}") for n, x in enumerate(pool.derived)),
-        )
-        for pool in pools
-    ]
-    if not place:
-        raise DataError(
-            f"data.examples: no description with an example is within encoder.max_tokens ({window}); raise it"
-        )
-    return made, list(place)
-
-
-def _drawn(
-    pool: Pool, descriptions: Sequence[str], number: int, key: str
-) -> Iterator[tuple[int, dict[str, int], list[list[int]]]]:
-    """For each of `number` texts: the position of its description, its candidates with how many examples they show, and
-    where these stand in the pool.
-
-    Examples with one input stand for each other.
-    """
-    places: dict[str, list[int]] = {}
-    for n, example in enumerate(pool.examples):
-        places.setdefault(example.input.strip(), []).append(n)
-    firsts = [(alike, pool.examples[alike[0]]) for alike in places.values()]
-    preferred = [x for x in firsts if len(x[1].input) + len(x[1].outputs[0]) <= SHORT_EXAMPLE] or firsts
-    for n in range(number):
-        draw = random.Random(f"{key}/{n}")
-        description = draw.choice(pool.descriptions)
-        (most,) = draw.choices((1, 2, 3), weights=(1, 1, 2))
-        some = draw.sample(preferred, min(most, len(preferred)))
-        rng = np.random.default_rng(draw.getrandbits(64))
-        ladder = dict(candidates(descriptions[description], [pool.pose(example, rng) for _, example in some]))
-        yield description, ladder, [alike for alike, _ in some]
 
 
 def _made_up(lengths: Lengths, window: int, number: int = 512) -> list[str]:

@@ -39,14 +39,6 @@ class DataConfig:
     see `t2l.train.derive`. The rest may be relabelled or reformed."""
     derive_variants: int = 4
     """Of each task."""
-    examples: float = 0.0
-    """Share of rows that read a description with up to three examples of the task after it, see `t2l.examples`; a row
-    asks none of those."""
-    examples_in_prompt: bool = False
-    """Whether the prompts of these rows that show the description show its examples too: a multi-task LoRA reads no
-    others."""
-    example_texts: int = 8
-    """Texts with examples that are made for each task; for each of its variants and derived tasks a quarter of them."""
     made_up: float = 0.0
     """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
     then does no harm."""
@@ -70,12 +62,12 @@ class DataConfig:
         for name in ("held_out_descriptions", "hold_out"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("derive", "examples", "file_share", "made_up", "reform", "relabel"):
+        for name in ("derive", "file_share", "made_up", "reform", "relabel"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
             raise ConfigError("data.file_share 1 leaves a task's other descriptions out; set keep_descriptions false")
-        for name in ("derive_variants", "example_texts", "relabel_variants"):
+        for name in ("derive_variants", "relabel_variants"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if self.max_tasks is not None and self.max_tasks < 1:
@@ -248,17 +240,11 @@ class SftConfig:
             raise ConfigError(
                 f"data.relabel, reform and derive say in descriptions what to answer; here is read the '{self.reads}'"
             )
-        if self.data.examples and self.reads != "description":
-            raise ConfigError(f"data.examples come with descriptions; here is read the '{self.reads}'")
-        if self.data.examples_in_prompt and not self.data.examples:
-            raise ConfigError("data.examples_in_prompt without data.examples: no description comes with any")
         if self.data.made_up and (self.reads != "description" or self.blind):
             raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
         if self.blind:
             reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
-            if self.data.examples and not self.data.examples_in_prompt:
-                idle.append("data.examples without data.examples_in_prompt")
             if idle:
                 raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
         if self.hypernet.prompt_aware and train.description_in_prompt in (0, 1):
