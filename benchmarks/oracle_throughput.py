@@ -23,11 +23,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from t2l import models
+from t2l import hub
 from t2l.config import LoraConfig, build, load_yaml
-from t2l.files import read_json
+from t2l.io import read_json
 from t2l.spec import AdapterSpec
-from t2l.train.oracle import (
+from t2l.train.packing import Stream, pack
+from t2l.train.running import schedule
+from t2l.train.task_loras import (
     OracleConfig,
     OracleDataConfig,
     OracleTrainConfig,
@@ -36,8 +38,6 @@ from t2l.train.oracle import (
     load_tasks,
     tokenize_tasks,
 )
-from t2l.train.packing import Stream, pack
-from t2l.train.running import schedule
 
 
 class Clock:
@@ -151,9 +151,9 @@ def tiny_config(folder: Path) -> OracleConfig:
 
 
 def measure(config: OracleConfig, *, tasks: int, one_by_one: int, device: torch.device) -> dict[str, Any]:
-    tokenizer = models.load_tokenizer(config.base)
+    tokenizer = hub.load_tokenizer(config.base)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base = models.load_causal_lm(config.base, device=device, dtype=dtype)
+    base = hub.load_causal_lm(config.base, device=device, dtype=dtype)
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
     data = tokenize_tasks(load_tasks(config)[:tasks], config, tokenizer)
     together = ours(config, data, base, spec, device, len(data))

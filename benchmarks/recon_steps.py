@@ -26,8 +26,8 @@ from t2l.encoder import Encoded
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
-from t2l.train.data import DescriptionBank
-from t2l.train.recon import (
+from t2l.train.dataset import DescriptionBank
+from t2l.train.reconstruction import (
     Descriptions,
     ReconConfig,
     ReconDataConfig,

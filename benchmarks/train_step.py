@@ -37,8 +37,8 @@ from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.train.batches import Batch
-from t2l.train.data import DescriptionBank
-from t2l.train.settings import SftConfig, TrainConfig
+from t2l.train.config import SftConfig, TrainConfig
+from t2l.train.dataset import DescriptionBank
 from t2l.train.sft import Trainer, _checkpoint_layers, answer_losses, make_optimizer
 
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from t2l import TextToLora, models
+from t2l import TextToLora, hub
 from t2l.config import build, load_yaml
 from t2l.errors import DataError
-from t2l.generate import DEFAULT
 from t2l.prompt import render
+from t2l.text_to_lora import DEFAULT
 
 INPUTS = Path(__file__).with_name("demo_inputs.yaml")
 
@@ -87,8 +87,8 @@ def show(checkpoint: str, out: Path, max_new_tokens: int) -> None:
     tasks = read_tasks()
     start = time.perf_counter()
     t2l = TextToLora.from_pretrained(checkpoint)
-    base: Any = models.load_causal_lm(t2l.spec.base_model)
-    tokenizer: Any = models.load_tokenizer(t2l.spec.base_model)
+    base: Any = hub.load_causal_lm(t2l.spec.base_model)
+    tokenizer: Any = hub.load_tokenizer(t2l.spec.base_model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

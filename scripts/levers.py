@@ -21,7 +21,7 @@ from t2l.config import load_yaml
 from t2l.errors import DataError
 from t2l.eval import answers
 from t2l.eval.report import Scores, difference, estimate, gather
-from t2l.files import read_json
+from t2l.io import read_json
 from t2l.train.watch import read_metrics
 
 RECIPE = Path("configs/final.yaml")

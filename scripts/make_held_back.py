@@ -26,7 +26,7 @@ from make_splits import (
     write_or_check,
 )
 
-from t2l.datasets.overlap import MAX_SHARED, Overlap, build_corpus
+from t2l.data.overlap import MAX_SHARED, Overlap, build_corpus
 
 FORMAT_VERSION = 1
 SEED = 20241

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from t2l.datasets.overlap import CONTAINMENT, GRAM_WORDS, MAX_SHARED, Corpus, Overlap, build_corpus
+from t2l.data.overlap import CONTAINMENT, GRAM_WORDS, MAX_SHARED, Corpus, Overlap, build_corpus
 from t2l.errors import DataError
 
 FORMAT_VERSION = 1

@@ -17,7 +17,7 @@ from common import exit_code
 
 from t2l.checkpoint import load_checkpoint, save_checkpoint
 from t2l.errors import ConfigError
-from t2l.generate import checkpoint_folder
+from t2l.text_to_lora import checkpoint_folder
 
 
 def mean(before: str, after: str, out: Path, share: float = 0.5) -> Path:

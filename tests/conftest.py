@@ -27,9 +27,9 @@ from transformers import (
 
 from t2l.checkpoint import save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
+from t2l.hub import fingerprint
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
-from t2l.models import fingerprint
 from t2l.spec import AdapterSpec
 
 CHAT_TEMPLATE = (

@@ -10,23 +10,23 @@ from conftest import make_base, make_config, random_lora
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from t2l.apply import applied, compiled, live
+from t2l.apply import apply_adapters, compiled, live
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, SpecMismatchError
-from t2l.generate import Adapter
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
+from t2l.text_to_lora import LoraAdapter
 
 TOKENS = torch.tensor([[0, 17, 93, 240, 5], [0, 8, 200, 41, 12], [0, 99, 98, 97, 96], [0, 50, 150, 250, 7]])
 
 
-def make_adapter(config: Any, seed: int = 0, **lora: Any) -> Adapter:
+def make_adapter(config: Any, seed: int = 0, **lora: Any) -> LoraAdapter:
     spec = AdapterSpec.from_config(config, "tiny/base", LoraConfig(**({"rank": 4, "alpha": 8} | lora)))
-    return Adapter(random_lora(spec, seed), spec, "x", {})
+    return LoraAdapter(random_lora(spec, seed), spec, "x", {})
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_config: Any) -> list[Adapter]:
+def adapters(tiny_config: Any) -> list[LoraAdapter]:
     return [make_adapter(tiny_config, seed) for seed in range(4)]
 
 
@@ -54,27 +54,27 @@ def test_equals_weights_with_the_update_merged_in(
     for m, target in enumerate(adapter.spec.targets):
         for position, layer in enumerate(adapter.spec.layers):
             merged.get_submodule(target.path.format(layer=layer)).weight.add_(adapter.lora.delta(m)[position])
-    with applied(tiny_base, adapter) as model:
+    with apply_adapters(tiny_base, adapter) as model:
         assert model is tiny_base
         ours = logits(tiny_base)
     assert (ours - logits(merged)).abs().max() <= 1e-4
     assert (ours - logits(tiny_base)).abs().max() > 0.1
 
 
-def test_one_adapter_serves_a_whole_batch(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
-    with applied(tiny_base, adapters[0]):
+def test_one_adapter_serves_a_whole_batch(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
+    with apply_adapters(tiny_base, adapters[0]):
         together = logits(tiny_base)
         for n in range(len(TOKENS)):
             assert (together[n] - logits(tiny_base, TOKENS[n : n + 1])[0]).abs().max() <= 1e-5
-    with applied(tiny_base, [adapters[0]]):
+    with apply_adapters(tiny_base, [adapters[0]]):
         assert torch.equal(logits(tiny_base), together)
 
 
-def test_per_sample_adapters_equal_each_alone(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
-    with applied(tiny_base, adapters):
+def test_per_sample_adapters_equal_each_alone(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
+    with apply_adapters(tiny_base, adapters):
         together = logits(tiny_base)
     for n, adapter in enumerate(adapters):
-        with applied(tiny_base, adapter):
+        with apply_adapters(tiny_base, adapter):
             alone = logits(tiny_base, TOKENS[n : n + 1])[0]
             next_one = logits(tiny_base, TOKENS[n - 1 : n] if n else TOKENS[-1:])[0]
         assert (together[n] - alone).abs().max() <= 1e-5
@@ -82,31 +82,33 @@ def test_per_sample_adapters_equal_each_alone(adapters: list[Adapter], tiny_base
 
 
 @pytest.mark.parametrize("chosen", [1, 2])
-def test_rows_say_which_sequence_uses_which(chosen: int, adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_rows_say_which_sequence_uses_which(
+    chosen: int, adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM
+) -> None:
     rows = [chosen - 1, 0, 0, chosen - 1]
-    with applied(tiny_base, adapters[:chosen], rows=rows):
+    with apply_adapters(tiny_base, adapters[:chosen], rows=rows):
         together = logits(tiny_base)
     for n, row in enumerate(rows):
-        with applied(tiny_base, adapters[row]):
+        with apply_adapters(tiny_base, adapters[row]):
             alone = logits(tiny_base, TOKENS[n : n + 1])[0]
         # Of the largest logit: how far float32 sums of other orders differ depends on the processor.
         assert (together[n] - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
-def test_row_without_an_adapter_is_refused(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_row_without_an_adapter_is_refused(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     for row in (2, -1):
         with (
             pytest.raises(AdapterNotAppliedError, match=f"row {row}.*2 adapters"),
-            applied(tiny_base, adapters[:2], rows=[0, row]),
+            apply_adapters(tiny_base, adapters[:2], rows=[0, row]),
         ):
             pass
     assert hooks(tiny_base) == 0
 
 
-def test_exception_leaves_the_model_as_it_was(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_exception_leaves_the_model_as_it_was(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     plain = logits(tiny_base)
     weights = {name: value.clone() for name, value in tiny_base.state_dict().items()}
-    with pytest.raises(ZeroDivisionError), applied(tiny_base, adapters):
+    with pytest.raises(ZeroDivisionError), apply_adapters(tiny_base, adapters):
         assert hooks(tiny_base) == 6
         assert not torch.equal(logits(tiny_base), plain)
         _ = 1 / 0
@@ -115,10 +117,10 @@ def test_exception_leaves_the_model_as_it_was(adapters: list[Adapter], tiny_base
     assert all(torch.equal(value, weights[name]) for name, value in tiny_base.state_dict().items())
 
 
-def test_nested_use_adds_and_restores(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_nested_use_adds_and_restores(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     """Inside, both act (as PEFT's weighted sum would); leaving the inner block brings back the outer one alone."""
     one, other = adapters[:2]
-    both = Adapter(
+    both = LoraAdapter(
         LoraTensors(
             tuple(torch.cat([x, y], dim=-2) for x, y in zip(one.lora.a, other.lora.a, strict=True)),
             tuple(torch.cat([x, y], dim=-1) for x, y in zip(one.lora.b, other.lora.b, strict=True)),
@@ -129,61 +131,63 @@ def test_nested_use_adds_and_restores(adapters: list[Adapter], tiny_base: LlamaF
         {},
     )
     plain = logits(tiny_base)
-    with applied(tiny_base, both):
+    with apply_adapters(tiny_base, both):
         sum_of_both = logits(tiny_base)
-    with applied(tiny_base, one):
+    with apply_adapters(tiny_base, one):
         outer = logits(tiny_base)
-        with applied(tiny_base, other):
+        with apply_adapters(tiny_base, other):
             assert (logits(tiny_base) - sum_of_both).abs().max() <= 1e-4
         assert torch.equal(logits(tiny_base), outer)
     assert torch.equal(logits(tiny_base), plain)
 
 
-def test_another_batch_size_names_both_numbers(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_another_batch_size_names_both_numbers(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     plain = logits(tiny_base)
     message = "3 adapters for a batch of 4 sequences"
-    with pytest.raises(AdapterNotAppliedError, match=message), applied(tiny_base, adapters[:3]):
+    with pytest.raises(AdapterNotAppliedError, match=message), apply_adapters(tiny_base, adapters[:3]):
         logits(tiny_base)
     assert torch.equal(logits(tiny_base), plain)
 
 
 def test_no_adapter_is_refused(tiny_base: LlamaForCausalLM) -> None:
-    with pytest.raises(AdapterNotAppliedError, match="at least one"), applied(tiny_base, []):
+    with pytest.raises(AdapterNotAppliedError, match="at least one"), apply_adapters(tiny_base, []):
         pass
 
 
-def test_adapter_of_another_base_names_both(adapters: list[Adapter], tiny_config: Any) -> None:
+def test_adapter_of_another_base_names_both(adapters: list[LoraAdapter], tiny_config: Any) -> None:
     wide = make_base(make_config(hidden_size=64))
     message = r"tiny/base.*q_proj is 32 x 32 .*this model's is 64 x 64"
-    with pytest.raises(SpecMismatchError, match=message), applied(wide, adapters[0]):
+    with pytest.raises(SpecMismatchError, match=message), apply_adapters(wide, adapters[0]):
         pass
     shallow = make_base(make_config(num_hidden_layers=2))
     message = r"tiny/base \(3 layers\).*layers\.2\..*this model \(2 layers\)"
-    with pytest.raises(SpecMismatchError, match=message), applied(shallow, adapters[0]):
+    with pytest.raises(SpecMismatchError, match=message), apply_adapters(shallow, adapters[0]):
         pass
     assert hooks(wide) == hooks(shallow) == 0
 
 
 def test_adapters_of_different_shape_do_not_mix(
-    adapters: list[Adapter], tiny_config: Any, tiny_base: LlamaForCausalLM
+    adapters: list[LoraAdapter], tiny_config: Any, tiny_base: LlamaForCausalLM
 ) -> None:
     for lora, match in (({"rank": 2}, "rank 4.*with 2"), ({"alpha": 16}, r"scaling 2\.0.*with 4\.0")):
         both = [adapters[0], make_adapter(tiny_config, **lora)]
-        with pytest.raises(SpecMismatchError, match=match), applied(tiny_base, both):
+        with pytest.raises(SpecMismatchError, match=match), apply_adapters(tiny_base, both):
             pass
     assert hooks(tiny_base) == 0
 
 
-def test_greedy_generation_with_cache_equals_each_alone(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_greedy_generation_with_cache_equals_each_alone(
+    adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM
+) -> None:
     """With a KV cache every step is a forward pass of one token, and each must meet its own adapter."""
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     mask = torch.ones_like(TOKENS)
-    with applied(tiny_base, adapters):
+    with apply_adapters(tiny_base, adapters):
         together = tiny_base.generate(TOKENS, attention_mask=mask, **settings)
     assert together.shape == (4, 17)
     plain = tiny_base.generate(TOKENS, attention_mask=mask, **settings)
     for n, adapter in enumerate(adapters):
-        with applied(tiny_base, adapter):
+        with apply_adapters(tiny_base, adapter):
             alone = tiny_base.generate(TOKENS[n : n + 1], attention_mask=mask[:1], **settings)
             # Greedy without a cache, one whole forward pass a token.
             slow = TOKENS[n : n + 1]
@@ -193,7 +197,7 @@ def test_greedy_generation_with_cache_equals_each_alone(adapters: list[Adapter],
         assert together[n].tolist() != plain[n].tolist()
 
 
-def test_gradient_reaches_the_adapter_and_only_it(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_gradient_reaches_the_adapter_and_only_it(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     lora = LoraTensors.stack([x.lora for x in adapters]).map(lambda x: x.clone().requires_grad_())
     with live(tiny_base, adapters[0].spec) as slots:
         slots.lora = lora
@@ -204,7 +208,7 @@ def test_gradient_reaches_the_adapter_and_only_it(adapters: list[Adapter], tiny_
     assert all(p.grad is None for p in tiny_base.parameters())
 
 
-def test_empty_slot_is_the_base_model(adapters: list[Adapter], tiny_base: LlamaForCausalLM) -> None:
+def test_empty_slot_is_the_base_model(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     plain = logits(tiny_base)
     with live(tiny_base, adapters[0].spec) as slots:
         assert torch.equal(logits(tiny_base), plain)
@@ -214,9 +218,9 @@ def test_empty_slot_is_the_base_model(adapters: list[Adapter], tiny_base: LlamaF
         assert torch.equal(logits(tiny_base), plain)
 
 
-def test_half_precision_model_takes_a_float_adapter(tiny_config: Any, adapters: list[Adapter]) -> None:
+def test_half_precision_model_takes_a_float_adapter(tiny_config: Any, adapters: list[LoraAdapter]) -> None:
     model = make_base(tiny_config).bfloat16()
-    with applied(model, adapters):
+    with apply_adapters(model, adapters):
         assert logits(model).dtype == torch.bfloat16
         assert logits(model).isfinite().all()
 

@@ -21,17 +21,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from t2l import peft_io
-from t2l.apply import applied
+from t2l.apply import apply_adapters
 from t2l.cli import app
 from t2l.config import LoraConfig, PromptConfig
 from t2l.endpoint import KEY_VARIABLE, open_endpoint
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, DownloadError
-from t2l.eval import answers, rows, suites
+from t2l.eval import answers, conditions, suites
 from t2l.eval.backends import Backend, Facts, ServerBackend, VLLMBackend, adapter_name
-from t2l.generate import Adapter, TextToLora
 from t2l.lora import LoraTensors
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
+from t2l.text_to_lora import LoraAdapter, TextToLora
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +40,31 @@ def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
 
 
 @pytest.fixture(scope="module")
-def adapters(spec: AdapterSpec) -> list[Adapter]:
-    return [Adapter(random_lora(spec, seed), spec, "a task", {}) for seed in range(3)]
+def adapters(spec: AdapterSpec) -> list[LoraAdapter]:
+    return [LoraAdapter(random_lora(spec, seed), spec, "a task", {}) for seed in range(3)]
 
 
-def empty(spec: AdapterSpec) -> Adapter:
-    return Adapter(random_lora(spec).map(torch.zeros_like), spec, "nothing", {})
+def empty(spec: AdapterSpec) -> LoraAdapter:
+    return LoraAdapter(random_lora(spec).map(torch.zeros_like), spec, "nothing", {})
 
 
 def greedy(model: Any, tokenizer: Any, ids: list[int], adapter: Any, number: int) -> tuple[str, torch.Tensor]:
     """The answer and the log-probabilities of its first token, of one prompt."""
     given = torch.tensor([ids])
-    with applied(model, adapter) if adapter else torch.no_grad(), torch.no_grad():
+    with apply_adapters(model, adapter) if adapter else torch.no_grad(), torch.no_grad():
         out = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=number)
         logits = model(given).logits[0, -1]
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True), logits.log_softmax(-1)
 
 
-def test_a_name_tells_all_that_an_adapter_does(adapters: list[Adapter], spec: AdapterSpec) -> None:
+def test_a_name_tells_all_that_an_adapter_does(adapters: list[LoraAdapter], spec: AdapterSpec) -> None:
     first = adapters[0]
-    assert adapter_name(first) == adapter_name(Adapter(first.lora.map(torch.clone), spec, "other text", {"a": "b"}))
+    assert adapter_name(first) == adapter_name(LoraAdapter(first.lora.map(torch.clone), spec, "other text", {"a": "b"}))
     stronger = dataclasses.replace(spec, alpha=16.0)
     others = [
         *adapters[1:],
-        Adapter(LoraTensors(first.lora.a, first.lora.b, stronger.scaling), stronger, "", {}),
-        Adapter(first.lora, dataclasses.replace(spec, base_model="another"), "", {}),
+        LoraAdapter(LoraTensors(first.lora.a, first.lora.b, stronger.scaling), stronger, "", {}),
+        LoraAdapter(first.lora, dataclasses.replace(spec, base_model="another"), "", {}),
     ]
     names = {adapter_name(adapter) for adapter in (first, *others)}
     assert len(names) == 5
@@ -116,7 +116,7 @@ class LLM:
         assert engine["enable_lora"] and engine["max_lora_rank"] in (8, 16, 32, 64, 128, 256, 320, 512)
         self.engine, self.dtype, self.folder = engine, dtype, model
         self.base, self.tokenizer = LLM.parts
-        self.loaded: dict[int, tuple[str, Adapter]] = {}
+        self.loaded: dict[int, tuple[str, LoraAdapter]] = {}
         self.calls: list[int] = []
         LLM.made.append(self)
 
@@ -151,10 +151,10 @@ class LLM:
             outputs.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text, logprobs=logprobs)]))
         return outputs
 
-    def _load(self, request: LoRARequest) -> Adapter:
+    def _load(self, request: LoRARequest) -> LoraAdapter:
         path, adapter = self.loaded.setdefault(
             request.lora_int_id,
-            (request.lora_path, Adapter(peft_io.load_adapter(Path(request.lora_path), LLM.spec), LLM.spec, "", {})),
+            (request.lora_path, LoraAdapter(peft_io.load_adapter(Path(request.lora_path), LLM.spec), LLM.spec, "", {})),
         )
         assert path == request.lora_path, "one number for two adapters: vLLM would answer with the first"
         return adapter
@@ -184,7 +184,7 @@ def test_vllm_answers_each_prompt_under_its_adapter(
     tiny_base: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerBase,
     base_folder: Path,
-    adapters: list[Adapter],
+    adapters: list[LoraAdapter],
 ) -> None:
     texts = ["one", "two", "three", "four", "five and more"]
     prompts = [render(tiny_tokenizer, "", text, PromptConfig()) for text in texts]
@@ -211,7 +211,7 @@ def test_vllm_answers_each_prompt_under_its_adapter(
 
 
 def test_vllm_that_does_not_apply_adapters_is_found_out(
-    vllm: type[LLM], base_folder: Path, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+    vllm: type[LLM], base_folder: Path, adapters: list[LoraAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LLM, "deaf", True)
     with (
@@ -240,7 +240,7 @@ def test_what_vllm_cannot_do_is_said(vllm: type[LLM], base_folder: Path, monkeyp
 
 
 def test_the_real_vllm_answers_as_transformers_does(
-    tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, base_folder: Path, adapters: list[Adapter]
+    tiny_base: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, base_folder: Path, adapters: list[LoraAdapter]
 ) -> None:
     if importlib.util.find_spec("vllm") is None or not torch.cuda.is_available():
         pytest.skip("parity with vLLM is not tested here: vLLM is not installed, or there is no GPU")
@@ -369,7 +369,7 @@ def make_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Ser
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp"])
 def test_each_request_names_its_adapter(
-    kind: Any, make_server: Callable[[str], Server], adapters: list[Adapter], spec: AdapterSpec
+    kind: Any, make_server: Callable[[str], Server], adapters: list[LoraAdapter], spec: AdapterSpec
 ) -> None:
     server = make_server(kind)
     server.names = ["other", *(adapter_name(adapter) for adapter in adapters)]
@@ -400,7 +400,7 @@ def test_a_server_without_adapters_needs_none(make_server: Callable[[str], Serve
 def test_adapters_that_are_missing_are_loaded(
     kind: Any,
     make_server: Callable[[str], Server],
-    adapters: list[Adapter],
+    adapters: list[LoraAdapter],
     tmp_path: Path,
     spec: AdapterSpec,
     monkeypatch: pytest.MonkeyPatch,
@@ -418,7 +418,7 @@ def test_adapters_that_are_missing_are_loaded(
     assert torch.equal(saved.a[0], adapters[1].lora.a[0])
 
 
-def test_names_of_the_user(make_server: Callable[[str], Server], adapters: list[Adapter]) -> None:
+def test_names_of_the_user(make_server: Callable[[str], Server], adapters: list[LoraAdapter]) -> None:
     server = make_server("vllm")
     server.names = ["sentiment"]
     backend = ServerBackend(open_endpoint(server.url, "base"), name=lambda _: "sentiment")
@@ -426,7 +426,7 @@ def test_names_of_the_user(make_server: Callable[[str], Server], adapters: list[
 
 
 def test_a_server_that_does_not_apply_adapters_is_found_out(
-    make_server: Callable[[str], Server], adapters: list[Adapter]
+    make_server: Callable[[str], Server], adapters: list[LoraAdapter]
 ) -> None:
     server = make_server("vllm")
     server.names, server.deaf = [adapter_name(adapters[0])], True
@@ -484,7 +484,7 @@ def test_requests_run_side_by_side_up_to_the_limit(make_server: Callable[[str], 
 
 
 def test_another_form_of_answer_is_no_answer(
-    make_server: Callable[[str], Server], adapters: list[Adapter], tmp_path: Path
+    make_server: Callable[[str], Server], adapters: list[LoraAdapter], tmp_path: Path
 ) -> None:
     server = make_server("vllm")
     backend = ServerBackend(open_endpoint(server.url, "base"), sleep=lambda _: None)
@@ -581,18 +581,18 @@ def test_a_run_asks_the_server_under_each_rows_adapter(
     assert len(said) == 6 * 5 and len(questions) == 6
     for question in questions:
         for name in ROWS.split(","):
-            row = rows.ROWS[name]
+            row = conditions.ROWS[name]
             text = {"t2l": question.description, "t2l-wrong": question.wrong_descriptions[0]}.get(row.adapter)
             line = said[question.task.suite, name, 0, question.task.name, question.item.id]
             adapter, _, rest = line["answer"].partition("|")
-            assert rest == f"{rows.prompt_of(row, question, tiny_tokenizer)}|5"
+            assert rest == f"{conditions.prompt_of(row, question, tiny_tokenizer)}|5"
             if text is None:
                 assert (adapter, line["adapter"]) == ("None", None)
                 continue
             (expected,) = t2l.generate([text])
             assert torch.allclose(loaded[adapter].a[0], expected.lora.a[0], atol=1e-6)
             assert torch.allclose(loaded[adapter].b[1], expected.lora.b[1], atol=1e-6)
-            assert line["adapter"] == rows.short_hash(f"{t2l.config.weights_sha256}/text/{text}")
+            assert line["adapter"] == conditions.short_hash(f"{t2l.config.weights_sha256}/text/{text}")
     facts = {name: file.header[name] for name in ("backend", "served_model", "dtype", "device")}
     server_facts = {"backend": "server (vllm)", "served_model": "base", "dtype": "not stated", "device": "server"}
     assert facts == server_facts
@@ -645,7 +645,7 @@ def test_a_run_on_a_server_that_ignores_adapters_is_an_error(
 
 
 def test_each_adapter_is_compared_not_the_first_alone(
-    make_server: Callable[[str], Server], adapters: list[Adapter]
+    make_server: Callable[[str], Server], adapters: list[LoraAdapter]
 ) -> None:
     server = make_server("vllm")
     server.names = [adapter_name(adapter) for adapter in adapters]

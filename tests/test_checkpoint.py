@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from t2l.checkpoint import load_checkpoint, read_config, save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.errors import CheckpointError, ConfigError, OutputError, T2LError
-from t2l.files import sha256
 from t2l.hypernet import Hypernet
+from t2l.io import sha256
 from t2l.spec import AdapterSpec
 
 SIZES: dict[str, Any] = {"width": 24, "head_size": 16, "token_blocks": 2, "attention_heads": 4}

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from t2l import cli, generate, models
+from t2l import cli, hub, text_to_lora
 from t2l.checkpoint import save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, load_yaml
 from t2l.hypernet import Hypernet
@@ -86,10 +86,10 @@ def write_base(folder: Path, hidden_size: int, seed: int) -> Path:
 
 def write_checkpoint(folder: Path, base: Path, *, trained: bool = True) -> Path:
     """A checkpoint that reads the base's own states; `trained` fills what starts at zero."""
-    spec = AdapterSpec.from_config(models.load_config(str(base)), str(base), LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(hub.load_config(str(base)), str(base), LoraConfig(rank=4, alpha=8))
     encoder = EncoderConfig(kind="tokens", model="base", layers=(1, 2), max_tokens=128)
     config = HypernetConfig(width=16, head_size=16, token_blocks=1, attention_heads=2)
-    size = 2 * int(models.load_config(str(base)).hidden_size)
+    size = 2 * int(hub.load_config(str(base)).hidden_size)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         hypernet = Hypernet(spec, embedding_size=size, kind="tokens", config=config)
@@ -100,7 +100,7 @@ def write_checkpoint(folder: Path, base: Path, *, trained: bool = True) -> Path:
         {"seed": 7, "steps": 3},
         embedding_size=size,
         encoder=encoder,
-        encoder_revision=models.fingerprint(str(base)),
+        encoder_revision=hub.fingerprint(str(base)),
         hypernet=config,
         prompt=PromptConfig(description_in_prompt=True),
     )
@@ -162,7 +162,7 @@ def test_help_and_import_load_nothing_heavy(record_property: Callable[[str, obje
 
 
 def test_the_default_is_the_librarys() -> None:
-    assert cli.common.DEFAULT == generate.DEFAULT
+    assert cli.common.DEFAULT == text_to_lora.DEFAULT
 
 
 def test_version() -> None:
@@ -301,7 +301,7 @@ def test_places_that_cannot_be_written_fail_before_anything_loads(
     def load(*arguments: object, **more: object) -> None:
         raise AssertionError("the checkpoint was loaded")
 
-    monkeypatch.setattr(generate.TextToLora, "from_pretrained", load)
+    monkeypatch.setattr(text_to_lora.TextToLora, "from_pretrained", load)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "letter.txt").write_text("mine")
@@ -324,14 +324,14 @@ def test_places_that_cannot_be_written_fail_before_anything_loads(
 def test_all_or_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from t2l.errors import OutputError
 
-    save = generate.Adapter.save
+    save = text_to_lora.Adapter.save
 
-    def full_disk(self: generate.Adapter, folder: Path, **options: Any) -> Path:
+    def full_disk(self: text_to_lora.Adapter, folder: Path, **options: Any) -> Path:
         if self.description == TASKS[2]:
             raise OutputError("No space left on device")
         return save(self, folder, **options)
 
-    monkeypatch.setattr(generate.Adapter, "save", full_disk)
+    monkeypatch.setattr(text_to_lora.Adapter, "save", full_disk)
     failed(t2l("generate", *TASKS, "-o", tmp_path / "out", "--checkpoint", checkpoint), "No space left")
     assert list(tmp_path.iterdir()) == []
 
@@ -521,7 +521,7 @@ def test_inspect_refuses_nan_and_other_folders(adapter: Path, small_base: Path, 
 def test_doctor_is_content_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.inspect, "_state_of", lambda folder: "ready")
     monkeypatch.setattr(cli.inspect, "_checkpoints", lambda problems: {cli.common.DEFAULT: "ready"})
-    monkeypatch.setattr(models, "is_cached", lambda ref: True)
+    monkeypatch.setattr(hub, "is_cached", lambda ref: True)
     result = t2l("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -558,7 +558,7 @@ def test_doctor_names_what_is_missing_and_the_way_out(tmp_path: Path, monkeypatc
 def test_the_readmes_code_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
-    monkeypatch.setattr(generate, "checkpoint_folder", lambda reference: checkpoint)
+    monkeypatch.setattr(text_to_lora, "checkpoint_folder", lambda reference: checkpoint)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks:

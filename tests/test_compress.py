@@ -14,10 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from t2l import TextToLora, cli
-from t2l.apply import applied
+from t2l.apply import apply_adapters
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.generate import Adapter
 from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
@@ -25,6 +24,7 @@ from t2l.peft_io import load_adapter
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task
+from t2l.text_to_lora import LoraAdapter
 from t2l.train.compress import (
     KINDS,
     Scores,
@@ -38,7 +38,7 @@ from t2l.train.compress import (
     subset,
     texts_for,
 )
-from t2l.train.recon import (
+from t2l.train.reconstruction import (
     ReconConfig,
     ReconDataConfig,
     ReconTrainConfig,
@@ -133,7 +133,7 @@ def test_scores_are_the_models_own(
                     if adapters[n] is None:
                         logits = tiny_base(tokens).logits
                     else:
-                        with applied(tiny_base, Adapter(adapters[n], library.spec, "", {})):
+                        with apply_adapters(tiny_base, LoraAdapter(adapters[n], library.spec, "", {})):
                             logits = tiny_base(tokens).logits
                 said = logits[0, len(before) - 1 : -1]
                 assert s.loss[i] == pytest.approx(F.cross_entropy(said, torch.tensor(answer)).item(), abs=2e-4)

@@ -11,14 +11,14 @@ import torch
 from conftest import make_base, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from t2l import TextToLora, models
-from t2l.apply import applied
+from t2l import TextToLora, hub
+from t2l.apply import apply_adapters
 from t2l.config import build, load_yaml
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
-from t2l.train import data as train_data
+from t2l.train import dataset as train_data
 from t2l.train import sft
-from t2l.train.settings import SftConfig
+from t2l.train.config import SftConfig
 from t2l.train.sft import train
 from t2l.train.watch import read_metrics
 
@@ -154,14 +154,14 @@ def test_tiny_version_trains(path: Path, tiny: Tiny) -> None:
 def test_full_fine_tuning_leaves_a_model(tiny: Tiny, tiny_config: LlamaConfig) -> None:
     """It loads as any base does, all of it has moved, and its card says how it came about."""
     run, _ = tiny(ROOT / "baselines" / "full.yaml")
-    before, after = make_base(tiny_config), models.load_causal_lm(str(run / "model"))
+    before, after = make_base(tiny_config), hub.load_causal_lm(str(run / "model"))
     moved = dict(after.named_parameters())
     # Tokens that never occurred have no gradient, but all else has.
     same = [name for name, value in before.named_parameters() if torch.equal(value, moved[name])]
     assert same == []
     record = json.loads((run / "model" / "training.json").read_text())
     assert record["steps"] == 3 and record["settings"]["method"] == "full"
-    assert models.load_tokenizer(str(run / "model")).eos_token == "</s>"
+    assert hub.load_tokenizer(str(run / "model")).eos_token == "</s>"
 
 
 def test_saving_a_model_draws_no_bar(
@@ -185,7 +185,7 @@ def test_hyperdecoder_writes_adapters_from_inputs(tiny: Tiny, tiny_base: LlamaFo
     run, _ = tiny(ROOT / "baselines" / "hyperdecoders.yaml")
     t2l = TextToLora.from_pretrained(str(run / "checkpoint"))
     tokens = torch.tensor(make_tokenizer()(["train 1?"] * 2).input_ids)
-    with applied(tiny_base, t2l.generate(["train 1?", "train 2?"])), torch.no_grad():
+    with apply_adapters(tiny_base, t2l.generate(["train 1?", "train 2?"])), torch.no_grad():
         one, other = tiny_base(tokens).logits
     assert not torch.equal(one, other)
 
@@ -194,7 +194,7 @@ def test_smoke_suite_is_learnt_from_its_descriptions(tmp_path: Path, monkeypatch
     """A quarter of the steps of `configs/smoke.yaml` on the real default model: the right description pays."""
     config = build(SftConfig, load_yaml(ROOT / "smoke.yaml"))
     for reference in (config.base, config.encoder.model):
-        if not models.is_cached(reference):
+        if not hub.is_cached(reference):
             pytest.skip(f"needs {reference} in the cache: make models")
     monkeypatch.chdir(ROOT.parent)
     short = replace(config.train, steps=12, evaluate_every=12, evaluate_batches=1, tensorboard=False)

@@ -10,20 +10,20 @@ import torch
 from conftest import SMALL, make_base, make_config, random_lora
 from transformers import AutoModelForCausalLM, Lfm2Config, MistralConfig
 
-from t2l.apply import applied
+from t2l.apply import apply_adapters
 from t2l.config import LoraConfig
 from t2l.eval import decode
-from t2l.generate import Adapter
 from t2l.spec import AdapterSpec
+from t2l.text_to_lora import LoraAdapter
 
 # Answers as ids: a text hides which bytes were no character.
 IDS = SimpleNamespace(pad_token_id=2, eos_token_id=1, batch_decode=lambda said, skip_special_tokens: said)
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_config: Any) -> list[Adapter]:
+def adapters(tiny_config: Any) -> list[LoraAdapter]:
     spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
-    return [Adapter(random_lora(spec, seed), spec, "", {}) for seed in range(12)]
+    return [LoraAdapter(random_lora(spec, seed), spec, "", {}) for seed in range(12)]
 
 
 def draw_prompts(draw: random.Random, number: int) -> list[list[int]]:
@@ -38,7 +38,7 @@ def generated(
     tokens = torch.tensor([[2] * (longest - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     settings: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": 2}
-    with applied(model, adapters) if adapters else torch.no_grad(), torch.no_grad():
+    with apply_adapters(model, adapters) if adapters else torch.no_grad(), torch.no_grad():
         out = model.generate(tokens, attention_mask=mask, eos_token_id=list(ends) or None, **settings)
     found = [row[longest:].tolist() for row in out]
     return [ids[: next((n for n, token in enumerate(ids, 1) if token in ends), limit)] for ids in found]
@@ -50,7 +50,7 @@ def staged(model: Any, prompts: Sequence[list[int]], adapters: Any, ends: Sequen
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_answers_are_those_of_generate(seed: int, adapters: list[Adapter]) -> None:
+def test_answers_are_those_of_generate(seed: int, adapters: list[LoraAdapter]) -> None:
     draw = random.Random(seed)
     model = make_base(make_config(), seed)
     prompts = draw_prompts(draw, draw.randint(1, 12))
@@ -78,7 +78,7 @@ def test_other_caches_lose_the_same_rows(config: Any) -> None:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_rows_that_have_ended_leave(adapted: bool, adapters: list[Adapter], tiny_config: Any) -> None:
+def test_rows_that_have_ended_leave(adapted: bool, adapters: list[LoraAdapter], tiny_config: Any) -> None:
     """Some answers end at once and some never; a batch holds at most a quarter of rows that have ended."""
     model, prompts = make_base(tiny_config), draw_prompts(random.Random(1), 12)
     used = adapters if adapted else None
@@ -121,7 +121,7 @@ def test_a_model_that_names_no_end_has_its_tokenizers(tiny_config: Any) -> None:
 
 
 def test_a_batch_follows_from_a_gpus_memory(
-    tiny_config: Any, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+    tiny_config: Any, adapters: list[LoraAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parameter = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
     model = SimpleNamespace(config=tiny_config, parameters=lambda: iter([parameter]))

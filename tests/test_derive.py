@@ -19,10 +19,10 @@ from t2l.errors import ConfigError, DataError
 from t2l.prompt import PromptConfig, render
 from t2l.tasks import Example, Task, written_descriptions
 from t2l.train.batches import Batch, Batches, Pool
-from t2l.train.data import prepare_data
+from t2l.train.config import DataConfig, SftConfig, TrainConfig
+from t2l.train.dataset import prepare_data
 from t2l.train.derive import CHECKS, CHOICES, LONGEST_ANSWER, MARKS, Check, Choose, derived, examples_of, wrong_answers
 from t2l.train.relabel import Words
-from t2l.train.settings import DataConfig, SftConfig, TrainConfig
 
 TEXTS = ("Say which.", "Which one is it?", "Name it; answer with Yes or No")
 

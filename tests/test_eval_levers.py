@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from t2l.apply import applied
+from t2l.apply import apply_adapters
 from t2l.config import LoraConfig, PromptConfig
 from t2l.errors import ConfigError, EvaluationError
-from t2l.eval import answers, decode, metrics, report, retrieval, rows, suites
-from t2l.eval.harness import Settings, run
-from t2l.eval.rows import LEVERS, ROWS, STANDARD, AdapterSource, choose_rows, texts_of
-from t2l.generate import TextToLora
+from t2l.eval import answers, conditions, decode, metrics, report, retrieval, suites
+from t2l.eval.conditions import LEVERS, ROWS, STANDARD, AdapterSource, choose_rows, texts_of
+from t2l.eval.run import Settings, run
 from t2l.prompt import token_ids
 from t2l.spec import AdapterSpec
 from t2l.tasks import Splits, Task
+from t2l.text_to_lora import TextToLora
 
 TASKS = {
     "reverse": ["Write the word backwards.", "Turn the letters round.", "Last letter first, please."],
@@ -64,7 +64,7 @@ def asked(path: Path, seeds: tuple[int, ...] = (0, 1, 2), *, names: str = "rever
     return [q for q in found if q.item.text == WORDS[0] and q.task.name in names.split(",")]
 
 
-def only(source: AdapterSource, row: str, question: suites.Question) -> rows.UsedAdapter:
+def only(source: AdapterSource, row: str, question: suites.Question) -> conditions.UsedAdapter:
     source.prepare([(ROWS[row], question)])
     ((used,),) = source.of(ROWS[row], [question])
     return used
@@ -152,7 +152,7 @@ def test_the_average_is_the_mean_of_the_dense_updates(
             with torch.no_grad():
                 dense.get_submodule(target.path.format(layer=layer)).weight += mean[position]
     tokens = torch.tensor([[0, 40, 7, 99, 120]])
-    with applied(tiny_base, used):
+    with apply_adapters(tiny_base, used):
         found = tiny_base(tokens).logits
     torch.testing.assert_close(found, dense(tokens).logits, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, tiny_base(tokens).logits, atol=1e-2)
@@ -166,7 +166,7 @@ def test_means_of_fewer_adapters_share_a_batch_and_seeds_share_the_mean(
     source.prepare([(row, q) for q in questions])
     used = [adapter for (adapter,) in source.of(row, questions)]
     assert len({adapter.id for adapter in used}) == 2
-    with applied(source.model, used):
+    with apply_adapters(source.model, used):
         source.model(torch.zeros(len(used), 3, dtype=torch.long))
     assert source.shape(row)[2:] == (used[0].spec.rank, used[0].lora.scaling) == (12, used[0].spec.scaling)
     single = only(source, "t2l", next(q for q in questions if q.task.name == "double"))
@@ -180,7 +180,7 @@ def test_means_of_fewer_adapters_share_a_batch_and_seeds_share_the_mean(
 def loss(source: AdapterSource, adapter: Any, text: str) -> float:
     """Of a text where the user's words stand, without batching."""
     start, ids = token_ids(source.tokenizer, ["<s><user>", text])
-    with applied(source.model, adapter), torch.no_grad():
+    with apply_adapters(source.model, adapter), torch.no_grad():
         logits = source.model(torch.tensor([start + ids])).logits[0].log_softmax(-1)
     return -sum(float(logits[len(start) + i - 1, token]) for i, token in enumerate(ids))
 
@@ -266,7 +266,7 @@ def test_a_vote_is_of_the_three_adapters_answers(
         suite, row, *rest = answers.key_of(line)
         if row.startswith("t2l-vote") and line["task"] == "upper" and row != "t2l-vote-wrong":
             assert line["answer"] in ("B", "b")
-            assert line["description"] in {rows.short_hash(text) for text in list(TASKS["upper"])[1:]}
+            assert line["description"] in {conditions.short_hash(text) for text in list(TASKS["upper"])[1:]}
         elif row == "t2l-vote":  # three different answers, or one
             single = by_key[suite, "t2l", *rest]
             assert {**line, "row": "t2l"} == single
@@ -291,7 +291,7 @@ def test_a_vote_is_among_the_answers_of_each_question_alone(
     said = {(line["task"], line["id"]): line["answer"] for line in answers.read(out).lines}
     tasks = suites.load_suite(str(tasks_file), per_task=None)
     for question in suites.questions(tasks, (0,)):
-        (ids,) = token_ids(tiny_tokenizer, [rows.prompt_of(ROWS["t2l-vote"], question, tiny_tokenizer)])
+        (ids,) = token_ids(tiny_tokenizer, [conditions.prompt_of(ROWS["t2l-vote"], question, tiny_tokenizer)])
         each = [
             decode.greedy(tiny_base, tiny_tokenizer, [ids], [adapter], max_new_tokens=4)[0]
             for adapter in t2l.generate(question.descriptions)
@@ -384,7 +384,7 @@ def test_bounds_are_recorded_and_stay(
         told.append(held_out)
         return retrieval.Familiarity(held_out=held_out, device=device)
 
-    monkeypatch.setattr(rows, "Familiarity", familiarity)
+    monkeypatch.setattr(conditions, "Familiarity", familiarity)
     run(Settings(rows="t2l", **values), out, log=lambda text: None)
     assert answers.read(out).header["abstain_bounds"] is None
     assert not told

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from t2l.cli import app
 from t2l.errors import DataError, EvaluationError
 from t2l.eval import answers, report
+from t2l.eval.conditions import MINIMUM, ROWS
 from t2l.eval.report import Options, Scores, below_floor, difference, estimate, gather, markdown
-from t2l.eval.rows import MINIMUM, ROWS
 
 RATES = {"base": 0.0, "multitask": 0.35, "t2l": 0.5, "t2l-wrong": 0.05, "t2l-random": 0.02}
 

@@ -15,21 +15,21 @@ import torch
 from conftest import make_base, make_config, make_tokenizer, random_lora
 from typer.testing import CliRunner
 
-from t2l.apply import applied
+from t2l.apply import apply_adapters
 from t2l.checkpoint import load_checkpoint, save_checkpoint
 from t2l.cli import app
 from t2l.config import LoraConfig, PromptConfig
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, EvaluationError
-from t2l.eval import answers, decode, retrieval, rows, suites
+from t2l.eval import answers, conditions, decode, retrieval, suites
 from t2l.eval.arrow import arrow, prototypes
-from t2l.eval.harness import Settings, run
-from t2l.eval.rows import ROWS, AdapterSource, choose_rows
-from t2l.generate import Adapter, TextToLora
+from t2l.eval.conditions import ROWS, AdapterSource, choose_rows
+from t2l.eval.run import Settings, run
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.pace import Pace
 from t2l.prompt import token_ids
 from t2l.spec import AdapterSpec
+from t2l.text_to_lora import LoraAdapter, TextToLora
 
 TASKS = {
     "reverse": ("Write the word backwards.", [("abc", "cba"), ("ten", "net"), ("star", "rats")]),
@@ -138,14 +138,14 @@ def test_answers_are_those_of_each_question_alone(
             "t2l-random": question.random_texts[0],
         }
         for name, text in texts.items():
-            prompt = rows.prompt_of(ROWS[name], question, tiny_tokenizer)
+            prompt = conditions.prompt_of(ROWS[name], question, tiny_tokenizer)
             (ids,) = token_ids(tiny_tokenizer, [prompt])
             used = None if text is None else t2l.generate([text])
             (alone,) = decode.greedy(tiny_base, tiny_tokenizer, [ids], used, max_new_tokens=5)
             line = said[question.task.suite, name, question.seed, question.task.name, question.item.id]
             assert line["answer"] == alone.strip()
-            assert line["prompt"] == rows.short_hash(prompt)
-            assert line["description"] == (None if text is None else rows.short_hash(text))
+            assert line["prompt"] == conditions.short_hash(prompt)
+            assert line["description"] == (None if text is None else conditions.short_hash(text))
             assert line["scores"]["exact_match"] == float(alone.strip() in question.item.outputs)
 
 
@@ -364,12 +364,12 @@ def test_another_checkpoint_needs_another_file(
 
 def test_an_adapter_without_effect_is_found(tiny_base: Any, tiny_config: Any, tiny_tokenizer: Any) -> None:
     spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
-    works = Adapter(random_lora(spec), spec, "", {})
-    idle = Adapter(works.lora.map(torch.zeros_like), spec, "Do nothing.", {})
-    used = [rows.UsedAdapter(x, "id") for x in (works, idle)]
-    rows.require_effect(tiny_base, tiny_tokenizer, used[:1])
+    works = LoraAdapter(random_lora(spec), spec, "", {})
+    idle = LoraAdapter(works.lora.map(torch.zeros_like), spec, "Do nothing.", {})
+    used = [conditions.UsedAdapter(x, "id") for x in (works, idle)]
+    conditions.require_effect(tiny_base, tiny_tokenizer, used[:1])
     with pytest.raises(AdapterNotAppliedError, match=r"“Do nothing.”.*1 of 2"):
-        rows.require_effect(tiny_base, tiny_tokenizer, used)
+        conditions.require_effect(tiny_base, tiny_tokenizer, used)
 
 
 def test_an_untrained_checkpoint_is_found(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
@@ -388,13 +388,13 @@ def test_an_untrained_checkpoint_is_found(tasks_file: Path, checkpoint: str, tmp
 
 def test_likelihoods_are_those_of_each_sequence_alone(tiny_base: Any, tiny_config: Any, tiny_tokenizer: Any) -> None:
     spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
-    adapters = [Adapter(random_lora(spec, seed), spec, "", {}) for seed in range(3)]
+    adapters = [LoraAdapter(random_lora(spec, seed), spec, "", {}) for seed in range(3)]
     prompts = [[0, 17, 93], [0, 8, 200, 41, 12, 90], [0, 99]]
     continuations = [[7, 20, 31, 5], [44], [9, 10]]
     for used in (None, adapters):
         together = decode.log_likelihoods(tiny_base, tiny_tokenizer, prompts, continuations, used)
         for n, (prompt, rest) in enumerate(zip(prompts, continuations, strict=True)):
-            with applied(tiny_base, adapters[n]) if used else torch.no_grad():
+            with apply_adapters(tiny_base, adapters[n]) if used else torch.no_grad():
                 logits = tiny_base(torch.tensor([prompt + rest])).logits[0].log_softmax(-1)
             alone = sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(rest))
             assert together[n] == pytest.approx(alone, abs=1e-4)
@@ -456,7 +456,7 @@ def benchmarks(benchmark_data: Path, monkeypatch: Any) -> dict[str, suites.Judge
 def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.JudgedTask], tiny_tokenizer: Any) -> None:
     asked = {q.task.name: q for q in suites.questions(list(benchmarks.values()), [0])}
     text = {
-        name: {row: rows.prompt_of(ROWS[row], q, tiny_tokenizer) for row in ("base", "base+shots+description")}
+        name: {row: conditions.prompt_of(ROWS[row], q, tiny_tokenizer) for row in ("base", "base+shots+description")}
         for name, q in asked.items()
     }
     assert len(asked) == 10

@@ -15,7 +15,7 @@ from test_eval_report import header, made
 from t2l.config import build, load_yaml, override
 from t2l.eval import answers
 from t2l.eval.report import gather
-from t2l.train.settings import SftConfig
+from t2l.train.config import SftConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 from t2l import peft_io
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, OutputError, SpecMismatchError
-from t2l.generate import Adapter
 from t2l.library import AdapterLibrary, from_peft_folders, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
+from t2l.text_to_lora import LoraAdapter
 
 NAMES = ("sum", "reverse", "shout")
 
@@ -67,7 +67,7 @@ def test_exported_folders_are_what_peft_reads(
     library: AdapterLibrary, tiny_config: LlamaConfig, tmp_path: Path
 ) -> None:
     """The logits of PeftModel are those of the library's adapter; the folders make the same library again."""
-    from t2l.apply import applied
+    from t2l.apply import apply_adapters
 
     library.export(tmp_path / "peft", ["shout", "sum"])
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == ["shout", "sum"]
@@ -75,7 +75,7 @@ def test_exported_folders_are_what_peft_reads(
     base = make_base(tiny_config).double()  # so that what differs is no rounding
     singles = dict(zip(library.names, library.stack().unbind(), strict=True))
     for name in ("shout", "sum"):
-        with applied(base, Adapter(singles[name], library.spec, "", {})), torch.no_grad():
+        with apply_adapters(base, LoraAdapter(singles[name], library.spec, "", {})), torch.no_grad():
             ours = base(tokens).logits
         with torch.no_grad():
             peft = PeftModel.from_pretrained(make_base(tiny_config), tmp_path / "peft" / name).double()

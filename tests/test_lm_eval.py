@@ -24,8 +24,8 @@ from t2l.errors import (  # noqa: E402
     ConfigError,
     DescriptionError,
 )
-from t2l.eval.lm_eval_model import T2LLM, main  # noqa: E402
-from t2l.generate import TextToLora  # noqa: E402
+from t2l.eval.lm_eval import T2LLM, main  # noqa: E402
+from t2l.text_to_lora import TextToLora  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # of a package that is not ours
 
@@ -183,7 +183,7 @@ def test_the_model_is_left_as_it_was(checkpoint: Path) -> None:
 def test_the_command(tasks: Path, checkpoint: Path, tmp_path: Path) -> None:
     """A description with commas is given as JSON."""
     arguments = {"checkpoint": str(checkpoint), "description": DESCRIPTION}
-    command = [sys.executable, "-c", "from t2l.eval.lm_eval_model import main; main()", "run", "--model", "t2l"]
+    command = [sys.executable, "-c", "from t2l.eval.lm_eval import main; main()", "run", "--model", "t2l"]
     command += ["--model_args", json.dumps(arguments), "--tasks", "tiny_choice", "--include_path", str(tasks)]
     command += ["--device", "cpu", "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -10,8 +10,8 @@ import pytest
 
 from t2l.config import build, load_yaml
 from t2l.tasks import load_splits
-from t2l.train.oracle import OracleConfig
-from t2l.train.recon import ReconConfig
+from t2l.train.reconstruction import ReconConfig
+from t2l.train.task_loras import OracleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [*sorted((ROOT / "configs/oracle").glob("*.yaml")), *sorted((ROOT / "configs/recon").glob("*.yaml"))]

@@ -14,12 +14,12 @@ from conftest import make_base, make_config, random_lora
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from t2l.apply import applied
+from t2l.apply import apply_adapters
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, OutputError, SpecMismatchError
-from t2l.generate import Adapter
 from t2l.peft_io import load_adapter, save_adapter
 from t2l.spec import AdapterSpec
+from t2l.text_to_lora import LoraAdapter
 
 SPEC_CONFIGS = {
     "q,v": LoraConfig(rank=4, alpha=8),
@@ -31,13 +31,13 @@ SPEC_CONFIGS = {
 TOKENS = torch.tensor([[0, 17, 93, 240, 5, 66, 31]])
 
 
-def make_adapter(config: Any, lora: LoraConfig, seed: int = 0, base_model: str = "tiny/base") -> Adapter:
+def make_adapter(config: Any, lora: LoraConfig, seed: int = 0, base_model: str = "tiny/base") -> LoraAdapter:
     spec = AdapterSpec.from_config(config, base_model, lora)
-    return Adapter(random_lora(spec, seed), spec, "Answer in verse.", {"checkpoint": "none"})
+    return LoraAdapter(random_lora(spec, seed), spec, "Answer in verse.", {"checkpoint": "none"})
 
 
 @pytest.fixture
-def adapter(tiny_config: Any) -> Adapter:
+def adapter(tiny_config: Any) -> LoraAdapter:
     return make_adapter(tiny_config, LoraConfig(rank=4, alpha=8))
 
 
@@ -45,13 +45,13 @@ def adapter(tiny_config: Any) -> Adapter:
 def test_peft_gives_our_logits_and_our_keys(
     lora: LoraConfig, tiny_config: Any, tiny_base: LlamaForCausalLM, base_folder: Path, tmp_path: Path
 ) -> None:
-    """PEFT must load exactly our tensors (no silently missing key) and compute what `applied` computes."""
+    """PEFT must load exactly our tensors (no silently missing key) and compute what `apply_adapters` computes."""
     from peft import PeftModel, get_peft_model_state_dict
 
     adapter = make_adapter(tiny_config, lora, base_model=str(base_folder))
     adapter.save(tmp_path / "adapter")
     plain = tiny_base(TOKENS).logits
-    with applied(tiny_base, adapter):
+    with apply_adapters(tiny_base, adapter):
         ours = tiny_base(TOKENS).logits
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of missing adapter keys
@@ -74,7 +74,7 @@ def test_saved_loaded_saved_is_byte_equal(lora: LoraConfig, tiny_config: Any, tm
     assert all(
         torch.equal(x, y) for x, y in zip((*loaded.a, *loaded.b), (*adapter.lora.a, *adapter.lora.b), strict=True)
     )
-    Adapter(loaded, adapter.spec, adapter.description, adapter.provenance).save(tmp_path / "second")
+    LoraAdapter(loaded, adapter.spec, adapter.description, adapter.provenance).save(tmp_path / "second")
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     for name in names:
@@ -110,7 +110,7 @@ def test_config_names_what_readers_need(lora: LoraConfig, tiny_config: Any, tmp_
     assert "base_model: tiny/base" in card and "> Answer in verse." in card
 
 
-def test_half_precision_folder_is_half_the_size_and_close(adapter: Adapter, tmp_path: Path) -> None:
+def test_half_precision_folder_is_half_the_size_and_close(adapter: LoraAdapter, tmp_path: Path) -> None:
     adapter.save(tmp_path / "half", dtype=torch.float16)
     loaded = load_adapter(tmp_path / "half", adapter.spec)
     for mine, read in zip((*adapter.lora.a, *adapter.lora.b), (*loaded.a, *loaded.b), strict=True):
@@ -180,7 +180,7 @@ def to_integers(state: dict[str, torch.Tensor]) -> None:
     ids=["truncated", "header cut", "pickle", "torch.save", "absent", "nan", "integers", "missing key", "unknown key"],
 )
 def test_bad_weights_are_refused(
-    damage: Callable[[Path], None], error: type[Exception], match: str, adapter: Adapter, tmp_path: Path
+    damage: Callable[[Path], None], error: type[Exception], match: str, adapter: LoraAdapter, tmp_path: Path
 ) -> None:
     # The folder's name must not be mistaken for a reason.
     folder = adapter.save(tmp_path / "lacks-shape")
@@ -191,7 +191,9 @@ def test_bad_weights_are_refused(
 
 
 @pytest.mark.parametrize("letters", [b"PK", b"\x80\x02", b"\x80\x04"])
-def test_header_length_that_reads_like_a_pickle_is_no_pickle(letters: bytes, adapter: Adapter, tmp_path: Path) -> None:
+def test_header_length_that_reads_like_a_pickle_is_no_pickle(
+    letters: bytes, adapter: LoraAdapter, tmp_path: Path
+) -> None:
     """A safetensors file starts with its header's length: 640 bytes of header are the first bytes of a pickle."""
     folder = adapter.save(tmp_path / "adapter")
     path = folder / "adapter_model.safetensors"
@@ -218,7 +220,7 @@ def test_header_length_that_reads_like_a_pickle_is_no_pickle(letters: bytes, ada
     ],
 )
 def test_other_lora_settings_are_refused(
-    change: dict[str, Any], error: type[Exception], match: str, adapter: Adapter, tmp_path: Path
+    change: dict[str, Any], error: type[Exception], match: str, adapter: LoraAdapter, tmp_path: Path
 ) -> None:
     """With the right shapes, another alpha or DoRA would silently give another adapter."""
     folder = adapter.save(tmp_path / "adapter")
@@ -228,7 +230,7 @@ def test_other_lora_settings_are_refused(
         load_adapter(folder, adapter.spec)
 
 
-def test_wrong_rank_in_the_tensors_is_refused(adapter: Adapter, tiny_config: Any, tmp_path: Path) -> None:
+def test_wrong_rank_in_the_tensors_is_refused(adapter: LoraAdapter, tiny_config: Any, tmp_path: Path) -> None:
     """A config that lies about its tensors."""
     folder = adapter.save(tmp_path / "adapter")
     other = make_adapter(tiny_config, LoraConfig(rank=2, alpha=8)).save(tmp_path / "other")
@@ -237,7 +239,7 @@ def test_wrong_rank_in_the_tensors_is_refused(adapter: Adapter, tiny_config: Any
         load_adapter(folder, adapter.spec)
 
 
-def test_adapter_of_another_base_names_both_shapes(adapter: Adapter, tmp_path: Path) -> None:
+def test_adapter_of_another_base_names_both_shapes(adapter: LoraAdapter, tmp_path: Path) -> None:
     wide = make_adapter(make_config(hidden_size=64), LoraConfig(rank=4, alpha=8), base_model="wide/base")
     folder = wide.save(tmp_path / "adapter")
     with pytest.raises(SpecMismatchError, match=r"does not fit tiny/base.*shape \(4, 64\), expected \(4, 32\)"):
@@ -247,7 +249,7 @@ def test_adapter_of_another_base_names_both_shapes(adapter: Adapter, tmp_path: P
 # ---------------------------------------------------------------------------------------------------- output
 
 
-def test_existing_folder_is_left_alone(adapter: Adapter, tmp_path: Path) -> None:
+def test_existing_folder_is_left_alone(adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
@@ -255,7 +257,7 @@ def test_existing_folder_is_left_alone(adapter: Adapter, tmp_path: Path) -> None
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["adapter", "adapter/mine.txt"]
 
 
-def test_overwrite_replaces_the_whole_folder(adapter: Adapter, tmp_path: Path) -> None:
+def test_overwrite_replaces_the_whole_folder(adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old.txt").write_text("old")
     adapter.save(tmp_path / "adapter", overwrite=True)
@@ -268,14 +270,14 @@ def test_overwrite_replaces_the_whole_folder(adapter: Adapter, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_unwritable_place_is_a_clear_error(overwrite: bool, adapter: Adapter, tmp_path: Path) -> None:
+def test_unwritable_place_is_a_clear_error(overwrite: bool, adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=re.escape(f"Cannot write to {tmp_path / 'file'}")):
         adapter.save(tmp_path / "file" / "adapter", overwrite=overwrite)
     assert [p.name for p in tmp_path.rglob("*")] == ["file"]
 
 
-def test_overwriting_a_file_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+def test_overwriting_a_file_is_refused(adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "adapter").write_text("a file")
     with pytest.raises(OutputError, match="is a file"):
         adapter.save(tmp_path / "adapter", overwrite=True)
@@ -284,7 +286,7 @@ def test_overwriting_a_file_is_refused(adapter: Adapter, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_failure_half_way_leaves_nothing(
-    overwrite: bool, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overwrite: bool, adapter: LoraAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that fills up after the weights: the old folder stays, no temporary folder does."""
     if overwrite:

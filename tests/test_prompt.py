@@ -33,5 +33,5 @@ def test_answers_begin_with_a_space_where_the_setting_says_so(space: bool) -> No
 
 def test_asking_for_the_description_keeps_the_rest() -> None:
     prompt = PromptConfig(answer_space=True)
-    assert prompt.asked(None) == prompt
-    assert prompt.asked(True) == PromptConfig(description_in_prompt=True, answer_space=True)
+    assert prompt.with_description(None) == prompt
+    assert prompt.with_description(True) == PromptConfig(description_in_prompt=True, answer_space=True)

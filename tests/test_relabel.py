@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train.batches import Batches, Pool
+from t2l.train.config import DataConfig
 from t2l.train.relabel import FORMS, MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
-from t2l.train.settings import DataConfig
 
 
 def task(*answers: str, descriptions: tuple[str, ...] = ("Say which.", "Which one is it?"), name: str = "a") -> Task:

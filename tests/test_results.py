@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from t2l.cli import app
 from t2l.eval import answers
-from t2l.eval.harness import Settings, run
 from t2l.eval.report import Suite, difference, estimate, gather
-from t2l.files import sha256
+from t2l.eval.run import Settings, run
+from t2l.io import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -25,21 +25,21 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import TextToLora
-from t2l.apply import applied, compiled, live
+from t2l.apply import apply_adapters, compiled, live
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, build, to_plain
 from t2l.encoder import Encoded, TokenEncoder, load_encoder
 from t2l.errors import CheckpointError, ConfigError, DataError, TrainingError
-from t2l.generate import Adapter
 from t2l.hypernet import Hypernet, VectorQuantizer
 from t2l.lora import LoraTensors
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task
-from t2l.train import data as train_data
+from t2l.text_to_lora import LoraAdapter
+from t2l.train import dataset as train_data
 from t2l.train import sft
 from t2l.train.batches import SHARED, Batch, Batches, Pool
-from t2l.train.data import DescriptionBank, RunData, prepare_data
-from t2l.train.settings import DataConfig, SftConfig, TrainConfig
+from t2l.train.config import DataConfig, SftConfig, TrainConfig
+from t2l.train.dataset import DescriptionBank, RunData, prepare_data
 from t2l.train.sft import (
     Trainer,
     _checkpoint_layers,
@@ -141,7 +141,7 @@ def test_learns_what_only_the_description_says(config: SftConfig, tmp_path: Path
     t2l = TextToLora.from_pretrained(str(folder))
     base = LlamaForCausalLM.from_pretrained(config.base)
     prompt = torch.tensor(token_ids(make_tokenizer(), [render(make_tokenizer(), "", "Is it 21?", PromptConfig())] * 2))
-    with applied(base, t2l.generate(["Say yes.", "Say no."])), torch.no_grad():
+    with apply_adapters(base, t2l.generate(["Say yes.", "Say no."])), torch.no_grad():
         first = base(prompt).logits[:, -1].argmax(-1)
     assert make_tokenizer().convert_ids_to_tokens(first) == ["y", "n"]
 
@@ -325,13 +325,13 @@ def test_packed_rows_lose_what_their_documents_lose_alone(
     batch = make_batches(tiny_tokenizer)[0]
     assert (batch.documents == SHARED).any(1).all()
     spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
-    adapters = [Adapter(random_lora(spec, seed), spec, "", {}) for seed in range(4)]
+    adapters = [LoraAdapter(random_lora(spec, seed), spec, "", {}) for seed in range(4)]
     stacked = LoraTensors.stack([x.lora for x in adapters])
     with live(tiny_base, spec) as slots, torch.no_grad():
         losses, hits = answer_losses(tiny_base, slots)(*batch[:5], stacked.a, stacked.b, stacked.scaling)
     seen = 0
     for row in range(4):
-        with applied(tiny_base, adapters[row]), torch.no_grad():
+        with apply_adapters(tiny_base, adapters[row]), torch.no_grad():
             for document in range(int(batch.documents[row].max()) + 1):
                 tokens = batch.tokens[row][within(batch, row, document)]
                 # Rotary positions are relative, so the losses alone would not tell.
@@ -1022,8 +1022,8 @@ def test_label_smoothing_is_torchs_and_only_in_training(
     with torch.no_grad():
         row, own = 0, batch.label_documents[0] == 0
         length = int(within(batch, 0, 0).sum())
-        adapter = Adapter(lora.unbind()[row], trainer_spec(trainer), "", {})
-        with applied(make_base(own_base.config), adapter) as model:
+        adapter = LoraAdapter(lora.unbind()[row], trainer_spec(trainer), "", {})
+        with apply_adapters(make_base(own_base.config), adapter) as model:
             logits = model(batch.tokens[:1, :length]).logits[0][batch.label_positions[row][own]]
     reference = F.cross_entropy(logits, batch.labels[row][own], reduction="none", label_smoothing=0.1)
     assert (learning[row][own] - reference).abs().max() <= 1e-4
@@ -1052,7 +1052,7 @@ def test_distilled_loss_is_the_divergence_document_by_document(
 
     def log_probabilities(tokens: torch.Tensor, number: int, lora: LoraTensors | None) -> torch.Tensor:
         base = make_base(own_base.config)
-        with nullcontext() if lora is None else applied(base, Adapter(lora, spec, "", {})):
+        with nullcontext() if lora is None else apply_adapters(base, LoraAdapter(lora, spec, "", {})):
             return (base(tokens[None]).logits[0, -number:] / 2.0).log_softmax(-1)
 
     expected, rows = 0.0, []

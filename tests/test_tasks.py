@@ -9,8 +9,8 @@ import pytest
 
 from t2l.errors import DataError
 from t2l.tasks import Example, Task, data_dir, load_jsonl, load_sni, load_splits, require_trainable
-from t2l.train import data
-from t2l.train.settings import DataConfig
+from t2l.train import dataset
+from t2l.train.config import DataConfig
 
 GOOD = {"task": "mine", "description": "Say yes.", "input": "Really?", "output": "yes"}
 
@@ -49,10 +49,10 @@ def test_no_trainer_takes_what_is_tested_or_excluded(part: str, reason: str, tmp
         assert f"{name} ({reason}" in str(caught.value)
     path = write(tmp_path / "own.jsonl", GOOD, GOOD | {"task": name})
     with pytest.raises(DataError, match=name):
-        data.load_tasks(DataConfig(tasks=str(path)))
+        dataset.load_tasks(DataConfig(tasks=str(path)))
     path = write(tmp_path / "own.jsonl", GOOD, GOOD | {"task": name, "split": "val"})
     with pytest.raises(DataError, match=name):
-        data.load_tasks(DataConfig(tasks=str(path)))
+        dataset.load_tasks(DataConfig(tasks=str(path)))
 
 
 def test_training_and_own_tasks_pass() -> None:
@@ -72,8 +72,8 @@ def test_default_training_reads_only_training_tasks(monkeypatch: pytest.MonkeyPa
         calls.append((set(names), splits))
         return []
 
-    monkeypatch.setattr(data, "load_sni", load)
-    data.load_tasks(DataConfig())
+    monkeypatch.setattr(dataset, "load_sni", load)
+    dataset.load_tasks(DataConfig())
     split = load_splits()
     assert calls == [
         (set(split.train - split.held_back), ("train", "val")),
@@ -150,7 +150,7 @@ def test_file_that_gives_nothing(tmp_path: Path) -> None:
         load_jsonl(tmp_path / "own.jsonl")
     path = write(tmp_path / "own.jsonl", GOOD | {"split": "val"})
     with pytest.raises(DataError, match="no task with examples of split 'train'"):
-        data.load_tasks(DataConfig(tasks=str(path)))
+        dataset.load_tasks(DataConfig(tasks=str(path)))
 
 
 # --------------------------------------------------------------------------------------------- packed tasks
@@ -162,7 +162,7 @@ def test_missing_data_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         data_dir()
     monkeypatch.setenv("T2L_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"holds no sni_tasks\.parquet"):
-        data.load_tasks(DataConfig())
+        dataset.load_tasks(DataConfig())
 
 
 def test_packed_tasks(tmp_path: Path) -> None:

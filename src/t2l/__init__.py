@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from t2l.apply import applied as applied
-    from t2l.generate import Adapter as Adapter
-    from t2l.generate import TextToLora as TextToLora
+    from t2l.apply import apply_adapters as apply_adapters
+    from t2l.text_to_lora import LoraAdapter as LoraAdapter
+    from t2l.text_to_lora import TextToLora as TextToLora
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "TextToLora", "applied"]
+__all__ = ["LoraAdapter", "TextToLora", "apply_adapters"]
 
-_HOMES = {"Adapter": "t2l.generate", "TextToLora": "t2l.generate", "applied": "t2l.apply"}
+_HOMES = {"LoraAdapter": "t2l.text_to_lora", "TextToLora": "t2l.text_to_lora", "apply_adapters": "t2l.apply"}
 
 
 def __getattr__(name: str) -> Any:

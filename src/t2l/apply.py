@@ -18,7 +18,7 @@ from t2l.spec import AdapterSpec
 
 
 class HasLora(Protocol):
-    """What `applied` needs of an adapter; `t2l.generate.Adapter` is one."""
+    """What `apply_adapters` needs of an adapter; `t2l.text_to_lora.Adapter` is one."""
 
     @property
     def lora(self) -> LoraTensors:
@@ -90,7 +90,7 @@ def live(model: nn.Module, spec: AdapterSpec) -> Iterator[LiveAdapters]:
 
 
 @contextmanager
-def applied(
+def apply_adapters(
     model: nn.Module, adapters: HasLora | Sequence[HasLora], *, rows: Sequence[int] | None = None
 ) -> Iterator[nn.Module]:
     """Puts adapters on a model for the length of a `with` block, and leaves the model as it was.
@@ -110,7 +110,7 @@ def applied(
     """
     listed = list(adapters) if isinstance(adapters, Sequence) else [adapters]
     if not listed:
-        raise AdapterNotAppliedError("No adapter given: `applied` needs at least one")
+        raise AdapterNotAppliedError("No adapter given: `apply_adapters` needs at least one")
     spec = listed[0].spec
     for other in listed[1:]:
         if other.spec is not spec:

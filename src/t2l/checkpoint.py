@@ -13,8 +13,8 @@ import torch
 
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, build, to_plain
 from t2l.errors import CheckpointError
-from t2l.files import new_folder, read_json, read_tensors, sha256
 from t2l.hypernet import Hypernet
+from t2l.io import new_folder, read_json, read_tensors, sha256
 from t2l.spec import AdapterSpec
 
 FORMAT_VERSION = 1

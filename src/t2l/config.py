@@ -125,7 +125,7 @@ class PromptConfig:
     """Whether answers begin with a space, as words inside a text do. Many tokenizers have one token for a word after a
     space and several for it without: with the space, an answer has the tokens of the description's words."""
 
-    def asked(self, description_in_prompt: bool | None) -> "PromptConfig":
+    def with_description(self, description_in_prompt: bool | None) -> "PromptConfig":
         """This setting, or what a user asks for in its place."""
         return self if description_in_prompt is None else replace(self, description_in_prompt=description_in_prompt)
 

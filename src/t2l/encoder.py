@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2l import models
+from t2l import hub
 from t2l.config import EncoderConfig
 from t2l.errors import CheckpointError, ConfigError, DescriptionError
 
@@ -134,7 +134,7 @@ class SentenceEncoder:
         own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
         if own is not None and max_tokens > own:
             raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
-        model, tokenizer = models.load_trunk(str(folder), device=device), models.load_tokenizer(str(folder))
+        model, tokenizer = hub.load_backbone(str(folder), device=device), hub.load_tokenizer(str(folder))
         return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ def encoder_revision(config: EncoderConfig, base_model: str) -> str:
     """Fingerprint of the files that an encoder reads; empty for one that reads none."""
     if config.kind == "onehot":
         return ""
-    return models.fingerprint(base_model if config.model == "base" else config.model)
+    return hub.fingerprint(base_model if config.model == "base" else config.model)
 
 
 def load_encoder(
@@ -274,11 +274,11 @@ def load_encoder(
     if config.kind == "onehot":
         return OneHotEncoder(config.names, device=device)
     if config.kind == "sentence":
-        return SentenceEncoder.from_folder(models.resolve(config.model), max_tokens=config.max_tokens, device=device)
+        return SentenceEncoder.from_folder(hub.resolve(config.model), max_tokens=config.max_tokens, device=device)
     if config.model != "base":
-        model, tokenizer = models.load_trunk(config.model, device=device), models.load_tokenizer(config.model)
+        model, tokenizer = hub.load_backbone(config.model, device=device), hub.load_tokenizer(config.model)
     else:
-        model, tokenizer = base or (models.load_causal_lm(base_model, device=device), models.load_tokenizer(base_model))
+        model, tokenizer = base or (hub.load_causal_lm(base_model, device=device), hub.load_tokenizer(base_model))
     return TokenEncoder(model, tokenizer, layers=config.layers, max_tokens=config.max_tokens)
 
 

@@ -681,7 +681,7 @@ class HeadBasis(_Head):
 
     Not the paper's: a description chooses D numbers in all, where L's choose as many for every layer and target, so the
     trunk hands over one place in all. Of the ways to write N adapters from so few numbers, principal components lose
-    least, see `t2l.train.recon`.
+    least, see `t2l.train.reconstruction`.
     """
 
     def __init__(

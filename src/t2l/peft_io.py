@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from t2l.errors import CheckpointError, SpecMismatchError, TensorMismatchError
-from t2l.files import new_folder, read_json, read_shapes, read_tensors
+from t2l.io import new_folder, read_json, read_shapes, read_tensors
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
 

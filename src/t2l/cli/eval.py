@@ -91,7 +91,7 @@ def eval_run(
     except ValueError as error:
         raise typer.BadParameter(f"--seeds takes whole numbers with commas, such as 0,1,2; got '{seeds}'") from error
     try_writing(out.absolute().parent)
-    from t2l.eval.harness import Settings, run
+    from t2l.eval.run import Settings, run
 
     settings = Settings(
         suites=tuple(dict.fromkeys(suites)),
@@ -146,7 +146,7 @@ def eval_report(
         pairs.append((one, other))
     from t2l.eval.answers import read
     from t2l.eval.report import Options, document_for, markdown
-    from t2l.files import write_text
+    from t2l.io import write_text
 
     options = Options(compare=tuple(pairs), score=score, without_controls=without_controls)
     makers = [(path, document_for(path)) for path in out or ()]

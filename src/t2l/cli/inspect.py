@@ -56,7 +56,7 @@ def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Jso
 def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
     from t2l.checkpoint import WEIGHTS, load_checkpoint, read_config
     from t2l.config import to_plain
-    from t2l.files import sha256
+    from t2l.io import sha256
 
     spec, config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
@@ -116,7 +116,7 @@ def needs_base(config: "CheckpointConfig") -> bool:
 def _spec_of_adapter(folder: Path) -> "AdapterSpec":
     """The shape of somebody's PEFT folder, from its own files: its base model need not be at hand."""
     from t2l import peft_io
-    from t2l.files import read_json
+    from t2l.io import read_json
     from t2l.spec import AdapterSpec, Target
 
     config = read_json(folder / peft_io.CONFIG)
@@ -212,9 +212,9 @@ def _hardware() -> dict[str, Any]:
 def _cache(problems: list[str]) -> dict[str, Any]:
     from importlib.util import find_spec
 
-    from t2l import models
+    from t2l import hub
 
-    folder = models.cache_dir()
+    folder = hub.cache_dir()
     try:
         try_writing(folder)
         writable = True
@@ -222,13 +222,13 @@ def _cache(problems: list[str]) -> dict[str, Any]:
         writable = False
     report: dict[str, Any] = {"folder": str(folder), "writable": writable}
     for ref in DEFAULT_MODELS:
-        cached = models.is_cached(ref)
+        cached = hub.is_cached(ref)
         report[ref] = "ready" if cached else "not there; fetched at its first use"
         if not cached and not writable:
             problems.append(
                 f"{ref} is not in the cache, and {folder} cannot be written; set T2L_CACHE to another folder"
             )
-    if not models.is_cached(DEFAULT_MODELS[0]) and find_spec("gguf") is None:
+    if not hub.is_cached(DEFAULT_MODELS[0]) and find_spec("gguf") is None:
         problems.append("gguf is missing, which reads the default base model; run: pip install 't2l[embedded]'")
     return report
 
@@ -262,7 +262,7 @@ def _training_data() -> str:
 
 def _state_of(folder: Path) -> str:
     from t2l.checkpoint import WEIGHTS, read_config
-    from t2l.files import sha256
+    from t2l.io import sha256
 
     spec, config = read_config(folder)
     if not (folder / WEIGHTS).is_file() or sha256(folder / WEIGHTS) != config.weights_sha256:

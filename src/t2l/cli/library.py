@@ -96,7 +96,7 @@ def compress_library(
     from t2l.encoder import load_encoder
     from t2l.library import AdapterLibrary
     from t2l.train.compress import compress, fitting_head, subset
-    from t2l.train.recon import ReconConfig
+    from t2l.train.reconstruction import ReconConfig
 
     opened = AdapterLibrary.open(library)
     if plain is None:
@@ -158,7 +158,7 @@ def judge_library(
     """Report on networks that exist: errors, and scores beside the base and the library's own adapters."""
     kinds = _kinds(reads)
     try_writing(out.absolute())
-    from t2l.files import new_folder
+    from t2l.io import new_folder
     from t2l.library import AdapterLibrary
     from t2l.train.compress import judge_networks, prepare_scores, write_report
 
@@ -224,10 +224,10 @@ def _device(device: Device | None) -> str:
 def _base(reference: str, device: str) -> tuple[Any, Any]:
     import torch
 
-    from t2l import models
+    from t2l import hub
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return models.load_causal_lm(reference, device=device, dtype=dtype), models.load_tokenizer(reference)
+    return hub.load_causal_lm(reference, device=device, dtype=dtype), hub.load_tokenizer(reference)
 
 
 @library_app.command("export")
@@ -258,7 +258,7 @@ def import_library(
     as_json: JsonOption = False,
 ) -> None:
     """Make a library of existing PEFT LoRA folders; what does not fit is named."""
-    from t2l import models
+    from t2l import hub
     from t2l.library import from_peft_folders
     from t2l.tasks import load_descriptions
 
@@ -266,7 +266,7 @@ def import_library(
     library, refused = from_peft_folders(
         folders,
         out,
-        models.load_config(base),
+        hub.load_config(base),
         base,
         facts={name: {"descriptions": list(found)} for name, found in texts.items()},
         leave_out=leave_out,

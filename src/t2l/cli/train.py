@@ -96,7 +96,7 @@ def train_oracle(
 
     started = time.perf_counter()
     plain = _read(config, overrides, run_folder, resume=resume)
-    from t2l.train.oracle import OracleConfig, train_oracles
+    from t2l.train.task_loras import OracleConfig, train_oracles
 
     library = train_oracles(
         build(OracleConfig, plain, where=str(config)),
@@ -125,7 +125,7 @@ def train_recon(
 
     started = time.perf_counter()
     plain = _read(config, overrides, run_folder, resume=resume)
-    from t2l.train.recon import ReconConfig, train_reconstruction
+    from t2l.train.reconstruction import ReconConfig, train_reconstruction
 
     folder = train_reconstruction(
         build(ReconConfig, plain, where=str(config)),

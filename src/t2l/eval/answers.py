@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l.errors import ConfigError, DataError, OutputError
-from t2l.files import write_text
+from t2l.io import write_text
 
 FORMAT_VERSION = 2
 Key = tuple[str, str, int, str, str]

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from t2l import models, peft_io
+from t2l import hub, peft_io
 from t2l.apply import HasLora
 from t2l.endpoint import Endpoint, Say, call, choice, open_endpoint
 from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
@@ -177,7 +177,7 @@ def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
 class TransformersBackend:
     """A model in this process, all adapters of a call in one batch.
 
-    That each adapter changes something is checked where they are made, see `t2l.eval.rows.require_effect`.
+    That each adapter changes something is checked where they are made, see `t2l.eval.conditions.require_effect`.
 
     Args:
         model: The base model.
@@ -252,7 +252,7 @@ class VLLMBackend:
             ) from error
         self._sampling, self._request, self._version = vllm.SamplingParams, LoRARequest, str(vllm.__version__)
         settings: dict[str, Any] = {
-            "model": str(models.resolve(base)),
+            "model": str(hub.resolve(base)),
             "enable_lora": True,
             "max_lora_rank": fitting[0],
             "max_loras": adapters_at_once,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l.apply import HasLora, applied
+from t2l.apply import HasLora, apply_adapters
 from t2l.errors import DataError
 from t2l.spec import AdapterSpec
 
@@ -202,4 +202,4 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _with(model: Any, adapters: Sequence[HasLora] | None) -> AbstractContextManager[Any]:
-    return nullcontext() if adapters is None else applied(model, list(adapters))
+    return nullcontext() if adapters is None else apply_adapters(model, list(adapters))

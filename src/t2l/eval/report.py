@@ -18,7 +18,7 @@ import numpy as np
 
 from t2l.errors import DataError, EvaluationError
 from t2l.eval.answers import AnswerFile, merge
-from t2l.eval.rows import ADAPTERS, LEVERS, ROWS, Row
+from t2l.eval.conditions import ADAPTERS, LEVERS, ROWS, Row
 
 DRAWS = 2000
 LOW_PARSED = 0.5

@@ -233,7 +233,7 @@ class Batches(Dataset):
         skipped = 0
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
-        prompts = [self.prompt.asked(bool(rng.random() < self.in_prompt)) for _ in pools]
+        prompts = [self.prompt.with_description(bool(rng.random() < self.in_prompt)) for _ in pools]
         self._change(step, tasks, pools, shown, others, partners, prompts)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
         if self.made_up:
@@ -325,7 +325,7 @@ class Batches(Dataset):
     ) -> list[Tensor]:
         """The teacher's fields of a batch."""
         rng = np.random.default_rng((self.seed, 5, step))
-        prompt = self.prompt.asked(True)
+        prompt = self.prompt.with_description(True)
         rendered = [
             render(
                 self.tokenizer,

@@ -24,16 +24,16 @@ from t2l import checkpoint
 from t2l.apply import live
 from t2l.config import PromptConfig, build
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.files import new_folder, write_text
-from t2l.generate import TextToLora
 from t2l.hypernet import Hypernet
+from t2l.io import new_folder, write_text
 from t2l.library import AdapterLibrary
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Task
-from t2l.train.data import random_text
+from t2l.text_to_lora import TextToLora
+from t2l.train.dataset import random_text
 from t2l.train.packing import Documents, document_scores, fixed_rows, pack, tokenize_examples
-from t2l.train.recon import (
+from t2l.train.reconstruction import (
     Descriptions,
     ReconConfig,
     basis_of_library,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l.errors import DataError
-from t2l.files import read_json, write_text
+from t2l.io import read_json, write_text
 from t2l.train.watch import read_metrics
 
 PANELS = {

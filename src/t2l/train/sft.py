@@ -22,21 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2l import models
+from t2l import hub
 from t2l.apply import LiveAdapters, compiled, live
 from t2l.checkpoint import load_checkpoint, save_checkpoint, settings
 from t2l.config import to_plain
 from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.files import new_folder, sha256
 from t2l.hypernet import Hypernet
+from t2l.io import new_folder, sha256
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.train.batches import SHARED, Batch
+from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.curves import write_report
-from t2l.train.data import DescriptionBank, RunData, prepare_data
+from t2l.train.dataset import DescriptionBank, RunData, prepare_data
 from t2l.train.running import schedule, versions
-from t2l.train.settings import SftConfig, TrainConfig
 from t2l.train.state import (
     Progress,
     begin_run,
@@ -470,8 +470,8 @@ def train(
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
 
-    tokenizer = models.load_tokenizer(config.base)
-    base = models.load_causal_lm(config.base, device=str(chosen))
+    tokenizer = hub.load_tokenizer(config.base)
+    base = hub.load_causal_lm(config.base, device=str(chosen))
     encoder: Encoder | None = None
     if config.encoder.kind != "onehot":
         encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(chosen))
@@ -744,7 +744,7 @@ def _token_counts(encoder: Encoder | None, texts: list[str]) -> list[int]:
 def _save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, Any]) -> Path:
     """The trained base as a model folder that any tool reads."""
     with new_folder(folder, overwrite=True) as temporary:
-        with models.quiet_transformers():
+        with hub.quiet_transformers():
             base.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         weights_sha256 = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2l.config import to_plain
 from t2l.errors import CheckpointError, OutputError, TrainingError
-from t2l.files import read_json, read_tensors, write_text
+from t2l.io import read_json, read_tensors, write_text
 
 STATE = "state.safetensors"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from t2l.errors import ConfigError
-from t2l.files import write_text
+from t2l.io import write_text
 
 METRICS = "metrics.jsonl"
 

@@ -21,7 +21,7 @@ from t2l.tasks import Example, Task, load_descriptions, load_own, load_sni, load
 datasets = pytest.importorskip("datasets")
 pq = pytest.importorskip("pyarrow.parquet")
 
-from t2l.datasets import build, check, describe, packed  # noqa: E402
+from t2l.data import build, check, describe, packed  # noqa: E402
 
 DATA = Path(os.environ.get("T2L_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 NAMES = ("task900_colours", "task901_sums", "task902_sides")
@@ -177,7 +177,7 @@ def test_two_builds_give_the_same_bytes_and_a_rerun_fetches_nothing(
 KILLED = """
 import os, signal, sys
 import datasets
-from t2l.datasets import build
+from t2l.data import build
 datasets.config.HF_DATASETS_CACHE = sys.argv[3]
 real, count = build._make_part, 0
 def part(*arguments):

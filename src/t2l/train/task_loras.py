@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2l import models
+from t2l import hub
 from t2l.apply import compiled, live
 from t2l.checkpoint import load_checkpoint
 from t2l.config import LoraConfig, PromptConfig, to_plain
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.files import new_folder, read_json, read_tensors
+from t2l.io import new_folder, read_json, read_tensors
 from t2l.library import AdapterLibrary, Purpose, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
@@ -779,12 +779,12 @@ def train_oracles(
     torch.set_float32_matmul_precision("high")
     plain = to_plain(config)
     going_on = check_run(run, plain, resume=resume)
-    tokenizer = models.load_tokenizer(config.base)
+    tokenizer = hub.load_tokenizer(config.base)
     data = tokenize_tasks(load_tasks(config, benchmarks), config, tokenizer)
     too_long = sum(x.train.too_long for x in data)
     log(f"{len(data)} tasks, {sum(len(x.train.variants) for x in data)} examples ({too_long} too long and left out)")
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    base = models.load_causal_lm(config.base, device=str(chosen), dtype=dtype)
+    base = hub.load_causal_lm(config.base, device=str(chosen), dtype=dtype)
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
     origin = None if config.train.start_from is None else _start_from(Path(config.train.start_from), spec)
     trainer = OracleTrainer(config, base, spec, data, run, chosen, log, origin)

@@ -30,9 +30,9 @@ from t2l.tasks import (
     written_descriptions,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
+from t2l.train.config import DataConfig, SftConfig
 from t2l.train.derive import Check, Choose, derived
 from t2l.train.relabel import MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
-from t2l.train.settings import DataConfig, SftConfig
 
 Lengths = Callable[[list[str]], list[int]]
 Change = TypeVar("Change")
@@ -402,7 +402,7 @@ def _with_readable_inputs(tasks: list[Task], lengths: Lengths, window: int) -> t
 def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str, str]:
     """Tasks none of whose training examples fits into a row, with the reason."""
     train, found = config.train, {}
-    prompt = config.prompt.asked(train.description_in_prompt == 1)
+    prompt = config.prompt.with_description(train.description_in_prompt == 1)
     for task in tasks:
         description = min(task.descriptions, key=len)
         shortest: tuple[int, int] | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from t2l.datasets import packed
+from t2l.data import packed
 from t2l.errors import DataError
 from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits
 
@@ -281,7 +281,7 @@ def _check_leaks(
     trained = [t for t in tasks if t.examples.get("train") and (own or t.name in splits.train)]
     if not trained or not (held_out or benchmarks):
         return
-    from t2l.datasets.overlap import MAX_SHARED, Overlap, build_corpus, normalise
+    from t2l.data.overlap import MAX_SHARED, Overlap, build_corpus, normalise
 
     used = ("train",) if own else ("train", "val")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from t2l import __version__, models, peft_io
+from t2l import __version__, hub, peft_io
 from t2l.checkpoint import Checkpoint, load_checkpoint
 from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
@@ -28,7 +28,7 @@ DEFAULT = "t2l:smollm2-135m"
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraAdapter:
     """A generated adapter, and what it was generated from."""
 
     lora: LoraTensors
@@ -130,7 +130,7 @@ class TextToLora:
         return self.config.hypernet.prompt_aware
 
     @torch.no_grad()
-    def generate(self, descriptions: Sequence[str], *, prompt: PromptConfig | None = None) -> list[Adapter]:
+    def generate(self, descriptions: Sequence[str], *, prompt: PromptConfig | None = None) -> list[LoraAdapter]:
         """Writes one adapter per description, all in one forward pass.
 
         Args:
@@ -156,7 +156,7 @@ class TextToLora:
             facts["for prompts"] = "with the description" if prompt.description_in_prompt else "without the description"
         lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask, in_prompt=in_prompt)
         return [
-            Adapter(single.map(torch.clone), self.spec, check_description(text), facts)
+            LoraAdapter(single.map(torch.clone), self.spec, check_description(text), facts)
             for text, single in zip(descriptions, lora.unbind(), strict=True)
         ]
 
@@ -188,4 +188,4 @@ def checkpoint_folder(reference: str) -> Path:
             names = ", ".join(f"t2l:{name}" for name in known) or "none"
             raise ModelNotFoundError(f"No checkpoint '{reference}' ships with this version; there is: {names}")
         return folder
-    return models.resolve_checkpoint(reference)
+    return hub.resolve_checkpoint(reference)

@@ -19,7 +19,8 @@ from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import load_splits
-from t2l.train.recon import (
+from t2l.train import reconstruction
+from t2l.train.reconstruction import (
     Draws,
     ReconConfig,
     ReconDataConfig,
@@ -497,7 +498,7 @@ def test_one_hot_conditioning_knows_names(config: ReconConfig, library: AdapterL
 
 
 def test_held_out_descriptions_are_not_trained_on(config: ReconConfig, library: AdapterLibrary) -> None:
-    from t2l.train.recon import choose_descriptions
+    from t2l.train.reconstruction import choose_descriptions
 
     def lengths(texts: list[str]) -> list[int]:
         return [len(text) for text in texts]
@@ -541,7 +542,6 @@ def test_stopped_and_resumed_is_uninterrupted(variant: str, config: ReconConfig,
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
     config: ReconConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from t2l.train import recon
 
     calls = 0
     trainers = []
@@ -551,13 +551,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
         calls += 1
         return factor_loss(*arguments) * (math.nan if calls == 8 else 1.0)
 
-    class Watched(recon.Trainer):
+    class Watched(reconstruction.Trainer):
         def step(self, step: int, index_n: torch.Tensor, texts_n: torch.Tensor) -> torch.Tensor:
             trainers.append([x.clone() for x in self.parameters])
             return super().step(step, index_n, texts_n)
 
-    monkeypatch.setattr(recon, "factor_loss", spoiled)
-    monkeypatch.setattr(recon, "Trainer", Watched)
+    monkeypatch.setattr(reconstruction, "factor_loss", spoiled)
+    monkeypatch.setattr(reconstruction, "Trainer", Watched)
     with pytest.raises(TrainingError, match="between steps 6 and 9 was not finite"):
         run(config, tmp_path / "run")
     before, after = trainers[7], trainers[8]

@@ -420,7 +420,7 @@ def load_causal_lm(
     return _load_frozen("AutoModelForCausalLM", ref, device, dtype, progress)
 
 
-def load_trunk(ref: str, *, device: str | torch.device = "cpu", progress: bool = True) -> PreTrainedModel:
+def load_backbone(ref: str, *, device: str | torch.device = "cpu", progress: bool = True) -> PreTrainedModel:
     """Load what comes before any head of a model, causal or bidirectional, in float32; otherwise as `load_causal_lm`.
 
     A pooler may be missing: nothing here asks one.
@@ -461,7 +461,7 @@ def _load_frozen(
     return loaded
 
 
-def load_outline(ref: str, *, progress: bool = True) -> PreTrainedModel:
+def load_meta_model(ref: str, *, progress: bool = True) -> PreTrainedModel:
     """A language model without its weights, on the device `meta`: its configuration and the shapes of its layers.
 
     Args:

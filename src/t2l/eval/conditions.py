@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from t2l.apply import applied
+from t2l.apply import apply_adapters
 from t2l.config import PromptConfig
 from t2l.encoder import tokenize
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, DescriptionError, SpecMismatchError
 from t2l.eval import decode
 from t2l.eval.retrieval import Familiarity, RetrievalIndex, cut_to_window
 from t2l.eval.suites import TEXTS, Question
-from t2l.generate import Adapter, TextToLora
 from t2l.library import AdapterLibrary
 from t2l.lora import LoraTensors, interpolate, merge
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.tasks import data_dir
+from t2l.text_to_lora import LoraAdapter, TextToLora
 
 LEVERS = {
     "t2l-average": "mean of three adapters",
@@ -179,7 +179,7 @@ KEYS = {"t2l-average": "mean", "t2l-best-of": "best", "t2l-abstain": "part"}
 class UsedAdapter:
     """An adapter in the base model's type, on its device, and what is recorded of it."""
 
-    adapter: Adapter
+    adapter: LoraAdapter
     id: str
     """Hash of the weights' file and of what it was written from, which together decide it."""
 
@@ -388,13 +388,13 @@ class AdapterSource:
         if Key("average") in keys:
             (library,) = self.training
             mean = library.stack(library.names).map(lambda x: x.mean(0))
-            self._keep([Key("average")], [Adapter(mean, library.spec, "", {})], library.checksum)
+            self._keep([Key("average")], [LoraAdapter(mean, library.spec, "", {})], library.checksum)
         names = [key.names[0] for key in keys if key.source == "library"]
         for start in range(0, len(names), 64):
             for library in {id(self.oracles[name]): self.oracles[name] for name in names[start : start + 64]}.values():
                 chunk = [name for name in names[start : start + 64] if self.oracles[name] is library]
                 loras = library.stack(chunk).unbind()
-                adapters = [Adapter(lora, library.spec, "", {}) for lora in loras]
+                adapters = [LoraAdapter(lora, library.spec, "", {}) for lora in loras]
                 self._keep([Key("library", (name,)) for name in chunk], adapters, library.checksum)
         if keys:
             self.log(f"{len(self.ready)} adapters ready")
@@ -452,7 +452,7 @@ class AdapterSource:
                 (adapter,) = mine
             elif key.source == "mean":
                 lora = merge([x.lora for x in mine], self.wide.rank)
-                adapter = Adapter(lora, self.wide, "\n".join(key.names), {})
+                adapter = LoraAdapter(lora, self.wide, "\n".join(key.names), {})
             elif key.source == "part":
                 lora = interpolate(self._offset, LoraTensors.stack([mine[0].lora]), self.familiarity(key.names))
                 adapter = replace(mine[0], lora=lora.unbind()[0])
@@ -471,7 +471,7 @@ class AdapterSource:
         assert self.checkpoint is not None, "rows without a checkpoint are left out"
         return self.checkpoint.hypernet.offset_lora().map(torch.Tensor.detach)
 
-    def _log_likelihoods(self, adapters: Sequence[Adapter], inputs: Sequence[str]) -> list[float]:
+    def _log_likelihoods(self, adapters: Sequence[LoraAdapter], inputs: Sequence[str]) -> list[float]:
         """Summed log-probability of all inputs' tokens under each adapter, each input where the user's words stand."""
         place = "⟨input⟩"
         start = render(self.tokenizer, "", place, PromptConfig(description_in_prompt=False)).partition(place)[0]
@@ -488,15 +488,15 @@ class AdapterSource:
             self.nearest[description] = self.index.nearest(description)
         return self.nearest[description]
 
-    def _keep(self, keys: Sequence[Key], adapters: Sequence[Adapter], checksum: str) -> None:
+    def _keep(self, keys: Sequence[Key], adapters: Sequence[LoraAdapter], checksum: str) -> None:
         self.ready |= dict(zip(keys, self._use(keys, adapters, checksum), strict=True))
 
-    def _use(self, keys: Sequence[Key], adapters: Sequence[Adapter], checksum: str) -> list[UsedAdapter]:
+    def _use(self, keys: Sequence[Key], adapters: Sequence[LoraAdapter], checksum: str) -> list[UsedAdapter]:
         parameter = next(self.model.parameters())
         used = []
         for key, adapter in zip(keys, adapters, strict=True):
             lora = adapter.lora.map(lambda x: x if parameter.is_meta else x.to(parameter.device, parameter.dtype))
-            moved = Adapter(lora, adapter.spec, adapter.description, {})
+            moved = LoraAdapter(lora, adapter.spec, adapter.description, {})
             form = () if key.in_prompt is None else (f"description in prompt: {key.in_prompt}",)
             used.append(UsedAdapter(moved, short_hash("/".join((checksum, key.source, *key.names, *form)))))
         for spec in {id(x.spec): x.spec for x in used}.values():
@@ -520,7 +520,7 @@ def require_effect(model: Any, tokenizer: Any, adapters: Sequence[UsedAdapter]) 
     tokens_NT = torch.tensor([ids], device=device).expand(len(adapters), -1)
     # Both passes have one shape, so that rounding is the same and any difference is the adapter's.
     plain_NV = model(tokens_NT, use_cache=False, logits_to_keep=1).logits[:, 0]
-    with applied(model, list(adapters)):
+    with apply_adapters(model, list(adapters)):
         adapted_NV = model(tokens_NT, use_cache=False, logits_to_keep=1).logits[:, 0]
     idle_N = (adapted_NV == plain_NV).all(1)
     if idle_N.any():

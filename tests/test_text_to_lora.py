@@ -13,11 +13,11 @@ import torch
 from conftest import DESCRIPTIONS
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from t2l import Adapter, TextToLora, applied
+from t2l import LoraAdapter, TextToLora, apply_adapters
 from t2l.config import PromptConfig
 from t2l.errors import CheckpointError, DescriptionError, ModelNotFoundError
-from t2l.generate import checkpoint_folder
 from t2l.lora import LoraTensors
+from t2l.text_to_lora import checkpoint_folder
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -72,7 +72,7 @@ def test_generated_adapter_steers_the_base(t2l: TextToLora, tiny_base: LlamaForC
     tokens = torch.tensor([[0, 9, 8, 7]])
     (adapter,) = t2l.generate("Add the two numbers.")
     plain = tiny_base(tokens).logits
-    with applied(tiny_base, adapter):
+    with apply_adapters(tiny_base, adapter):
         ours = tiny_base(tokens).logits
     assert (ours - plain).abs().max() > 0.05
     adapter.save(tmp_path / "adapter")
@@ -192,7 +192,7 @@ from t2l import TextToLora
 from t2l.checkpoint import save_checkpoint, settings
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.hypernet import Hypernet
-from t2l.models import fingerprint
+from t2l.hub import fingerprint
 from t2l.spec import AdapterSpec
 
 config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -226,8 +226,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 def test_public_names() -> None:
     import t2l as package
 
-    assert package.__all__ == ["Adapter", "TextToLora", "applied"]
-    assert package.Adapter is Adapter
+    assert package.__all__ == ["LoraAdapter", "TextToLora", "apply_adapters"]
+    assert package.LoraAdapter is LoraAdapter
     name: Any = "nothing"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         getattr(package, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l.errors import DataError, OutputError
-from t2l.files import sha256, write_text
+from t2l.io import sha256, write_text
 
 TASKS = "sni_tasks.parquet"
 EXAMPLES = {"train": "sni_train.parquet", "validation": "sni_val.parquet", "test": "sni_test.parquet"}

@@ -15,13 +15,13 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from t2l import __version__, models, peft_io
-from t2l.apply import applied
+from t2l import __version__, hub, peft_io
+from t2l.apply import apply_adapters
 from t2l.checkpoint import read_config
 from t2l.encoder import check_description
 from t2l.errors import AdapterNotAppliedError, CheckpointError, ConfigError
 from t2l.eval.backends import adapter_name
-from t2l.generate import DEFAULT, Adapter, TextToLora, checkpoint_folder
+from t2l.text_to_lora import DEFAULT, LoraAdapter, TextToLora, checkpoint_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,7 +46,7 @@ class T2LLM(HFLM):
     Raises:
         ConfigError: if it is not clear which adapter is meant, or a value is none of those above.
         AdapterNotAppliedError: if the adapter changes no logit.
-        T2LError: as in `t2l.generate.TextToLora`.
+        T2LError: as in `t2l.text_to_lora.TextToLora`.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class T2LLM(HFLM):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         reference = base or _base_of(checkpoint, adapter)
-        model = models.load_causal_lm(reference, device=device, dtype=DTYPES[dtype])
-        tokenizer = models.load_tokenizer(reference)
+        model = hub.load_causal_lm(reference, device=device, dtype=DTYPES[dtype])
+        tokenizer = hub.load_tokenizer(reference)
         plain = _some_logits(model, tokenizer)
-        self._adapter: Adapter | None = None
-        self._facts = {"base": reference, "base_fingerprint": models.fingerprint(reference), "t2l": __version__}
+        self._adapter: LoraAdapter | None = None
+        self._facts = {"base": reference, "base_fingerprint": hub.fingerprint(reference), "t2l": __version__}
         if adapter is not None:
             from peft import PeftModel
 
@@ -80,7 +80,7 @@ class T2LLM(HFLM):
             self._facts["adapter"] = adapter
         else:
             t2l = _load(checkpoint, reference, (model, tokenizer), device)
-            prompt = t2l.prompt.asked(description_in_prompt)
+            prompt = t2l.prompt.with_description(description_in_prompt)
             in_prompt = prompt.description_in_prompt
             (self._adapter,) = t2l.generate([str(description)], prompt=prompt)
             self._facts |= {"adapter": adapter_name(self._adapter), **self._adapter.provenance}
@@ -138,7 +138,7 @@ class T2LLM(HFLM):
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": self.model.dtype, **self._facts}
 
     def _adapted(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._adapter is None else applied(self.model, self._adapter)
+        return nullcontext() if self._adapter is None else apply_adapters(self.model, self._adapter)
 
     def _prompted(self, requests: Sequence[Any]) -> list[Any]:
         """The requests with the description before their contexts; the harness's own stay as they are."""
@@ -169,7 +169,7 @@ def _base_of(checkpoint: str, adapter: str | None) -> str:
 def _load(checkpoint: str, reference: str, base: tuple[Any, Any], device: str) -> TextToLora:
     """The checkpoint, on the base in memory where it reads that base's states."""
     config = read_config(checkpoint_folder(checkpoint))[1]
-    found = models.fingerprint(reference)
+    found = hub.fingerprint(reference)
     if config.encoder.model == "base" and found != config.encoder_revision:
         raise CheckpointError(
             f"{checkpoint} reads the states of its base at {config.encoder_revision}; {reference} is at {found}. "

@@ -29,7 +29,7 @@ from t2l.library import AdapterLibrary
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Task, held_out_descriptions, require_trainable
-from t2l.train.data import DescriptionBank
+from t2l.train.dataset import DescriptionBank
 from t2l.train.running import schedule, versions
 from t2l.train.state import Progress, begin_run, first_step, load_state, save_state
 from t2l.train.watch import Watch, memory_gb

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from t2l import models
+from t2l import hub
 from t2l.errors import ConfigError, DataError, EvaluationError, OutputError
-from t2l.eval import answers, backends, decode, metrics, rows, suites
+from t2l.eval import answers, backends, conditions, decode, metrics, suites
 from t2l.eval.answers import Key, key_of
 from t2l.eval.arrow import arrow
 from t2l.eval.backends import Backend
+from t2l.eval.conditions import AdapterSource, Row
 from t2l.eval.report import below_floor, gather
-from t2l.eval.rows import AdapterSource, Row
 from t2l.eval.suites import Question
-from t2l.files import write_text
-from t2l.generate import TextToLora
+from t2l.io import write_text
 from t2l.library import AdapterLibrary
 from t2l.pace import Pace
 from t2l.prompt import spaced, token_ids
+from t2l.text_to_lora import TextToLora
 
 Log = Callable[[str], None]
 NEED_WEIGHTS = ("arrow", "t2l-best-of")
@@ -109,7 +109,7 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         EvaluationError: if a check of the scoring itself fails; the answers are kept.
         OutputError: if the file cannot be written.
     """
-    chosen = rows.choose_rows(settings.rows)
+    chosen = conditions.choose_rows(settings.rows)
     here = settings.backend == "transformers"
     if not here and "likelihood" in settings.suites:
         raise ConfigError(
@@ -131,8 +131,8 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
     if reference is None:
         raise ConfigError("Nothing says which base model is judged: give --checkpoint, --library or --base")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = models.load_causal_lm(reference, device=device, dtype=dtype) if here else models.load_outline(reference)
-    base = (model, models.load_tokenizer(reference))
+    model = hub.load_causal_lm(reference, device=device, dtype=dtype) if here else hub.load_meta_model(reference)
+    base = (model, hub.load_tokenizer(reference))
     source = AdapterSource(base, **loaded, libraries=libraries, held_out=settings.held_out, log=log)
     tasks = [
         dataclasses.replace(task, max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
@@ -191,7 +191,7 @@ def judge(
         for question in suites.questions(tasks, settings.seeds, fits=source.fits)
         for row in chosen
         if source.has(row, question)
-        for text in (rows.prompt_of(row, question, source.tokenizer),)
+        for text in (conditions.prompt_of(row, question, source.tokenizer),)
     ]
     if settings.allow_code_execution:
         _score_code(out, asked, log)
@@ -329,9 +329,9 @@ def _likelihoods(source: AdapterSource, asked: Sequence[Asked], budget: int) -> 
         yield lines
 
 
-def _adapters(source: AdapterSource, chosen: Sequence[Asked]) -> list[tuple[rows.UsedAdapter, ...]]:
+def _adapters(source: AdapterSource, chosen: Sequence[Asked]) -> list[tuple[conditions.UsedAdapter, ...]]:
     """Each question's adapters; rows are looked up together, because some write theirs only now."""
-    found: dict[int, tuple[rows.UsedAdapter, ...]] = {}
+    found: dict[int, tuple[conditions.UsedAdapter, ...]] = {}
     for row in {a.row for a in chosen}:
         mine = [i for i, a in enumerate(chosen) if a.row == row]
         found |= dict(zip(mine, source.of(row, [chosen[i].question for i in mine]), strict=True))
@@ -341,7 +341,7 @@ def _adapters(source: AdapterSource, chosen: Sequence[Asked]) -> list[tuple[rows
 
 def _line(
     a: Asked,
-    adapter: rows.UsedAdapter | None,
+    adapter: conditions.UsedAdapter | None,
     answer: str | list[float],
     scores: dict[str, float | None],
 ) -> dict[str, Any]:
@@ -354,8 +354,8 @@ def _line(
         "seed": seed,
         "task": task,
         "id": id_,
-        "prompt": rows.short_hash(a.prompt),
-        "description": None if description is None else rows.short_hash(description),
+        "prompt": conditions.short_hash(a.prompt),
+        "description": None if description is None else conditions.short_hash(description),
         "adapter": None if adapter is None else adapter.id,
         "answer": answer,
         "scores": scores,
@@ -385,7 +385,7 @@ def _header(
     return {
         "format_version": answers.FORMAT_VERSION,
         "base": _public(reference),
-        "base_revision": models.fingerprint(reference),
+        "base_revision": hub.fingerprint(reference),
         "backend": backend.name,
         "served_model": backend.model,
         "dtype": backend.dtype,

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2l.datasets import packed
+from t2l.data import packed
 from t2l.errors import ConfigError, DataError, DownloadError, OutputError
-from t2l.files import sha256, write_text
+from t2l.io import sha256, write_text
 from t2l.tasks import load_splits
 
 HUB_TASK = "Lots-of-LoRAs/{task}"

@@ -22,7 +22,10 @@ from t2l.errors import ConfigError, DataError, SpecMismatchError, TrainingError
 from t2l.library import AdapterLibrary
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, load_splits
-from t2l.train.oracle import (
+from t2l.train import task_loras
+from t2l.train.packing import Stream
+from t2l.train.running import schedule
+from t2l.train.task_loras import (
     BROKEN,
     OracleConfig,
     OracleDataConfig,
@@ -36,8 +39,6 @@ from t2l.train.oracle import (
     tokenize_tasks,
     train_oracles,
 )
-from t2l.train.packing import Stream
-from t2l.train.running import schedule
 
 ANSWERS = {"always_no": "no", "always_yes": "yes", "digit": "{n}", "shout": "Is it {n}!"}
 TOKENS, ANSWER_TOKENS = 110, 40
@@ -295,7 +296,6 @@ def test_a_task_that_breaks_is_left_out_and_named(
     config: OracleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its gradient is not finite from the first step; the library is without it, the others are as ever."""
-    from t2l.train import oracle
 
     names = sorted(ANSWERS)
     place = names.index("digit")
@@ -305,7 +305,7 @@ def test_a_task_that_breaks_is_left_out_and_named(
         adamw(weights, gradients, *rest)
 
     together = run(changed(config, tasks_at_once=4), tmp_path / "sound")
-    monkeypatch.setattr(oracle, "adamw", breaking)
+    monkeypatch.setattr(task_loras, "adamw", breaking)
     lines: list[str] = []
     library = train_oracles(changed(config, tasks_at_once=4), tmp_path / "run", device="cpu", log=lines.append)
     assert library.names == tuple(name for name in names if name != "digit")
