@@ -324,14 +324,14 @@ def test_places_that_cannot_be_written_fail_before_anything_loads(
 def test_all_or_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from t2l.errors import OutputError
 
-    save = text_to_lora.Adapter.save
+    save = text_to_lora.LoraAdapter.save
 
-    def full_disk(self: text_to_lora.Adapter, folder: Path, **options: Any) -> Path:
+    def full_disk(self: text_to_lora.LoraAdapter, folder: Path, **options: Any) -> Path:
         if self.description == TASKS[2]:
             raise OutputError("No space left on device")
         return save(self, folder, **options)
 
-    monkeypatch.setattr(text_to_lora.Adapter, "save", full_disk)
+    monkeypatch.setattr(text_to_lora.LoraAdapter, "save", full_disk)
     failed(t2l("generate", *TASKS, "-o", tmp_path / "out", "--checkpoint", checkpoint), "No space left")
     assert list(tmp_path.iterdir()) == []
 

