@@ -18,12 +18,13 @@ endif
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup models demo test test-full lint clean
+.PHONY: help setup models demo test test-full research-test lint clean
 
 help:
 	@echo "make demo       three descriptions become three adapters; answers with and without them"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-full  all tests"
+	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what these made (the model cache stays)"
 
@@ -48,6 +49,9 @@ test: setup models
 
 test-full: setup models
 	$(BIN)/python -m pytest
+
+research-test: setup models
+	$(BIN)/python -m pytest research/tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import exit_code
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from t2l import TextToLora, hub
 from t2l.config import build, load_yaml
-from t2l.errors import DataError
+from t2l.errors import DataError, T2LError
 from t2l.prompt import render
 from t2l.text_to_lora import DEFAULT
 
@@ -79,23 +78,30 @@ def main() -> int:
     args = parser.parse_args()
     # Libraries talk to each other about coming versions; nobody who watches a demo can act on it.
     warnings.simplefilter("ignore", FutureWarning)
-    return exit_code(lambda: show(args.checkpoint, args.out, args.max_new_tokens))
+    try:
+        show(args.checkpoint, args.out, args.max_new_tokens)
+    except T2LError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def show(checkpoint: str, out: Path, max_new_tokens: int) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=150)
     tasks = read_tasks()
     start = time.perf_counter()
-    t2l = TextToLora.from_pretrained(checkpoint)
-    base: Any = hub.load_causal_lm(t2l.spec.base_model)
-    tokenizer: Any = hub.load_tokenizer(t2l.spec.base_model)
+    generator = TextToLora.from_pretrained(checkpoint)
+    base: Any = hub.load_causal_lm(generator.spec.base_model)
+    tokenizer: Any = hub.load_tokenizer(generator.spec.base_model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded = time.perf_counter()
 
     # One forward pass writes all adapters; each folder appears whole or not at all.
-    adapters = t2l.generate([task.description for task in tasks])
+    adapters = generator.generate([task.description for task in tasks])
     generated = time.perf_counter()
     folders = [adapter.save(out / t.name, overwrite=True) for t, adapter in zip(tasks, adapters, strict=True)]
     saved = time.perf_counter()
@@ -107,15 +113,15 @@ def show(checkpoint: str, out: Path, max_new_tokens: int) -> None:
     for task, folder in zip(tasks[1:], folders[1:], strict=True):
         model.load_adapter(folder, adapter_name=task.name)
     model.eval()
-    in_prompt = t2l.prompt.description_in_prompt
+    in_prompt = generator.prompt.description_in_prompt
     where = "The description stands in all three prompts" if in_prompt else "The description stands in no prompt"
-    console.print(f"Checkpoint [b]{escape(checkpoint)}[/b] for {escape(t2l.spec.base_model)}, on {model.device}.")
+    console.print(f"Checkpoint [b]{escape(checkpoint)}[/b] for {escape(generator.spec.base_model)}, on {model.device}.")
     console.print(f"{where}: base, right and wrong get the same prompt; only the adapter differs. Greedy decoding.\n")
 
     count, spent = 0, 0.0
     for position, task in enumerate(tasks):
         wrong = tasks[(position + 1) % len(tasks)]
-        prompts = [render(tokenizer, task.description, item.text, t2l.prompt) for item in task.inputs]
+        prompts = [render(tokenizer, task.description, item.text, generator.prompt) for item in task.inputs]
         before = time.perf_counter()
         with model.disable_adapter():
             columns = [answers(model, tokenizer, prompts, max_new_tokens)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "t2l"
+RESEARCH = SOURCE.parents[1] / "research"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # As in docs/architecture.md. A module imports only from rows above its own, that is, of a lower number.
@@ -34,7 +35,6 @@ ROWS: dict[str, int] = {
     "eval": 6,
     "train": 6,
     "cli": 7,
-    "__main__": 8,
 }
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("spec", "config"): "a spec is read from JSON by the strict reader of settings and made from LoraConfig",
@@ -72,9 +72,9 @@ def may_import(importer: str, target: str) -> bool:
     return ROWS[other] < ROWS[one] or (importer, target) in EXCEPTIONS
 
 
-def test_every_module_has_a_row() -> None:
+def test_every_module_has_a_row_and_every_row_a_module() -> None:
     found = {module_name(path).partition(".")[0] for path in FILES} - {""}
-    assert found <= ROWS.keys(), "give the new module a row here and in docs/architecture.md"
+    assert found == ROWS.keys(), "every module has a row here and in docs/architecture.md, and every row a module"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if module_name(p)], ids=module_name)
@@ -116,7 +116,45 @@ def test_documented_rows_are_these() -> None:
         if line.startswith("| ") and cells[0].isdigit():
             names = [part.split("`")[1].removesuffix("/*") for part in cells[1].split(", ") if "`" in part]
             table |= dict.fromkeys(names, int(cells[0]))
-    assert table == {name: row for name, row in ROWS.items() if name != "__main__"}
+    assert table == ROWS
+
+
+def packages_of(path: Path) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "benchmarks", "scripts"])
+def test_the_library_never_imports_the_laboratory(folder: str) -> None:
+    laboratory = {path.stem for path in RESEARCH.glob("*.py")} | {"research"}
+    assert {"decide", "make_splits"} < laboratory
+    for path in (RESEARCH.parent / folder).rglob("*.py"):
+        assert not packages_of(path) & laboratory, path
+
+
+def test_the_laboratory_imports_the_library_and_what_it_requires() -> None:
+    own = {path.stem for path in RESEARCH.glob("*.py")}
+    known = own | set(sys.stdlib_module_names) | {"t2l", "torch", "pyarrow"}
+    for path in RESEARCH.glob("*.py"):
+        assert packages_of(path) <= known, path
+
+
+def test_the_repository_stays_small() -> None:
+    """Besides the shipped weights; answers and weights of experiments are named by their commit instead."""
+    root = SOURCE.parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a clone: what is tracked is not known")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    paths = [root / name for name in listed.split("\0") if name and not name.endswith("/hypernet.safetensors")]
+    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+    assert sum(sizes.values()) <= 8e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    assert sum(size for path, size in sizes.items() if path.suffix == ".gz") <= 4e6
 
 
 # ---------------------------------------------------------------------------------------------- what is not done

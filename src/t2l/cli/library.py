@@ -31,7 +31,7 @@ SHARED_A_RECON: dict[str, Any] = {
     "loss": {"factors": 0.0, "squares": 1.0},
     "train": {"steps": 30000, "adapters_per_step": 360, "log_every": 1000},
 }
-"""The same where all adapters have one A, which keeps far more of them: entry 27 of docs/experiments.md."""
+"""The same where all adapters have one A, which keeps far more of them: entry 27 of research/experiments.md."""
 LibraryArgument = Annotated[Path, typer.Argument(metavar="LIBRARY", help="Folder of an adapter library.")]
 NamesOption = Annotated[
     list[str] | None, typer.Option("--name", metavar="NAME", help="Only this adapter; may be repeated.")
