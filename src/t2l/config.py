@@ -5,17 +5,87 @@ Knows dataclasses and plain values. Knows no tensors, no models and no files oth
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from t2l.errors import ConfigError
 
 C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have: `rank: Annotated[int, Range(at_least=1)]`."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        """As it continues "must be"."""
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{name} {bound:.12g}" for name, bound in bounds.items() if math.isfinite(bound))
+
+
+Count = Annotated[int, Range(at_least=1)]
+"""One or more."""
+Size = Annotated[int, Range(at_least=1, at_most=2**20)]
+"""A dimension of a tensor or a number of layers: one that memory cannot hold is refused before it is allocated."""
+NaturalNumber = Annotated[int, Range(at_least=0)]
+Seed = Annotated[int, Range(at_least=0, at_most=2**31 - 1)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+"""A probability or a part of a whole."""
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
+
+
+def check_ranges(settings: Any, section: str = "") -> None:
+    """Checks every number of a settings dataclass; its `__post_init__` calls this first.
+
+    Args:
+        settings: The dataclass. A field's type says its range, such as `Count`; without one any finite number is right.
+        section: Where the settings stand in a file, such as `train`; for messages.
+
+    Raises:
+        ConfigError: naming each number that is out of its range or not finite.
+    """
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    problems = [
+        problem
+        for field in dataclasses.fields(settings)
+        for problem in _out_of_range(
+            hints[field.name], getattr(settings, field.name), f"{section}.{field.name}".lstrip(".")
+        )
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _out_of_range(hint: Any, value: Any, where: str) -> Iterator[str]:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        (hint,) = [a for a in args if a is not type(None)]
+        yield from _out_of_range(hint, value, where)
+    elif isinstance(value, tuple):
+        for place, item in enumerate(value):
+            yield from _out_of_range(args[0], item, f"{where}[{place}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{where} must be a finite number, got {value}"
+            return
+        for allowed in args[1:] if origin is Annotated else ():
+            if value not in allowed:
+                yield f"{where} must be {allowed}, got {value}"
 
 
 @dataclass(frozen=True, kw_only=True)
