@@ -168,7 +168,7 @@ def test_the_default_is_the_librarys() -> None:
 def test_version() -> None:
     result = t2l("--version")
     assert result.exit_code == 0
-    assert result.stdout == f"t2l {metadata.version('t2l')}\n"
+    assert result.stdout == f"t2l {metadata.version('text-to-lora')}\n"
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,7 @@ def test_doctor_names_what_is_missing_and_the_way_out(tmp_path: Path, monkeypatc
     result = t2l("doctor", "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
-    assert report["packages"]["pyarrow"] == "missing; pip install 't2l[train]'"
+    assert report["packages"]["pyarrow"] == "missing; pip install 'text-to-lora[train]'"
     assert report["cache"]["writable"] is False
     assert any("pip install peft" in problem for problem in report["problems"])
     assert any("set T2L_CACHE" in problem for problem in report["problems"])

@@ -621,9 +621,9 @@ def test_own_tasks_through_the_datasets_library(tmp_path: Path) -> None:
 
 def test_hub_references_need_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 't2l\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install 'text-to-lora\[data\]'"):
         load_own("hf:someone/tasks")
-    with pytest.raises(DataError, match=r"pip install 't2l\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install 'text-to-lora\[data\]'"):
         build.build(tmp_path / "out", benchmarks=True)
 
 

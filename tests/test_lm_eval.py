@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 # The harness brings many packages along, so setting up for tests does not install it.
-lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (t2l[lm-eval])")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (text-to-lora[lm-eval])")
 
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402

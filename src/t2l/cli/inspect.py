@@ -186,7 +186,7 @@ def _packages(problems: list[str]) -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            way_out = f"pip install 't2l[{extras[name]}]'" if name in extras else f"pip install {name}"
+            way_out = f"pip install 'text-to-lora[{extras[name]}]'" if name in extras else f"pip install {name}"
             found[name] = f"missing; {way_out}"
             if name not in extras:
                 problems.append(f"{name} is missing; run: {way_out}")
@@ -229,7 +229,9 @@ def _cache(problems: list[str]) -> dict[str, Any]:
                 f"{ref} is not in the cache, and {folder} cannot be written; set T2L_CACHE to another folder"
             )
     if not hub.is_cached(DEFAULT_MODELS[0]) and find_spec("gguf") is None:
-        problems.append("gguf is missing, which reads the default base model; run: pip install 't2l[embedded]'")
+        problems.append(
+            "gguf is missing, which reads the default base model; run: pip install 'text-to-lora[embedded]'"
+        )
     return report
 
 
@@ -245,10 +247,10 @@ def _checkpoints(problems: list[str]) -> dict[str, Any]:
             report[f"t2l:{folder.name}"] = f"cannot be read: {error}"
         except T2LError as error:
             report[f"t2l:{folder.name}"] = f"damaged: {error}"
-            problems.append(f"t2l:{folder.name} is damaged; run: pip install --force-reinstall t2l")
+            problems.append(f"t2l:{folder.name} is damaged; run: pip install --force-reinstall text-to-lora")
     if DEFAULT not in report:
         report[DEFAULT] = "missing"
-        problems.append(f"{DEFAULT} is not part of this installation; give --checkpoint, or install t2l again")
+        problems.append(f"{DEFAULT} is not part of this installation; give --checkpoint, or install text-to-lora again")
     return report
 
 

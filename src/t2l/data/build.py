@@ -584,7 +584,7 @@ def _need_datasets() -> None:
     try:
         import datasets  # noqa: F401
     except ImportError as error:
-        raise DataError("Fetching data needs the library datasets: pip install 't2l[data]'") from error
+        raise DataError("Fetching data needs the library datasets: pip install 'text-to-lora[data]'") from error
 
 
 def _make_folder(folder: Path) -> None:

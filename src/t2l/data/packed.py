@@ -60,7 +60,7 @@ def need_pyarrow() -> None:
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise DataError("Packed data need pyarrow: pip install 't2l[data]'") from error
+        raise DataError("Packed data need pyarrow: pip install 'text-to-lora[data]'") from error
 
 
 def schema(name: str) -> Any:

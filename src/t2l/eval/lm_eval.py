@@ -2,7 +2,7 @@
 
     t2l-lm-eval --model t2l --model_args '{"description": "Answer the science question."}' --tasks arc_easy
 
-Needs `t2l[lm-eval]`. Knows the harness, adapters and prompts. Knows no tasks.
+Needs `text-to-lora[lm-eval]`. Knows the harness, adapters and prompts. Knows no tasks.
 """
 
 import dataclasses

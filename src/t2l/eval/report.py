@@ -760,7 +760,9 @@ def _plot(suite: Suite, differences: Sequence[tuple[str, str, Difference]]) -> s
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvaluationError("Plots need matplotlib: pip install 't2l[eval]'; Markdown and CSV do without") from error
+        raise EvaluationError(
+            "Plots need matplotlib: pip install 'text-to-lora[eval]'; Markdown and CSV do without"
+        ) from error
 
     rows = [(name, estimate(scores, fixed_tasks=suite.fixed_tasks)) for name, scores in suite.rows.items()]
     gaps: list[tuple[str, Estimate]] = [(f"{one} − {other}", value) for one, other, value in differences]

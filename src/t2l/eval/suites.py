@@ -353,7 +353,7 @@ def _benchmark_rows() -> dict[str, dict[str, list[dict[str, Any]]]]:
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError("Reading the benchmarks needs pyarrow: pip install 't2l[eval]'") from error
+        raise DataError("Reading the benchmarks needs pyarrow: pip install 'text-to-lora[eval]'") from error
     path = data_dir() / "benchmarks.parquet"
     if not path.is_file():
         raise DataError(f"{path} is missing; `t2l data build --benchmarks` makes it")

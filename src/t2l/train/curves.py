@@ -30,7 +30,7 @@ def write_report(run: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DataError("report.html needs matplotlib: pip install 't2l[train]'") from error
+        raise DataError("report.html needs matplotlib: pip install 'text-to-lora[train]'") from error
     rows = read_metrics(run)
     if not rows:
         raise DataError(f"{run} has no metrics to draw")

@@ -28,9 +28,9 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("t2l", "torch", "transformers"):
+    for name, distribution in (("t2l", "text-to-lora"), ("torch", "torch"), ("transformers", "transformers")):
         try:
-            found[name] = version(name)
+            found[name] = version(distribution)
         except PackageNotFoundError:  # t2l itself, run from a source tree that is not installed
             found[name] = "not installed"
     return found

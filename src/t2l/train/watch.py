@@ -140,7 +140,10 @@ def _tensorboard(folder: Path, first_step: int, log: Callable[[str], None]) -> A
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        log("TensorBoard is not installed (pip install 't2l[train]'); metrics.jsonl has everything it would show")
+        log(
+            "TensorBoard is not installed (pip install 'text-to-lora[train]'); "
+            "metrics.jsonl has everything it would show"
+        )
         return None
     return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
