@@ -25,6 +25,7 @@ help:
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-full  all tests"
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
+	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some ten minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what these made (the model cache stays)"
 
@@ -53,11 +54,24 @@ test-full: setup models
 research-test: setup models
 	$(BIN)/python -m pytest research/tests
 
+# llama.cpp's Python bindings from their source, in an environment of their own: nothing else here needs a compiler.
+LLAMACPP := .venv-llamacpp/bin
+
+.venv-llamacpp/.stamp:
+	"$(PYTHON)" -m venv .venv-llamacpp
+	CMAKE_ARGS="-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF" \
+		$(LLAMACPP)/python -m pip install --disable-pip-version-check --no-binary llama-cpp-python \
+		"llama-cpp-python==0.3.36" "numpy>=2"
+	@touch $@
+
+test-llamacpp: setup models .venv-llamacpp/.stamp
+	T2L_LLAMACPP_PYTHON="$(abspath $(LLAMACPP)/python)" $(BIN)/python -m pytest tests/test_gguf_export.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv demo-out build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .venv-llamacpp demo-out build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -54,6 +54,32 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: if `path` is no regular file, exists (and `overwrite` is off) or cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is not a regular file; an output file cannot take its place")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another file or pass --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"Cannot write to {path.parent}: {error.strerror}") from error
+    try:
+        yield temporary / path.name
+        (temporary / path.name).chmod(0o666 & ~_umask())
+        os.replace(temporary / path.name, path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

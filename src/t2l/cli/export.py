@@ -1,0 +1,123 @@
+"""`t2l export` and `t2l merge`: adapters for other programs, from a description or from a PEFT folder."""
+
+import os
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from t2l.cli.common import DEFAULT, CheckpointOption, JsonOption, app, described, print_json, say
+from t2l.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from t2l.text_to_lora import LoraAdapter
+
+exporting = typer.Typer(no_args_is_help=True, help="Write an adapter in the format of another program.")
+app.add_typer(exporting, name="export")
+
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="DESCRIPTION|DIR", help="What the task is, or the PEFT folder of an adapter.")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="REF", help="The base model, if not by the name in the adapter.", show_default=False
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+class GgufType(StrEnum):
+    """Types that matrices have in a GGUF file."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+
+
+def find_adapter(source: str, checkpoint: str, base: str | None = None) -> "LoraAdapter":
+    """The adapter of a PEFT folder, or a new one where the text names no folder.
+
+    Raises:
+        CheckpointError: if the text reads as a path that leads to no folder.
+    """
+    from t2l.peft_folder import open_adapter
+    from t2l.text_to_lora import LoraAdapter, TextToLora
+
+    folder = Path(source).expanduser() if len(source) < 1024 and "\0" not in source else None
+    if folder is not None and folder.is_dir():
+        lora, spec = open_adapter(folder, base)
+        return LoraAdapter(lora, spec, described(folder) or "", {})
+    if os.sep in source and not any(character.isspace() for character in source):
+        raise CheckpointError(f"There is no folder {source}; give an adapter's folder, or a description in words")
+    (adapter,) = TextToLora.from_pretrained(checkpoint).generate([source])
+    return adapter
+
+
+@exporting.command(name="gguf")
+def export_gguf(
+    source: SourceArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="GGUF file to write.")],
+    checkpoint: CheckpointOption = DEFAULT,
+    base: BaseOption = None,
+    outtype: Annotated[GgufType, typer.Option(help="Type of the matrices in the file.")] = GgufType.f32,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter for llama.cpp and Ollama."""
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists already; choose another file or pass --overwrite")
+    started = time.perf_counter()
+    from t2l import hub
+    from t2l.gguf_export import save_gguf
+
+    adapter = find_adapter(source, checkpoint, base)
+    config = hub.load_config(base or adapter.spec.base_model)
+    save_gguf(
+        output,
+        adapter.lora,
+        adapter.spec,
+        config,
+        outtype=outtype.value,
+        description=adapter.description,
+        overwrite=overwrite,
+    )
+    facts = {"path": str(output), "base_model": adapter.spec.base_model, "bytes": output.stat().st_size}
+    if as_json:
+        print_json(facts | {"description": adapter.description, "seconds": round(time.perf_counter() - started, 3)})
+        return
+    print(output)
+    size = output.stat().st_size / 2**20
+    say(f"{size:.1f} MiB for {adapter.spec.base_model}; load it with: llama-cli --lora {output}")
+
+
+@app.command()
+def merge(
+    source: SourceArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Model folder to write.")],
+    checkpoint: CheckpointOption = DEFAULT,
+    base: BaseOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a whole model: the base with an adapter added into its weights.
+
+    Transformers, vLLM and llama.cpp's converter read DIR as any model; it needs no PEFT.
+    """
+    if output.exists():
+        if not overwrite:
+            raise OutputError(f"{output} exists already; choose another folder or pass --overwrite")
+        if not (output / "config.json").is_file():
+            raise OutputError(f"{output} holds no model; --overwrite would delete what it holds. Choose another folder")
+    from t2l.merge import merge_into_folder
+
+    adapter = find_adapter(source, checkpoint, base)
+    card = adapter.card().replace("library_name: peft", "library_name: transformers")
+    changed = merge_into_folder(adapter, output, base_model=base, card=card, overwrite=overwrite)
+    if as_json:
+        print_json({"path": str(output), "base_model": adapter.spec.base_model, "changed_matrices": changed})
+        return
+    print(output)
+    say(f"{changed} matrices of {adapter.spec.base_model} changed; the folder is a model of its own")

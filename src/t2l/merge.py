@@ -1,0 +1,77 @@
+"""A base model with an adapter added into its weights, as a model folder of its own.
+
+Knows adapters, models and folders. Knows no hypernetwork.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from t2l import hub
+from t2l.apply import HasLora, target_modules
+from t2l.errors import AdapterNotAppliedError
+from t2l.io import new_folder
+
+
+def merge_into_folder(
+    adapter: HasLora, folder: Path, *, base_model: str | None = None, card: str = "", overwrite: bool = False
+) -> int:
+    """Writes a whole model: the adapter's base, in its own type, with ΔW added to the weights it adapts.
+
+    Sums are computed in float32 and rounded once, to the base's type. The tokenizer and the generation settings are
+    the base's. Weights that the adapter does not change keep their bytes; embeddings tied to the head stay tied.
+
+    Args:
+        adapter: A single adapter.
+        folder: Where to.
+        base_model: Reference of the base, where it is not to be had by the name in the adapter's spec.
+        card: Text of the model card.
+        overwrite: Whether an existing folder is replaced.
+
+    Returns:
+        How many weight matrices were changed.
+
+    Raises:
+        SpecMismatchError: if the base lacks a module that the adapter changes, or has another size of it.
+        AdapterNotAppliedError: if the merged weights are the base's own, bit for bit.
+        OutputError: if the folder exists or cannot be written.
+        T2LError: if the base cannot be loaded, as in `hub.load_causal_lm`.
+    """
+    reference = base_model or adapter.spec.base_model
+    config = hub.load_config(reference)
+    dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    model = hub.load_causal_lm(reference, dtype=dtype)
+    tokenizer = hub.load_tokenizer(reference)
+    changed = add_into(model, adapter)
+    if not changed:
+        raise AdapterNotAppliedError(
+            f"Merging changes no weight of {reference} in {str(dtype).removeprefix('torch.')}: the adapter is all "
+            "zeros, or too small for this type to hold its change"
+        )
+    with new_folder(folder, overwrite=overwrite) as temporary, hub.quiet_transformers():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        generation = hub.resolve(reference) / "generation_config.json"
+        if generation.is_file():  # as it is; what a model object makes of it depends on the version of Transformers
+            shutil.copyfile(generation, temporary / generation.name)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return changed
+
+
+@torch.no_grad()
+def add_into(model: torch.nn.Module, adapter: HasLora) -> int:
+    """Adds ΔW to a live model's weights in place.
+
+    Returns:
+        How many weight matrices differ from what they were.
+    """
+    changed = 0
+    lora = adapter.lora
+    for m, position, module in target_modules(model, adapter.spec):
+        weight = module.weight
+        a, b = (part[m][position].to(weight.device, torch.float32) for part in (lora.a, lora.b))
+        merged = (weight.float() + lora.scaling * (b @ a)).to(weight.dtype)
+        changed += not torch.equal(merged, weight)
+        weight.copy_(merged)
+    return changed

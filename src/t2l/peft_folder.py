@@ -1,0 +1,56 @@
+"""Any PEFT LoRA folder as an adapter of this library: its shape is read from the folder and the base's config.
+
+`peft_io.load_adapter` reads a folder whose shape is known beforehand; this module finds the shape out.
+Knows folders, specs and configs. Knows no hypernetwork and reads no weights of a base.
+"""
+
+from pathlib import Path
+
+from t2l import hub, peft_io
+from t2l.config import LoraConfig
+from t2l.errors import SpecMismatchError
+from t2l.lora import LoraTensors
+from t2l.spec import ALL_LINEAR, AdapterSpec
+
+
+def open_adapter(folder: Path, base_model: str | None = None) -> tuple[LoraTensors, AdapterSpec]:
+    """Reads a PEFT LoRA folder, whoever wrote it.
+
+    Args:
+        folder: The folder; it must adapt the same modules in each adapted layer, with one rank.
+        base_model: Reference of the base model, where it is not to be had by the name that the folder gives.
+
+    Returns:
+        A single adapter in float32, and where it belongs.
+
+    Raises:
+        CheckpointError: if files are missing, damaged or pickled, or the folder is not a plain LoRA.
+        SpecMismatchError: if the folder adapts what the base does not have, or is no full grid of modules and layers.
+        ModelNotFoundError, DownloadError: if the base's config cannot be had.
+    """
+    facts = peft_io.read_facts(folder)
+    base = base_model or facts.base_model
+    config = hub.load_config(base)
+    whole = AdapterSpec.from_config(config, base, LoraConfig(targets=(ALL_LINEAR,)))
+    by_path = {t.path.format(layer=layer): (t.name, layer) for t in whole.targets for layer in whole.layers}
+    strange = [path for path in facts.modules if path not in by_path]
+    if strange:
+        raise SpecMismatchError(
+            f"{folder} adapts {strange[0]}, which is no linear module in a layer of {base}; give the base model that "
+            "the adapter was made for"
+        )
+    found = {by_path[path] for path in facts.modules}
+    layers = tuple(sorted({layer for _, layer in found}))
+    targets = tuple(t.name for t in whole.targets if any(name == t.name for name, _ in found))
+    if len(found) != len(layers) * len(targets):
+        missing = min({(name, layer) for name in targets for layer in layers} - found, key=lambda cell: cell[::-1])
+        raise SpecMismatchError(
+            f"{folder} adapts {', '.join(targets)} in layers {layers[0]} to {layers[-1]}, but not {missing[0]} of "
+            f"layer {missing[1]}; only adapters that change the same modules in each of their layers are read"
+        )
+    spec = AdapterSpec.from_config(
+        config,
+        base,
+        LoraConfig(targets=targets, layers=layers, rank=facts.rank, alpha=facts.alpha, use_rslora=facts.use_rslora),
+    )
+    return peft_io.load_adapter(folder, spec), spec
