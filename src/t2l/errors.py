@@ -59,3 +59,19 @@ class SandboxError(T2LError, RuntimeError):
 
 class EvaluationError(T2LError, RuntimeError):
     """A check of the judging itself failed: scores below chance, controls missing, no place to run code."""
+
+
+class RequestError(T2LError, ValueError):
+    """A request to the server cannot be served as it is: something in it is missing, malformed or too much."""
+
+
+class AdapterNotFoundError(T2LError, LookupError):
+    """The server has no adapter of this name."""
+
+
+class BusyError(T2LError, RuntimeError):
+    """The server takes no more at the moment: a queue is full, a limit is reached, or it is shutting down."""
+
+
+class AnswerError(T2LError, RuntimeError):
+    """An answer failed while it was written."""
