@@ -32,6 +32,7 @@ ROWS: dict[str, int] = {
     "gguf_export": 4,
     "library": 4,
     "peft_folder": 4,
+    "ranks": 4,
     "merge": 5,
     "tasks": 5,
     "text_to_lora": 5,
@@ -39,6 +40,7 @@ ROWS: dict[str, int] = {
     "eval": 6,
     "train": 6,
     "serve": 7,
+    "vllm_plugin": 7,
     "cli": 8,
 }
 EXCEPTIONS: dict[tuple[str, str], str] = {

@@ -200,6 +200,21 @@ def test_merge_and_export_take_folders_and_descriptions(
     assert "library_name: transformers" in card and f"> {text}" in card
 
 
+def test_export_peft_pads_and_renames(make_checkpoint: Any, tmp_path: Path) -> None:
+    checkpoint = str(make_checkpoint(tmp_path / "checkpoint"))
+    arguments = ("export", "peft", "Add the two numbers.", "--checkpoint", checkpoint)
+    done = run(*arguments, "-o", str(tmp_path / "plain"))
+    assert done.exit_code == 0, done.output
+    done = run(*arguments, "-o", str(tmp_path / "padded"), "--vllm", "--base-name", "me/base")
+    assert done.exit_code == 0, done.output
+    plain, padded = (peft_io.read_facts(tmp_path / name) for name in ("plain", "padded"))
+    assert (plain.rank, padded.rank, padded.base_model) == (4, 8, "me/base")
+    one, other = open_adapter(tmp_path / "plain"), open_adapter(tmp_path / "padded", plain.base_model)
+    for m in range(len(one[1].targets)):
+        torch.testing.assert_close(one[0].delta(m), other[0].delta(m))
+    assert "give one of them" in run(*arguments, "-o", str(tmp_path / "x"), "--vllm", "--rank", "16").output
+
+
 def test_a_path_that_leads_nowhere_is_no_description(tmp_path: Path) -> None:
     done = run("merge", str(tmp_path / "nothing"), "-o", str(tmp_path / "out"))
     assert done.exit_code == 1

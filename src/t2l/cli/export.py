@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,6 +92,37 @@ def export_gguf(
     print(output)
     size = output.stat().st_size / 2**20
     say(f"{size:.1f} MiB for {adapter.spec.base_model}; load it with: llama-cli --lora {output}")
+
+
+@exporting.command(name="peft")
+def export_peft(
+    source: SourceArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="PEFT folder to write.")],
+    checkpoint: CheckpointOption = DEFAULT,
+    base: BaseOption = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name the base so; vLLM compares it with its own.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pad to this rank; the adapter's effect stays the same.", show_default=False),
+    ] = None,
+    for_vllm: Annotated[bool, typer.Option("--vllm", help="Pad to the next rank that vLLM takes.")] = False,
+) -> None:
+    """Write a PEFT folder under another name of its base, or at a higher rank."""
+    if output.exists():
+        raise OutputError(f"{output} exists already; choose another folder")
+    if rank is not None and for_vllm:
+        raise typer.BadParameter("--rank and --vllm are given: give one of them")
+    from t2l.ranks import next_rank, pad_rank
+
+    adapter = find_adapter(source, checkpoint, base)
+    spec = replace(adapter.spec, base_model=base_name or adapter.spec.base_model)
+    lora, spec = pad_rank(adapter.lora, spec, next_rank(spec.rank) if for_vllm else rank or spec.rank)
+    replace(adapter, lora=lora, spec=spec).save(output)
+    print(output)
+    say(f"rank {spec.rank}, alpha {spec.alpha:g}, for {spec.base_model}")
 
 
 @app.command()

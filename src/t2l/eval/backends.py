@@ -24,9 +24,8 @@ from t2l.endpoint import Endpoint, Say, call, choice, open_endpoint
 from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
 from t2l.eval import decode
 from t2l.prompt import token_ids
+from t2l.ranks import VLLM_RANKS
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for `max_lora_rank`."""
 SAME = 1e-3
 """Log-probabilities closer than this come from one distribution; engines repeat themselves to about 1e-5."""
 Server = Literal["vllm", "sglang", "llama.cpp"]
