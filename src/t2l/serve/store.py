@@ -1,0 +1,345 @@
+"""Adapters by what is in them: on disk for good, in memory as long as there is room.
+
+    adapters.sqlite3     what is known of each; an adapter is there when its row is
+    ID.safetensors       its tensors, under PEFT's names; written before the row, removed after it
+
+An identifier is a hash of the weights, the base and the scale, and of the description, which may stand in prompts:
+whoever asks for the same adapter twice gets the same one, and no cache that goes by the name can hold other weights.
+What `add` has returned is on disk, whatever happens to the process; what `delete` has removed is nowhere.
+
+Knows adapters and files. Knows no models and no HTTP.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sqlite3
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from t2l import peft_io
+from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError
+from t2l.io import read_tensors
+from t2l.lora import LoraTensors
+from t2l.serve.answers import log
+from t2l.spec import AdapterSpec
+
+ID = re.compile(r"[a-z0-9-]{1,64}")
+"""What an identifier may look like; nothing else ever becomes part of a path."""
+DATABASE = "adapters.sqlite3"
+_SCHEMA = """
+create table if not exists adapters (
+    number integer primary key autoincrement,
+    id text not null unique,
+    sha256 text not null,
+    description text not null,
+    created integer not null,
+    seconds real not null,
+    bytes integer not null,
+    spec text not null,
+    card text not null,
+    norms text not null
+)"""
+_COLUMNS = "id, sha256, description, created, seconds, bytes, spec, card, norms"
+
+
+class NewAdapter(Protocol):
+    """What is stored; `t2l.LoraAdapter` is one."""
+
+    @property
+    def lora(self) -> LoraTensors:
+        """A single adapter's tensors."""
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """Where they belong."""
+
+    @property
+    def description(self) -> str:
+        """What it was written from."""
+
+    def card(self) -> str:
+        """The text of its model card."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a stored adapter without reading its tensors."""
+
+    id: str
+    sha256: str
+    description: str
+    created: int
+    """Seconds since 1970."""
+    seconds: float
+    """How long it took to write."""
+    bytes: int
+    """Size of its tensors in memory."""
+    spec: AdapterSpec
+    card: str
+    norms: dict[str, list[float]]
+    """For each target the size of its change (Frobenius norm of ΔW) in each adapted layer."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A stored adapter with its tensors, ready for the engine."""
+
+    entry: Entry
+    lora: LoraTensors
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """Where the tensors belong."""
+        return self.entry.spec
+
+
+def digest(adapter: NewAdapter) -> str:
+    """The sha256 of an adapter's weights, base, scale and description."""
+    spec, found = adapter.spec, hashlib.sha256()
+    layers = list(spec.layers)
+    head = [spec.base_model, repr(float(spec.scaling)), layers, [t.path for t in spec.targets], adapter.description]
+    found.update(json.dumps(head).encode())
+    for tensor in (*adapter.lora.a, *adapter.lora.b):
+        found.update(json.dumps(list(tensor.shape)).encode())
+        found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+class AdapterStore:
+    """A folder of adapters, for one process at a time and all of its threads.
+
+    Args:
+        folder: Where they are; made if it is not there.
+        memory: Bytes of tensors that are kept in memory; the least recently used go first.
+        most: Adapters that are taken in.
+
+    Raises:
+        OutputError: if the folder cannot be used, or another process uses it.
+    """
+
+    def __init__(self, folder: Path, *, memory: int = 2**28, most: int = 10_000) -> None:
+        self.folder, self._memory, self._most = folder, memory, most
+        self._lock = threading.RLock()
+        self._cached: OrderedDict[str, StoredAdapter] = OrderedDict()
+        self.cached_bytes = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(folder / DATABASE, check_same_thread=False, isolation_level=None)
+            # Every commit reaches the disk before it returns, and the lock is kept until the end.
+            for line in ("locking_mode=exclusive", "journal_mode=wal", "synchronous=full"):
+                self._database.execute(f"pragma {line}")
+            self._database.execute("begin exclusive")
+            self._database.execute(_SCHEMA)
+            self._database.execute("commit")
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(
+                f"{folder} cannot hold adapters ({error}); if another server uses it, give this one a folder of its own"
+            ) from error
+        self._tidy()
+
+    def close(self) -> None:
+        """Lets the folder go."""
+        with self._lock:
+            self._database.close()
+
+    def __len__(self) -> int:
+        """How many adapters there are."""
+        with self._lock:
+            return int(self._database.execute("select count(*) from adapters").fetchone()[0])
+
+    def add(self, adapter: NewAdapter, *, seconds: float = 0.0) -> tuple[Entry, bool]:
+        """Stores an adapter and returns when it is safe on disk.
+
+        Args:
+            adapter: A generated adapter.
+            seconds: How long it took to write it.
+
+        Returns:
+            What is stored, and whether it was not there before.
+
+        Raises:
+            CheckpointError: if a tensor is not finite.
+            BusyError: if there are as many adapters as may be.
+            OutputError: if the disk does not take it.
+        """
+        lora = adapter.lora.map(lambda x: x.detach().to("cpu", torch.float32).contiguous())
+        if not all(bool(torch.isfinite(x).all()) for x in (*lora.a, *lora.b)):
+            raise CheckpointError("The adapter holds values that are not finite; it was not stored")
+        sha256 = digest(adapter)
+        name = f"t2l-{sha256[:16]}"
+        with self._lock:
+            known = self._find(name)
+            if known is not None:
+                if known.sha256 != sha256:
+                    raise CheckpointError(f"Two different adapters have the identifier {name}; delete the other one")
+                return known, False
+            if len(self) >= self._most:
+                raise BusyError(f"{self._most} adapters are stored, which is the limit; delete some")
+            norms = {t.name: norm.tolist() for t, norm in zip(adapter.spec.targets, lora.norms(), strict=True)}
+            size = sum(x.nbytes for x in (*lora.a, *lora.b))
+            entry = Entry(
+                name, sha256, adapter.description, int(time.time()), seconds, size, adapter.spec, adapter.card(), norms
+            )
+            self._write(entry, lora)
+            self._keep(StoredAdapter(entry, lora))
+        return entry, True
+
+    def get(self, name: str) -> StoredAdapter:
+        """An adapter with its tensors, from memory or disk.
+
+        Raises:
+            AdapterNotFoundError: if there is none of this name.
+            CheckpointError: if its file was damaged.
+        """
+        with self._lock:
+            cached = self._cached.get(name)
+            if cached is not None:
+                self._cached.move_to_end(name)
+                return cached
+            entry = self.entry(name)
+            expected = {}
+            for target in entry.spec.targets:
+                for layer in entry.spec.layers:
+                    expected[peft_io.tensor_name(target, layer, "A")] = (entry.spec.rank, target.in_features)
+                    expected[peft_io.tensor_name(target, layer, "B")] = (target.out_features, entry.spec.rank)
+            state = read_tensors(self._path(name), expected)
+            stored = StoredAdapter(entry, peft_io.from_state_dict(state, entry.spec))
+            self._keep(stored)
+            return stored
+
+    def entry(self, name: str) -> Entry:
+        """What is known of an adapter.
+
+        Raises:
+            AdapterNotFoundError: if there is none of this name.
+        """
+        with self._lock:
+            found = self._find(name) if ID.fullmatch(name) else None
+        if found is None:
+            raise AdapterNotFoundError(f"There is no adapter {name[:64]!r}; GET /v1/adapters lists those there are")
+        return found
+
+    def entries(self, *, limit: int = 100, after: str | None = None) -> list[Entry]:
+        """Adapters, the newest first.
+
+        Args:
+            limit: At most so many.
+            after: The name of the last one seen; those older than it follow.
+
+        Raises:
+            AdapterNotFoundError: if there is no adapter `after`.
+        """
+        query = f"select {_COLUMNS} from adapters where number < ? order by number desc limit ?"
+        with self._lock:
+            number = 2**62
+            if after is not None:
+                self.entry(after)
+                number = self._database.execute("select number from adapters where id = ?", (after,)).fetchone()[0]
+            return [_entry(row) for row in self._database.execute(query, (number, limit))]
+
+    def weights(self, name: str) -> bytes:
+        """The tensors' file as it stands, for a download.
+
+        Raises:
+            AdapterNotFoundError: if there is no adapter of this name.
+        """
+        with self._lock:
+            self.entry(name)
+            return self._path(name).read_bytes()
+
+    def delete(self, name: str) -> None:
+        """Removes an adapter from disk and memory. Answers under way with it end as they began.
+
+        Raises:
+            AdapterNotFoundError: if there is none of this name.
+        """
+        with self._lock:
+            self.entry(name)
+            self._database.execute("delete from adapters where id = ?", (name,))
+            self._path(name).unlink(missing_ok=True)
+            cached = self._cached.pop(name, None)
+            if cached is not None:
+                self.cached_bytes -= cached.entry.bytes
+
+    # -------------------------------------------------------------------------------------------------- inside
+
+    def _path(self, name: str) -> Path:
+        assert ID.fullmatch(name), "only a checked identifier may name a file"
+        return self.folder / f"{name}.safetensors"
+
+    def _find(self, name: str) -> Entry | None:
+        row = self._database.execute(f"select {_COLUMNS} from adapters where id = ?", (name,)).fetchone()
+        return None if row is None else _entry(row)
+
+    def _write(self, entry: Entry, lora: LoraTensors) -> None:
+        from safetensors.torch import save
+
+        data = save(peft_io.to_state_dict(lora, entry.spec), metadata={"format": "pt"})
+        try:
+            _write_durably(self._path(entry.id), data)
+            values = (
+                entry.id, entry.sha256, entry.description, entry.created, entry.seconds, entry.bytes,
+                entry.spec.to_json(), entry.card, json.dumps(entry.norms),
+            )  # fmt: skip
+            marks = ", ".join("?" * len(values))
+            self._database.execute(f"insert into adapters ({_COLUMNS}) values ({marks})", values)
+        except (OSError, sqlite3.Error) as error:
+            self._path(entry.id).unlink(missing_ok=True)
+            raise OutputError(f"The adapter could not be stored in {self.folder}: {error}") from error
+
+    def _keep(self, stored: StoredAdapter) -> None:
+        """Puts an adapter into memory, at others' expense if need be; one larger than the budget is not kept."""
+        self._cached[stored.entry.id] = stored
+        self.cached_bytes += stored.entry.bytes
+        while self.cached_bytes > self._memory:
+            _, oldest = self._cached.popitem(last=False)
+            self.cached_bytes -= oldest.entry.bytes
+
+    def _tidy(self) -> None:
+        """Removes what a killed process left half done: files without a row, and rows without a file."""
+        known = {row[0] for row in self._database.execute("select id from adapters")}
+        files = {path.name.removesuffix(".safetensors") for path in self.folder.glob("*.safetensors")}
+        for path in self.folder.glob(".new-*"):
+            path.unlink(missing_ok=True)
+        for name in files - known:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        for name in known - files:
+            log.error("the file of adapter %s is gone; it is forgotten", name)
+            self._database.execute("delete from adapters where id = ?", (name,))
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    name, sha256, description, created, seconds, size, spec, card, norms = row
+    return Entry(
+        name, sha256, description, created, seconds, size, AdapterSpec.from_json(spec), card, json.loads(norms)
+    )
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash it is whole or not there."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    # The rename itself must reach the disk; Windows has no way to say so, and no need.
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
