@@ -39,6 +39,7 @@ ROWS: dict[str, int] = {
     "data": 6,
     "eval": 6,
     "train": 6,
+    "functions": 7,
     "serve": 7,
     "vllm_plugin": 7,
     "cli": 8,

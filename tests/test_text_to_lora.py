@@ -226,7 +226,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 def test_public_names() -> None:
     import t2l as package
 
-    assert package.__all__ == ["LoraAdapter", "TextToLora", "apply_adapters"]
+    assert package.__all__ == ["LoraAdapter", "TextToLora", "apply_adapters", "function"]
     assert package.LoraAdapter is LoraAdapter
     name: Any = "nothing"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

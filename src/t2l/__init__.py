@@ -4,13 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t2l.apply import apply_adapters as apply_adapters
+    from t2l.functions import function as function
     from t2l.text_to_lora import LoraAdapter as LoraAdapter
     from t2l.text_to_lora import TextToLora as TextToLora
 
 __version__ = "0.1.0"
-__all__ = ["LoraAdapter", "TextToLora", "apply_adapters"]
+__all__ = ["LoraAdapter", "TextToLora", "apply_adapters", "function"]
 
-_HOMES = {"LoraAdapter": "t2l.text_to_lora", "TextToLora": "t2l.text_to_lora", "apply_adapters": "t2l.apply"}
+_HOMES = {
+    "LoraAdapter": "t2l.text_to_lora",
+    "TextToLora": "t2l.text_to_lora",
+    "apply_adapters": "t2l.apply",
+    "function": "t2l.functions",
+}
 
 
 def __getattr__(name: str) -> Any:
