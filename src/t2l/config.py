@@ -5,6 +5,7 @@ Knows dataclasses and plain values. Knows no tensors, no models and no files oth
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -17,6 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 from t2l.errors import ConfigError
 
 C = TypeVar("C")
+MAX_YAML_CHARACTERS = 1 << 20
+MAX_YAML_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -215,22 +218,80 @@ class LoraConfig:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping.
+    """Reads a YAML mapping of settings.
 
     Raises:
-        ConfigError: if the file is absent, is not YAML or is not a mapping.
+        ConfigError: if the file is absent, is not YAML within the bounds of `parse_yaml`, or is not a mapping.
     """
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(4 * MAX_YAML_CHARACTERS + 1).decode("utf-8")
     except OSError as error:
         raise ConfigError(f"Cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"Config {path} is not valid YAML: {error}") from error
+    data = parse_yaml(text, f"Config {path}")
     if not isinstance(data, dict):
         raise ConfigError(f"Config {path} must be a mapping of settings, got {type(data).__name__}")
     return data
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Reads YAML that somebody else wrote: at most 1 MiB, 32 levels deep, and without aliases, which can multiply it.
+
+    Args:
+        text: The document.
+        where: What it is called in messages.
+
+    Returns:
+        Mappings, lists and plain values.
+
+    Raises:
+        ConfigError: if it is not YAML within these bounds, or holds a value that is none, such as the date 2001-99-99.
+    """
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ConfigError(f"{where} has {len(text):,} characters; at most {MAX_YAML_CHARACTERS:,} are read")
+    import yaml
+
+    try:
+        return yaml.load(text, _bounded_loader())
+    # The loader lets through whatever int, float, datetime and its own patterns raise on values that are none.
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {_short(str(error), 400)}") from error
+
+
+@functools.cache
+def _bounded_loader() -> Any:
+    """PyYAML's safe loader with bounds; a class made here, because PyYAML is imported only where it is needed."""
+    import yaml
+
+    class BoundedLoader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            mark = self.peek_event().start_mark
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.composer.ComposerError(None, None, "aliases are not read; write the value out", mark)
+            self.depth += 1
+            if self.depth > MAX_YAML_DEPTH:
+                raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_YAML_DEPTH} levels", mark)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_yaml_int(self, node: Any) -> int:
+            if len(node.value) > 40:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{_short(node.value)} is too large", node.start_mark
+                )
+            return int(super().construct_yaml_int(node))
+
+    BoundedLoader.add_constructor("tag:yaml.org,2002:int", BoundedLoader.construct_yaml_int)
+    return BoundedLoader
+
+
+def _short(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 
 def build(cls: type[C], data: Mapping[str, Any], *, where: str = "config") -> C:
@@ -253,7 +314,7 @@ def build(cls: type[C], data: Mapping[str, Any], *, where: str = "config") -> C:
 
 def _build(cls: type[C], data: Any, where: str, problems: list[str]) -> C:
     if not isinstance(data, Mapping):
-        problems.append(f"{where}: expected a mapping, got {data!r}")
+        problems.append(f"{where}: expected a mapping, got {_short(repr(data))}")
         return typing.cast(C, None)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -261,7 +322,7 @@ def _build(cls: type[C], data: Any, where: str, problems: list[str]) -> C:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(fields)}"
-            problems.append(f"{where}.{key}: unknown key{hint}")
+            problems.append(f"{where}.{_short(str(key))}: unknown key{hint}")
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -282,22 +343,31 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _convert(hint, value, where, problems)
     if origin is Literal:
         if value not in args:
-            problems.append(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
+            problems.append(f"{where}: expected one of {', '.join(map(str, args))}, got {_short(repr(value))}")
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            problems.append(f"{where}: expected a list, got {value!r}")
+            problems.append(f"{where}: expected a list, got {_short(repr(value))}")
             return ()
         return tuple(_convert(args[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, problems)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
-        return float(value)  # YAML 1.1 takes 1e-3 for text: it wants 1.0e-3
+    if hint is float:
+        value = _as_float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        problems.append(f"{where}: expected {hint.__name__}, got {value!r}")
+        problems.append(f"{where}: expected {hint.__name__}, got {_short(repr(value))}")
     return value
+
+
+def _as_float(value: Any) -> Any:
+    """Whole numbers, and texts such as 1e-3, which YAML 1.1 takes for text: it wants 1.0e-3."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole and not (isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value)):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -306,8 +376,6 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     Raises:
         ConfigError: if an assignment has no `=` or walks through something that is not a mapping.
     """
-    import yaml
-
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -319,10 +387,7 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"Override '{assignment}': '{parent}' is not a section")
-        try:
-            node[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"Override '{assignment}': value is not valid YAML: {error}") from error
+        node[leaf] = parse_yaml(text, f"Override '{_short(assignment)}': its value")
     return result
 
 

@@ -1,57 +1,143 @@
-"""Writing without leftovers, and reading tensors without trust. Knows files only."""
+"""Files that appear whole or not at all, and reading other people's files without trust. Knows files only."""
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from t2l.errors import CheckpointError, OutputError, TensorMismatchError
+from t2l.errors import CheckpointError, OutputError, T2LError, TensorMismatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLOAT_TYPES = {"F32", "F16", "BF16", "F64"}
+MAX_JSON_BYTES = 256 << 20
+MAX_JSON_DEPTH = 64
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what fails in a block that writes to `path` into one error that names it.
+
+    Raises:
+        OutputError: for every error of the file system, a full disk among them.
+    """
+    try:
+        yield
+    except T2LError:  # some of them are OSErrors too, and already say what is wrong
+        raise
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if isinstance(error, SafetensorError):  # its own type, also for a full disk
+            raise OutputError(f"Cannot write {path}: {error}") from error
+        raise
 
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
+    Of two processes that write to one path without `overwrite`, one is refused. What a killed process left behind is
+    removed.
+
+    Args:
+        path: The folder to be made.
+        overwrite: Whether a folder that is there is replaced.
+
     Raises:
-        OutputError: if `path` exists (and `overwrite` is off) or cannot be written.
+        OutputError: if `path` exists (and `overwrite` is off), is no folder or cannot be written.
     """
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another folder or pass --overwrite")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; an output folder cannot take its place")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"Cannot write to {path.parent}: {error.strerror}") from error
-    try:
+        with _temporary(path, folder=True) as temporary:
+            yield temporary
+            # As any new file would be; temporary folders and safetensors files start out private to their owner.
+            mask = _umask()
+            for entry in temporary.rglob("*"):
+                entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
+            temporary.chmod(0o777 & ~mask)
+            _take_place(temporary, path, overwrite)
+
+
+def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Renames a folder. A rename onto a folder with files fails, so a folder that appeared meanwhile is never lost."""
+    while True:
+        try:
+            return os.rename(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if not overwrite:
+                raise OutputError(
+                    f"{path} exists already: another process wrote it meanwhile; choose another folder or pass "
+                    "--overwrite"
+                ) from error
+        with _temporary(path, folder=True) as doomed:  # where the old folder goes to be deleted
+            try:
+                os.rename(path, doomed / "old")
+            except FileNotFoundError:  # another process that overwrites has just moved it away
+                continue
+            try:
+                return os.rename(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields the path of an empty temporary file that takes the place of `path` when the block ends well.
+
+    A link is followed: the file that it leads to is replaced, and the link stays. What a killed process left behind is
+    removed.
+
+    Args:
+        path: The file to be made or replaced.
+
+    Raises:
+        OutputError: if `path` is there and is no regular file (a device, a pipe or a folder), or cannot be written.
+    """
+    path = regular_file(path)
+    with writing(path), _temporary(path, folder=False) as temporary:
         yield temporary
-        # As any new file would be; temporary folders and safetensors files start out private to their owner.
-        mask = _umask()
-        for entry in temporary.rglob("*"):
-            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
-        temporary.chmod(0o777 & ~mask)
-        if path.exists():
-            doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, doomed / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(doomed)
-        else:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+
+
+def regular_file(path: Path) -> Path:
+    """The path itself, or where it leads if it is a link.
+
+    Raises:
+        OutputError: if something is there that is no regular file. Renaming a file over a device would replace it.
+    """
+    with writing(path):
+        path = path.resolve() if path.is_symlink() else path
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return path
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
+        raise OutputError(f"{path} is {what}, not a regular file; give the name of a file")
+    return path
 
 
 @contextmanager
@@ -81,16 +167,79 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Writes a text file that appears whole or not at all, in UTF-8.
+
+    Raises:
+        OutputError: as `new_file`.
+    """
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A file or folder beside `path`, locked as long as this process lives, so that leftovers are told from work."""
+    prefix = f".{path.name}.t2l-"
+    _sweep(path.parent, prefix)
+    while True:
+        if folder:
+            temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+        else:
+            descriptor, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
+            os.close(descriptor)
+            temporary = Path(name)
+        lock = _lock(temporary, wait=True)
+        if temporary.exists():  # another process may have taken it for a leftover before it was locked
+            break
+        _unlock(lock)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        yield temporary
+    finally:
+        # A folder that was renamed is no longer here; neither is a file.
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        _unlock(lock)
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Removes what processes that were killed left in a folder. Whatever a living one writes is locked by it."""
+    known = re.compile(re.escape(prefix) + r"[a-z0-9_]{8}")
+    for entry in os.scandir(folder):
+        if not known.fullmatch(entry.name):
+            continue
+        lock = _lock(Path(entry.path), wait=False)
+        if lock is None:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            Path(entry.path).unlink(missing_ok=True)
+        _unlock(lock)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """A descriptor that holds the lock of a file or folder; None if another process has it or it cannot be locked."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing is locked there, and nothing is swept
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _umask() -> int:
@@ -100,10 +249,97 @@ def _umask() -> int:
     return mask
 
 
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(text: str | bytes, where: object, error: type[T2LError] = CheckpointError) -> Any:
+    """Reads JSON that somebody else wrote, within bounds.
+
+    Args:
+        text: The document.
+        where: What it is called in messages, such as its path.
+        error: The class of what is raised.
+
+    Returns:
+        Mappings, lists, texts, numbers, truth values and None. All numbers are finite, all texts can be written as
+        UTF-8, and nothing is nested deeper than `MAX_JSON_DEPTH`.
+
+    Raises:
+        T2LError: of the class `error`, if it is not such a document.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise error(f"{where} is larger than the {MAX_JSON_BYTES >> 20} MiB of JSON that are read")
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        data = json.loads(text, parse_constant=_not_finite, parse_float=_finite, parse_int=_short)
+        if "\\u" in text:
+            json.dumps(data, ensure_ascii=False).encode()  # fails on half of a surrogate pair
+    except RecursionError as cause:
+        raise error(f"{where} cannot be read as JSON: it is nested too deeply") from cause
+    except UnicodeEncodeError as cause:
+        raise error(f"{where} cannot be read as JSON: it holds half of a surrogate pair") from cause
+    except ValueError as cause:
+        raise error(f"{where} cannot be read as JSON: {cause}") from cause
+    if not _is_shallow(data):
+        raise error(f"{where} cannot be read as JSON: it is nested deeper than {MAX_JSON_DEPTH}")
+    return data
+
+
+def _not_finite(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _short(digits: str) -> int:
+    if len(digits) > 20:  # -9223372036854775808, the smallest of 64 bits, has as many
+        raise ValueError(f"the number {digits[:20]}… has {len(digits)} digits")
+    return int(digits)
+
+
+def _is_shallow(data: Any) -> bool:
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        inner = [value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [value for value in inner if isinstance(value, dict | list)]
+    return not level
+
+
+def read_json(path: Path, error: type[T2LError] = CheckpointError) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Args:
+        path: The file.
+        error: The class of what is raised.
+
+    Returns:
+        The object, within the bounds of `parse_json`.
+
+    Raises:
+        T2LError: of the class `error`, if the file is absent or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError as cause:
+        raise error(f"{path} is missing") from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+    data = parse_json(text, path, error)
+    if not isinstance(data, dict):
+        raise error(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
 
 
 def read_tensors(
@@ -190,20 +426,3 @@ def _compare(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping
     for name, shape in expected.items():
         if found[name] != tuple(shape):
             raise TensorMismatchError(f"{path}: tensor {name} has shape {found[name]}, expected {tuple(shape)}")
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Reads a JSON object.
-
-    Raises:
-        CheckpointError: if the file is absent or holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
