@@ -203,20 +203,20 @@ def test_killed_builds_go_on_to_the_same_bytes(source: str, tmp_path: Path, monk
     assert not (out / packed.MANIFEST).exists()
 
     fetched: list[str] = []
-    real_fetch, real_write = build.fetch, packed.write_whole
+    real_fetch, real_write = build.fetch, packed.write_table
     monkeypatch.setattr(build, "fetch", lambda *a: (fetched.append(a[3]), real_fetch(*a))[1])
 
-    def dies_at_the_test_file(path: Path, write: Callable[[Path], object]) -> None:
+    def dies_at_the_test_file(table: Any, path: Path) -> None:
         if path.name == "sni_test.parquet":
             raise KeyboardInterrupt
-        real_write(path, write)
+        real_write(table, path)
 
-    monkeypatch.setattr(packed, "write_whole", dies_at_the_test_file)
+    monkeypatch.setattr(packed, "write_table", dies_at_the_test_file)
     with pytest.raises(KeyboardInterrupt):
         build.build(out, tasks=tasks, template=source)
     assert fetched == [NAMES[2]]
     assert (out / packed.TASKS).exists() and not (out / packed.MANIFEST).exists()
-    monkeypatch.setattr(packed, "write_whole", real_write)
+    monkeypatch.setattr(packed, "write_table", real_write)
     build.build(out, tasks=tasks, template=source)
     assert fetched == [NAMES[2]]
     assert content(out) == content(whole)

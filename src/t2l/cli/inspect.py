@@ -212,9 +212,9 @@ def _hardware() -> dict[str, Any]:
 def _cache(problems: list[str]) -> dict[str, Any]:
     from importlib.util import find_spec
 
-    from t2l import hub
+    from t2l import hub, pypi
 
-    folder = hub.cache_dir()
+    folder = pypi.cache_dir()
     try:
         try_writing(folder)
         writable = True

@@ -28,7 +28,7 @@ from typing import Any
 
 from t2l.data import packed
 from t2l.errors import ConfigError, DataError, DownloadError, OutputError
-from t2l.io import sha256, write_text
+from t2l.io import new_file, sha256, write_text
 from t2l.tasks import load_splits
 
 HUB_TASK = "Lots-of-LoRAs/{task}"
@@ -622,7 +622,6 @@ def _make_part(
     path: Path, name: str, is_benchmark: bool, template: str | None, say: Say, sleep: Callable[[float], None]
 ) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     dataset, config, revision = HUB_TASK.format(task=name), None, None
     if is_benchmark:
@@ -640,7 +639,7 @@ def _make_part(
         facts["origin"] = fetched.origin | {"license": "Apache-2.0"}
         table = pa.Table.from_pylist(rows, packed.schema(packed.EXAMPLES["train"]))
     table = table.replace_schema_metadata({"t2l": json.dumps(facts, ensure_ascii=False)})
-    packed.write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    packed.write_table(table, path)
 
 
 def _part_facts(path: Path, template: str | None) -> dict[str, Any] | None:
@@ -669,7 +668,6 @@ def _pack(
 ) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     tables: dict[str, Any] = {}
     sources: dict[str, Any] = {}
@@ -686,7 +684,7 @@ def _pack(
         tables[packed.BENCHMARKS] = _join(parts, benchmarks)
     for file, table in tables.items():
         table = table.replace_schema_metadata(None).combine_chunks()
-        packed.write_whole(out / file, lambda path, table=table: pq.write_table(table, path, compression="zstd"))  # type: ignore[misc]
+        packed.write_table(table, out / file)
     files = {**before["files"], **{file: {"rows": table.num_rows} for file, table in tables.items()}}
     kept = {
         name: origin
@@ -788,7 +786,8 @@ def copy(source: Path, out: Path, *, tasks: str | None = None, benchmarks: bool 
             rows[name] = _filter(source / name, out / name, keep)
         else:
             checksum = sha256(source / name)
-            packed.write_whole(out / name, lambda path, name=name: shutil.copyfile(source / name, path))  # type: ignore[misc]
+            with new_file(out / name, overwrite=True) as temporary:
+                shutil.copyfile(source / name, temporary)
             if sha256(out / name) != checksum:
                 raise OutputError(f"{out / name} is not what was read from {source / name}; the disk may be full")
     files = {**before["files"], **{name: {"rows": count} for name, count in rows.items()}}
@@ -812,5 +811,5 @@ def _filter(source: Path, target: Path, tasks: set[str]) -> int:
         if unknown:
             raise DataError(f"{source} has no task {', '.join(unknown[:5])}")
     table = table.filter(pc.is_in(table["task"], value_set=pa.array(sorted(tasks)))).combine_chunks()
-    packed.write_whole(target, lambda path: pq.write_table(table, path, compression="zstd"))
+    packed.write_table(table, target)
     return int(table.num_rows)

@@ -1,14 +1,11 @@
 """The packed files: names, schemas, the manifest with their checksums. Knows files only."""
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from t2l.errors import DataError, OutputError
-from t2l.io import sha256, write_text
+from t2l.errors import DataError
+from t2l.io import new_file, read_json, sha256, write_text
 
 TASKS = "sni_tasks.parquet"
 EXAMPLES = {"train": "sni_train.parquet", "validation": "sni_val.parquet", "test": "sni_test.parquet"}
@@ -54,8 +51,10 @@ COLUMNS = {TASKS: _TASK_COLUMNS, BENCHMARKS: _BENCHMARK_COLUMNS} | dict.fromkeys
 
 
 def need_pyarrow() -> None:
-    """Raises:
-    DataError: saying what to install, if pyarrow is not there.
+    """Checks that pyarrow is installed.
+
+    Raises:
+        DataError: saying what to install, if it is not.
     """
     try:
         import pyarrow  # noqa: F401
@@ -100,21 +99,16 @@ def check_schema(path: Path, name: str) -> int:
         return int(file.metadata.num_rows)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file, which then takes the place of `path`."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_table(table: Any, path: Path) -> None:
+    """Writes a pyarrow table as a Parquet file that appears whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    with new_file(path, overwrite=True) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -124,13 +118,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DataError: if it is absent, malformed or of another format.
     """
     path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} has no {MANIFEST}; only folders that `t2l data build` wrote have one") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    files = data.get("files") if isinstance(data, dict) else None
+    if not path.exists():
+        raise DataError(f"{folder} has no {MANIFEST}; only folders that `t2l data build` wrote have one")
+    data = read_json(path, DataError)
+    files = data.get("files")
     if not isinstance(files, dict) or data.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{path} is no manifest of format version {FORMAT_VERSION}")
     if not all(isinstance(v, dict) and isinstance(v.get("sha256"), str) for v in files.values()):
@@ -156,10 +147,7 @@ def write_manifest(folder: Path, files: dict[str, Any], sources: dict[str, Any],
         if name in files
     }
     document = {"format_version": FORMAT_VERSION, "files": described, **more, "sources": dict(sorted(sources.items()))}
-    try:
-        write_text(folder / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise OutputError(f"Cannot write {folder / MANIFEST}: {error}") from error
+    write_text(folder / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def verify_manifest(folder: Path) -> dict[str, str]:
