@@ -3,9 +3,9 @@
     python research/decide.py test-0.jsonl.gz test-1.jsonl.gz test-2.jsonl.gz
     python research/decide.py test-*.jsonl.gz --instead multitask-description-*.jsonl.gz
 
-`--instead` takes rows of other weights, such as a second baseline or another training seed of T2L, in place of those of
-the same name; questions, prompts and judging seeds must be the same. With T2L_DATA set also on tasks with few and with
-many different answers.
+`--instead` takes conditions of other weights, such as a second baseline or another training seed of T2L, in place of
+those of the same name; items, prompts and evaluation seeds must be the same. With T2L_DATA set also on tasks with few
+and with many different answers.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from common import exit_code
 
 from t2l.errors import DataError
 from t2l.eval import answers
-from t2l.eval.report import Difference, Scores, Suite, difference, estimate, gather
+from t2l.eval.results import Suite, gather
+from t2l.eval.stats import Difference, Scores, difference, estimate
 from t2l.tasks import load_sni, load_splits
 
 FEW = 20
@@ -28,9 +29,9 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Rule:
-    """A difference of two rows, in points of exact match, and what it must be."""
+    """A difference of two conditions, in points of exact match, and what it must be."""
 
-    row: str
+    condition: str
     minus: tuple[str, ...]
     """The best of these."""
     at_least: float
@@ -65,15 +66,17 @@ def the_test(paths: Sequence[Path]) -> Suite:
 
 
 def in_place(suite: Suite, other: Suite) -> Suite:
-    """The suite with the rows of another in place of its own.
+    """The suite with the conditions of another in place of its own.
 
     Raises:
-        DataError: if a row of the other is of other prompts.
+        DataError: if a condition of the other is of other prompts.
     """
-    for row, prompts in other.prompts.items():
-        if row in suite.rows and prompts != suite.prompts[row]:
-            raise DataError(f"Row {row}: the files after --instead have other questions, prompts or judging seeds")
-    return replace(suite, rows=suite.rows | other.rows, prompts=suite.prompts | other.prompts)
+    for condition, prompts in other.prompts.items():
+        if condition in suite.conditions and prompts != suite.prompts[condition]:
+            raise DataError(
+                f"Condition {condition}: the files after --instead have other questions, prompts or judging seeds"
+            )
+    return replace(suite, conditions=suite.conditions | other.conditions, prompts=suite.prompts | other.prompts)
 
 
 def parts() -> dict[str, Set[str]]:
@@ -91,35 +94,35 @@ def parts() -> dict[str, Set[str]]:
     return found
 
 
-def only(suite: Suite, row: str, tasks: Collection[str]) -> Scores:
-    """A row's scores on some tasks.
+def only(suite: Suite, condition: str, tasks: Collection[str]) -> Scores:
+    """A condition's scores on some tasks.
 
     Raises:
-        DataError: if there is no such row.
+        DataError: if there is no such condition.
     """
-    if row not in suite.rows:
-        raise DataError(f"The files hold no row {row}; they hold {', '.join(suite.rows)}")
-    return {task: scores for task, scores in suite.rows[row].items() if task in tasks}
+    if condition not in suite.conditions:
+        raise DataError(f"The files hold no condition {condition}; they hold {', '.join(suite.conditions)}")
+    return {task: scores for task, scores in suite.conditions[condition].items() if task in tasks}
 
 
 def decide(suite: Suite, tasks: Collection[str]) -> dict[str, tuple[str, Difference]]:
-    """Rule to the row that is subtracted and the difference, on some tasks."""
+    """Rule to the condition that is subtracted and the difference, on some tasks."""
     found = {}
     for name, rule in RULES.items():
-        best = max(rule.minus, key=lambda row: estimate(only(suite, row, tasks)).mean)
-        found[name] = best, difference(only(suite, rule.row, tasks), only(suite, best, tasks))
+        best = max(rule.minus, key=lambda name: estimate(only(suite, name, tasks)).mean)
+        found[name] = best, difference(only(suite, rule.condition, tasks), only(suite, best, tasks))
     return found
 
 
 def markdown(suite: Suite) -> str:
     """A line for each rule and part."""
-    lines = ["| rule | tasks | row | minus | points | p | |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| rule | tasks | condition | minus | points | p | |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for part, tasks in {"all": set(suite.tasks), **parts()}.items():
         for name, (best, found) in decide(suite, tasks).items():
             rule = RULES[name]
             points = found.points + (f", one-sided {100 * found.one_sided_low:+.1f}" if rule.harmless else "")
             verdict = ("reached" if rule.reached(found) else "missed") if part == "all" else ""
-            cells = [f"{name}, ≥ {rule.at_least:+.1f}", f"{part} ({found.tasks})", rule.row, best, points]
+            cells = [f"{name}, ≥ {rule.at_least:+.1f}", f"{part} ({found.tasks})", rule.condition, best, points]
             lines.append(f"| {' | '.join(cells)} | {found.p:.3f} | {verdict} |")
     return "\n".join(lines)
 
@@ -127,7 +130,7 @@ def markdown(suite: Suite) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="answers of the suite test, of all training seeds")
-    parser.add_argument("--instead", nargs="+", type=Path, help="answers of rows that take the place of theirs")
+    parser.add_argument("--instead", nargs="+", type=Path, help="answers of conditions that take the place of theirs")
     given = parser.parse_args(arguments)
 
     def run() -> None:

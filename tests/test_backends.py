@@ -527,7 +527,7 @@ def test_settings_that_cannot_be() -> None:
 
 # ----------------------------------------------------------------------------------------------------- a whole run
 
-ROWS = "base,base+description,t2l,t2l+description,t2l-wrong"
+NAMES = "base,base+description,t2l,t2l+description,t2l-wrong"
 WORDS = {"reverse": "Write the word backwards.", "upper": "Write the word in capital letters."}
 
 
@@ -561,7 +561,7 @@ def of_server(server: Server, folder: Path, *more: Any) -> tuple[Any, ...]:
     return "--backend", server.url, "--served-model", "base", "--adapter-folder", folder, "--batch-tokens", 1, *more
 
 
-def test_a_run_asks_the_server_under_each_rows_adapter(
+def test_a_run_asks_the_server_under_each_conditions_adapter(
     make_server: Callable[[str], Server],
     eval_run: Callable[..., Any],
     tasks_file: Path,
@@ -570,22 +570,24 @@ def test_a_run_asks_the_server_under_each_rows_adapter(
     tmp_path: Path,
 ) -> None:
     server, out = make_server("vllm"), tmp_path / "answers.jsonl"
-    result = eval_run(out, *of_server(server, tmp_path / "shared", "--rows", f"{ROWS},arrow", "--batch-tokens", 4096))
+    result = eval_run(
+        out, *of_server(server, tmp_path / "shared", "--conditions", f"{NAMES},arrow", "--batch-tokens", 4096)
+    )
     assert result.exit_code == 0, result.output
     file = answers.read(out)
     t2l = TextToLora.from_pretrained(checkpoint)
     loaded = {name: peft_io.load_adapter(tmp_path / "shared" / name, t2l.spec) for name in server.names}
     assert len(loaded) == 2  # the two tasks are each other's wrong ones
     said = {answers.key_of(line): line for line in file.lines}
-    questions = suites.questions(suites.load_suite(str(tasks_file), per_task=None), [0])
-    assert len(said) == 6 * 5 and len(questions) == 6
-    for question in questions:
-        for name in ROWS.split(","):
-            row = conditions.ROWS[name]
-            text = {"t2l": question.description, "t2l-wrong": question.wrong_descriptions[0]}.get(row.adapter)
-            line = said[question.task.suite, name, 0, question.task.name, question.item.id]
+    instances = suites.instances(suites.load_suite(str(tasks_file), per_task=None), [0])
+    assert len(said) == 6 * 5 and len(instances) == 6
+    for instance in instances:
+        for name in NAMES.split(","):
+            condition = conditions.CONDITIONS[name]
+            text = {"t2l": instance.description, "t2l-wrong": instance.wrong_description}.get(condition.adapter)
+            line = said[instance.task.suite, name, 0, instance.task.name, instance.item.id]
             adapter, _, rest = line["answer"].partition("|")
-            assert rest == f"{conditions.prompt_of(row, question, tiny_tokenizer)}|5"
+            assert rest == f"{conditions.prompt_of(condition, instance, tiny_tokenizer)}|5"
             if text is None:
                 assert (adapter, line["adapter"]) == ("None", None)
                 continue
@@ -597,7 +599,7 @@ def test_a_run_asks_the_server_under_each_rows_adapter(
     server_facts = {"backend": "server (vllm)", "served_model": "base", "dtype": "not stated", "device": "server"}
     assert facts == server_facts
     assert file.header["versions"]["vllm"] == "0.9"
-    assert "arrow" in file.header["left_out"] and "row arrow is left out: it needs the base" in result.output
+    assert "arrow" in file.header["left_out"] and "condition arrow is left out: it needs the base" in result.output
     assert server.url not in out.read_text()
 
 
@@ -605,7 +607,7 @@ def test_a_run_that_the_server_broke_off_goes_on(
     make_server: Callable[[str], Server], eval_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, server, out = tmp_path / "whole.jsonl", make_server("vllm"), tmp_path / "answers.jsonl"
-    assert eval_run(whole, *of_server(server, tmp_path / "shared", "--rows", ROWS)).exit_code == 0
+    assert eval_run(whole, *of_server(server, tmp_path / "shared", "--conditions", NAMES)).exit_code == 0
     everything = len(server.completions())
 
     def refuses(handler: BaseHTTPRequestHandler) -> bool:
@@ -613,12 +615,12 @@ def test_a_run_that_the_server_broke_off_goes_on(
 
     second = make_server("vllm")
     second.trouble = [lambda _: False] * 19 + [refuses]
-    result = eval_run(out, *of_server(second, tmp_path / "shared", "--rows", ROWS))
+    result = eval_run(out, *of_server(second, tmp_path / "shared", "--conditions", NAMES))
     assert result.exit_code == 1 and "HTTP 400: no more" in result.output
     kept = out.read_bytes()
     before = len(answers.read(out).lines)
     assert 0 < before < 30
-    assert eval_run(out, *of_server(second, tmp_path / "shared", "--rows", ROWS)).exit_code == 0
+    assert eval_run(out, *of_server(second, tmp_path / "shared", "--conditions", NAMES)).exit_code == 0
     assert out.read_bytes().startswith(kept)
     found = [{answers.key_of(line): line for line in answers.read(path).lines} for path in (out, whole)]
     assert found[0] == found[1]
@@ -629,7 +631,7 @@ def test_a_run_that_the_server_broke_off_goes_on(
         (of_server(make_server("sglang"), tmp_path / "shared", "--server", "sglang"), "this one has 'server (sglang)'"),
     ):
         done = out.read_bytes()
-        result = eval_run(out, "--rows", ROWS, *change)
+        result = eval_run(out, "--conditions", NAMES, *change)
         assert result.exit_code == 1 and message in " ".join(result.output.split())
         assert out.read_bytes() == done
 
@@ -639,9 +641,9 @@ def test_a_run_on_a_server_that_ignores_adapters_is_an_error(
 ) -> None:
     server, out = make_server("vllm"), tmp_path / "answers.jsonl"
     server.deaf = True
-    result = eval_run(out, *of_server(server, tmp_path / "shared", "--rows", ROWS))
+    result = eval_run(out, *of_server(server, tmp_path / "shared", "--conditions", NAMES))
     assert result.exit_code == 1 and "gives the same log-probabilities with adapter t2l-" in result.output
-    assert {line["row"] for line in answers.read(out).lines} == {"base", "base+description"}
+    assert {line["condition"] for line in answers.read(out).lines} == {"base", "base+description"}
 
 
 def test_each_adapter_is_compared_not_the_first_alone(
@@ -663,7 +665,7 @@ def test_a_run_with_vllm_is_that_with_transformers(
     monkeypatch.setattr(LLM, "spec", TextToLora.from_pretrained(checkpoint).spec)
     files = []
     for name in ("transformers", "vllm"):
-        result = eval_run(tmp_path / f"{name}.jsonl", "--rows", ROWS, "--backend", name)
+        result = eval_run(tmp_path / f"{name}.jsonl", "--conditions", NAMES, "--backend", name)
         assert result.exit_code == 0, result.output
         files.append(answers.read(tmp_path / f"{name}.jsonl"))
     one, other = ({answers.key_of(line): line for line in file.lines} for file in files)
@@ -687,20 +689,10 @@ def test_backends_of_a_run_that_cannot_be(
         (("--served-model", "base"), "not for --backend transformers"),
         (("--backend", server.url, "--served-model", "else"), "serves no model else; it has: base"),
         (("--backend", server.url, "--served-model", "base", "--suite", "likelihood"), "needs --backend transformers"),
-        (("--backend", server.url, "--served-model", "base", "--rows", "arrow"), "No row is left"),
+        (("--backend", server.url, "--served-model", "base", "--conditions", "arrow"), "No condition is left"),
     ):
         result = eval_run(out, *arguments)
         assert (result.exit_code, message in " ".join(result.output.split())) == (1, True), result.output
         assert not out.exists()
-    result = eval_run(out, "--backend", server.url, "--served-model", "base", "--rows", "t2l")
+    result = eval_run(out, "--backend", server.url, "--served-model", "base", "--conditions", "t2l")
     assert result.exit_code == 1 and "serves no adapter t2l-" in result.output  # and no folder to load it from
-
-
-def test_files_from_before_there_was_a_choice_are_of_transformers(eval_run: Callable[..., Any], tmp_path: Path) -> None:
-    out = tmp_path / "answers.jsonl"
-    assert eval_run(out, "--rows", "base").exit_code == 0
-    file = answers.read(out)
-    header = {name: value for name, value in file.header.items() if name not in ("backend", "served_model")}
-    out.write_text(answers.to_text(header, file.lines[:2]))
-    assert eval_run(out, "--rows", "base").exit_code == 0
-    assert answers.read(out).lines == file.lines

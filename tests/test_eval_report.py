@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,9 +15,12 @@ from typer.testing import CliRunner
 
 from t2l.cli import app
 from t2l.errors import DataError, EvaluationError
-from t2l.eval import answers, report
-from t2l.eval.conditions import MINIMUM, ROWS
-from t2l.eval.report import Options, Scores, below_floor, difference, estimate, gather, markdown
+from t2l.eval import answers
+from t2l.eval.conditions import CONDITIONS, MINIMUM
+from t2l.eval.html import as_html
+from t2l.eval.report import Options, as_csv, markdown, tables
+from t2l.eval.results import below_floor, gather
+from t2l.eval.stats import Scores, difference, estimate, sign_flip_p
 
 RATES = {"base": 0.0, "multitask": 0.35, "t2l": 0.5, "t2l-wrong": 0.05, "t2l-random": 0.02}
 
@@ -26,6 +30,7 @@ def header(**changes: Any) -> dict[str, Any]:
         "format_version": answers.FORMAT_VERSION,
         "base": "tiny",
         "base_revision": "1",
+        "backend": "transformers",
         "dtype": "float32",
         "per_task": 5,
         "held_out": 4,
@@ -58,9 +63,9 @@ def made(
         for task in tasks:
             for seed in seeds:
                 for n in range(5):
-                    right = bool(draw.random() < RATES[ROWS[row].adapter])
-                    prompt = f"{ROWS[row].prompt}/{task}/{n}/{seed if ROWS[row].description else ''}"
-                    line = {"suite": suite, "row": row, "seed": seed, "task": task, "id": f"{task}-{n}"}
+                    right = bool(draw.random() < RATES[CONDITIONS[row].adapter])
+                    prompt = f"{CONDITIONS[row].prompt}/{task}/{n}/{seed if CONDITIONS[row].description else ''}"
+                    line = {"suite": suite, "condition": row, "seed": seed, "task": task, "id": f"{task}-{n}"}
                     lines.append(line | {"prompt": prompt, "answer": "x", "scores": scores(row, right)})
     return lines
 
@@ -141,6 +146,20 @@ def test_sign_flips_are_exact_for_few_tasks() -> None:
     assert difference(one, one).p == 1.0
 
 
+@pytest.mark.parametrize("count", range(9))
+def test_p_is_the_share_of_sign_patterns_that_are_as_far_from_zero(count: int) -> None:
+    """By counting all patterns, where there are few; values of 0 have no sign and change nothing."""
+    values = np.random.default_rng(count).normal(0.5, 1.0, size=count)
+    patterns = np.array(list(itertools.product((-1, 1), repeat=count))).reshape(2**count, count)
+    share = np.mean(np.abs(patterns @ values) >= abs(values.sum()) - 1e-12)
+    assert sign_flip_p(values) == sign_flip_p(np.array([0.0, *values, 0.0])) == pytest.approx(share)
+
+
+def test_one_answer_has_an_interval_of_no_width() -> None:
+    one: Scores = {"t": {"a": [0.5]}}
+    assert (estimate(one).low, estimate(one).high, difference(one, {"t": {"a": [0.0]}}).p) == (0.5, 0.5, 1.0)
+
+
 def test_p_is_uniform_where_rows_are_alike() -> None:
     generator = np.random.default_rng(2)
     found = []
@@ -168,13 +187,13 @@ def test_the_table_holds_the_means_of_the_lines(save: Any) -> None:
     file = save(made())
     text = markdown([file])
     for row in ("base", "t2l", "t2l-wrong+description"):
-        values = [line["scores"]["exact_match"] for line in file.lines if line["row"] == row]
+        values = [line["scores"]["exact_match"] for line in file.lines if line["condition"] == row]
         assert f"{np.mean(values):.3f} [" in text
-    assert "12 tasks, n = 120 answers a row, seeds 0, 1; exact match" in text
+    assert "12 tasks, n = 120 answers a condition, seeds 0, 1; exact match" in text
     assert text.startswith("<!-- t2l eval report a.jsonl -->\n")
     (gap,) = [row for row in text.splitlines() if row.startswith("| t2l | t2l-wrong | plain |")]
     right, wrong = (
-        np.mean([line["scores"]["exact_match"] for line in file.lines if line["row"] == row])
+        np.mean([line["scores"]["exact_match"] for line in file.lines if line["condition"] == row])
         for row in ("t2l", "t2l-wrong")
     )
     assert f"| {right - wrong:+.3f} [" in gap
@@ -186,13 +205,13 @@ def test_files_are_merged_in_any_order(save: Any) -> None:
     lines = made()
     whole = save(lines)
     parts = [save(lines[start::2], f"{start}.jsonl.gz") for start in (0, 1)]
-    tables = [markdown(files).split("### Where the answers came from")[0].split("-->")[1] for files in ([whole], parts)]
-    assert tables[0] == tables[1]
+    found = [markdown(files).split("### Where the answers came from")[0].split("-->")[1] for files in ([whole], parts)]
+    assert found[0] == found[1]
 
 
 def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
     file = save(made(rows=("base", "t2l", "t2l+description")))
-    with pytest.raises(EvaluationError, match=r"suite test lacks base\+description, multitask, t2l-wrong, t2l-random"):
+    with pytest.raises(EvaluationError, match=r"suite test lacks base\+description, t2l-wrong, t2l-random\. Run"):
         markdown([file])
     text = markdown([file], Options(without_controls=True))
     assert "Controls are missing" in text
@@ -203,7 +222,6 @@ def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
     ("change", "match"),
     [
         ({"dtype": "bfloat16"}, "dtype is 'float32' in one, 'bfloat16' in the other"),
-        ({"examples": 2}, "examples is None in one, 2 in the other"),
         ({"checkpoint_sha256": "d" * 64}, "both hold seed 0, with different checkpoint_sha256"),
         ({}, "both hold the answer of"),
     ],
@@ -213,31 +231,25 @@ def test_files_that_do_not_go_together_are_refused(change: dict[str, Any], match
         markdown([save(made()), save(made(), "b.jsonl", **change)])
 
 
-def test_a_table_says_that_descriptions_come_with_examples(save: Any) -> None:
-    files = [save(made(seeds=[seed]), f"{seed}.jsonl", examples=2) for seed in (0, 1)]
-    assert "**What T2L reads comes with up to 2 examples**" in markdown(files)
-    assert "examples" not in markdown([save(made())])
-
-
 def test_other_weights_under_other_seeds_share_a_table(save: Any) -> None:
     other = save(made(seeds=(2, 3)), "b.jsonl", checkpoint_sha256="d" * 64)
     assert "seeds 0, 1, 2, 3" in markdown([save(made()), other])
 
 
 def test_an_unfinished_file_is_refused(save: Any) -> None:
-    with pytest.raises(DataError, match=r"row t2l-random\+description: 7 answers are missing.*run the same command"):
+    with pytest.raises(DataError, match=r"t2l-random\+description: 7 answers are missing.*run the same command"):
         markdown([save(made()[:-7])])
 
 
 def test_compared_rows_must_have_seen_the_same_prompt(save: Any) -> None:
     lines = made()
-    one = next(i for i, line in enumerate(lines) if line["row"] == "t2l-wrong")
+    one = next(i for i, line in enumerate(lines) if line["condition"] == "t2l-wrong")
     changed = [line | {"prompt": "other"} if i == one else line for i, line in enumerate(lines)]
     with pytest.raises(DataError, match="t2l and t2l-wrong saw different prompts"):
         markdown([save(changed)])
     text = markdown([save(lines)], Options(compare=(("t2l+description", "base"),)))
     assert "| t2l+description | base | **different prompts** |" in text
-    with pytest.raises(DataError, match="no row 'best'"):
+    with pytest.raises(DataError, match="no condition 'best'"):
         markdown([save(lines)], Options(compare=(("t2l", "best"),)))
 
 
@@ -280,12 +292,12 @@ def test_benchmarks_flag_what_could_not_be_read_and_leave_out_what_is_at_chance(
     facts = {"kind": ["option"], "chance": {"piqa": 0.9}, "floor": {"piqa": 0.9}}
     text = markdown([save(lines, suites={"benchmarks": facts})])
     assert "base on gsm8k (0%)" in text
-    assert "leaves out benchmarks on which no row's interval lies above chance: piqa." in text
+    assert "leaves out benchmarks on which no condition's interval lies above chance: piqa." in text
     assert "Not scored, because code was not run: humaneval (400)" in text
     head = next(line for line in text.splitlines() if line.startswith("|  | average"))
     assert head == "|  | average | average above chance | piqa | gsm8k | answers read |"
     by_task = {
-        task: 100 * np.mean([x["scores"]["correct"] for x in lines if (x["row"], x["task"]) == ("t2l", task)])
+        task: 100 * np.mean([x["scores"]["correct"] for x in lines if (x["condition"], x["task"]) == ("t2l", task)])
         for task in ("piqa", "gsm8k")
     }
     row = next(line for line in text.splitlines() if line.startswith("| T2L, the task's description | "))
@@ -327,18 +339,18 @@ def test_another_score_can_be_shown(save: Any) -> None:
 
 def test_csv_has_every_row_task_and_difference(save: Any) -> None:
     file = save(made())
-    rows = list(csv.DictReader(io.StringIO(report.as_csv([file]))))
-    overall = {row["row"]: row for row in rows if row["task"] == "all" and not row["minus"]}
+    rows = list(csv.DictReader(io.StringIO(as_csv([file]))))
+    overall = {row["condition"]: row for row in rows if row["task"] == "all" and not row["minus"]}
     assert overall.keys() == {row.name for row in MINIMUM}
-    assert len(rows) == len(MINIMUM) * 13 + 2 * len(report.PAIRS)
-    values = [line["scores"]["exact_match"] for line in file.lines if line["row"] == "t2l"]
+    assert len(rows) == len(MINIMUM) * 13 + 2 * 5
+    values = [line["scores"]["exact_match"] for line in file.lines if line["condition"] == "t2l"]
     assert float(overall["t2l"]["mean"]) == pytest.approx(np.mean(values), abs=1e-4)
     assert all(row["p"] and row["one_sided_low"] for row in rows if row["minus"])
 
 
 def test_html_needs_no_other_file_and_escapes(save: Any) -> None:
     pytest.importorskip("matplotlib")
-    page = report.as_html([save(made(suite="own <script>"), checkpoint="a<b")])
+    page = as_html([save(made(suite="own <script>"), checkpoint="a<b")])
     assert page.count("<svg") == 1
     assert "<script" not in page
     assert "a&lt;b" in page
@@ -359,7 +371,7 @@ def test_command_writes_what_the_suffix_says(save: Any, tmp_path: Path) -> None:
     assert result.stdout == markdown([file])
     for arguments, code, message in (
         (["--out", "r.pdf"], 1, "written as .md, .csv, .html"),
-        (["--compare", "t2l"], 2, "takes two rows"),
+        (["--compare", "t2l"], 2, "takes two conditions"),
         ([str(tmp_path / "no.jsonl")], 1, "Cannot read answers"),
     ):
         result = runner.invoke(app, ["eval", "report", str(file.path), *arguments])
@@ -377,14 +389,14 @@ def test_written_reports_are_as_readable_as_any_new_file(save: Any, tmp_path: Pa
 def test_several_checkpoints_are_also_shown_apart(save: Callable[..., answers.AnswerFile]) -> None:
     """Their means are those of each one's own report, and their mean that of the table."""
     files = [save(made(seeds=(n,)), f"{n}.jsonl", checkpoint_sha256=str(n) * 64, suites={"test": {}}) for n in range(3)]
-    _, tables = report.tables(files)
-    (apart,) = (table for table in tables if table.title.endswith("by checkpoint"))
+    _, found = tables(files)
+    (apart,) = (table for table in found if table.title.endswith("by checkpoint"))
     head, *cells = apart.cells
-    assert head == ["row", "`00000000`", "`11111111`", "`22222222`", "standard deviation"]
+    assert head == ["condition", "`00000000`", "`11111111`", "`22222222`", "standard deviation"]
     rows = {row[0]: row[1:] for row in cells}
-    alone = [gather([file])[0].rows for file in files]
+    alone = [gather([file])[0].conditions for file in files]
     assert rows["t2l"][:3] == [f"{estimate(x['t2l']).mean:.3f}" for x in alone]
     gaps = [difference(x["t2l"], x["t2l-wrong"]).mean for x in alone]
     assert rows["t2l − t2l-wrong"] == [*(f"{gap:.3f}" for gap in gaps), f"{np.std(gaps, ddof=1):.3f}"]
-    _, tables = report.tables(files[:1])
-    assert not any(table.title.endswith("by checkpoint") for table in tables)
+    _, found = tables(files[:1])
+    assert not any(table.title.endswith("by checkpoint") for table in found)

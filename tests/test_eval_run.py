@@ -21,9 +21,11 @@ from t2l.cli import app
 from t2l.config import LoraConfig, PromptConfig
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, EvaluationError
 from t2l.eval import answers, conditions, decode, retrieval, suites
+from t2l.eval.adapters import AdapterCache, UsedAdapter, require_effect
 from t2l.eval.arrow import arrow, prototypes
-from t2l.eval.conditions import ROWS, AdapterSource, choose_rows
+from t2l.eval.conditions import CONDITIONS, choose_conditions
 from t2l.eval.run import Settings, run
+from t2l.eval.sources import Sources
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.pace import Pace
@@ -79,8 +81,8 @@ def finished(
 ) -> answers.AnswerFile:
     """A whole run of all rows but `nearest`, Hyperdecoders and `t2l-abstain`, which need more than tiny models."""
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
-    names = ",".join(name for name in ROWS if not name.startswith(("nearest", "t2l-abstain")))
-    settings = SETTINGS | {"rows": names}
+    names = ",".join(name for name in CONDITIONS if not name.startswith(("nearest", "t2l-abstain")))
+    settings = SETTINGS | {"conditions": names}
     run(
         Settings(
             suites=(str(tasks_file),), checkpoint=checkpoint, multitask=multitask, libraries=(library,), **settings
@@ -91,87 +93,87 @@ def finished(
     return answers.read(out)
 
 
-def questions_of(tasks_file: Path) -> list[suites.Question]:
+def instances_of(tasks_file: Path) -> list[suites.EvalInstance]:
     """As `run` draws them for the tiny checkpoint, whose encoder reads 96 tokens, a byte each."""
     tasks = suites.load_suite(str(tasks_file), per_task=None)
-    return suites.questions(tasks, [0, 1], fits=lambda text: len(text.encode()) < 96)
+    return suites.instances(tasks, [0, 1], fits=lambda text: len(text.encode()) < 96)
 
 
 # -------------------------------------------------------------------------------------------------------- a whole run
 
 
-def test_every_row_answers_every_question_once(finished: answers.AnswerFile) -> None:
+def test_every_condition_answers_every_instance_once(finished: answers.AnswerFile) -> None:
     counts: dict[str, int] = defaultdict(int)
     for line in finished.lines:
-        counts[line["row"]] += 1
-    oracle = {"oracle": 12, "oracle+description": 12}  # the library holds two of the three tasks
-    left_out = {name for name in ROWS if name.startswith(("hyperdecoders", "nearest", "t2l-abstain"))}
-    assert counts == {name: 18 for name in ROWS if name not in left_out} | oracle
+        counts[line["condition"]] += 1
+    oracle = {"task-lora": 12, "task-lora+description": 12}  # the library holds two of the three tasks
+    left_out = {name for name in CONDITIONS if name.startswith(("hyperdecoders", "nearest", "t2l-abstain"))}
+    assert counts == {name: 18 for name in CONDITIONS if name not in left_out} | oracle
     assert finished.header["left_out"] == {
         "hyperdecoders": "no --hyperdecoders",
         "hyperdecoders+description": "no --hyperdecoders",
     }
 
 
-def test_rows_of_one_form_see_the_same_prompts(finished: answers.AnswerFile) -> None:
-    by_question: dict[Any, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+def test_conditions_of_one_form_see_the_same_prompts(finished: answers.AnswerFile) -> None:
+    by_instance: dict[Any, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for line in finished.lines:
         key = line["seed"], line["task"], line["id"]
-        by_question[key][ROWS[line["row"]].prompt].add(line["prompt"])
-    for prompts in by_question.values():
+        by_instance[key][CONDITIONS[line["condition"]].prompt].add(line["prompt"])
+    for prompts in by_instance.values():
         assert sorted(prompts) == ["description", "plain", "shots", "shots+description"]
         assert all(len(hashes) == 1 for hashes in prompts.values())
         assert len({next(iter(hashes)) for hashes in prompts.values()}) == 4
 
 
-def test_answers_are_those_of_each_question_alone(
+def test_answers_are_those_of_each_instance_alone(
     finished: answers.AnswerFile, tasks_file: Path, checkpoint: str, tiny_base: Any, tiny_tokenizer: Any
 ) -> None:
     """Batched with other rows and tasks, padded and sorted: the same words as one prompt with its own adapter."""
     said = {answers.key_of(line): line for line in finished.lines}
     t2l = TextToLora.from_pretrained(checkpoint)
-    for question in questions_of(tasks_file)[::5]:
+    for instance in instances_of(tasks_file)[::5]:
         texts = {
             "base+shots": None,
-            "t2l": question.description,
-            "t2l-wrong+description": question.wrong_descriptions[0],
-            "t2l-random": question.random_texts[0],
+            "t2l": instance.description,
+            "t2l-wrong+description": instance.wrong_description,
+            "t2l-random": instance.random_text,
         }
         for name, text in texts.items():
-            prompt = conditions.prompt_of(ROWS[name], question, tiny_tokenizer)
+            prompt = conditions.prompt_of(CONDITIONS[name], instance, tiny_tokenizer)
             (ids,) = token_ids(tiny_tokenizer, [prompt])
             used = None if text is None else t2l.generate([text])
             (alone,) = decode.greedy(tiny_base, tiny_tokenizer, [ids], used, max_new_tokens=5)
-            line = said[question.task.suite, name, question.seed, question.task.name, question.item.id]
+            line = said[instance.task.suite, name, instance.seed, instance.task.name, instance.item.id]
             assert line["answer"] == alone.strip()
             assert line["prompt"] == conditions.short_hash(prompt)
             assert line["description"] == (None if text is None else conditions.short_hash(text))
-            assert line["scores"]["exact_match"] == float(alone.strip() in question.item.outputs)
+            assert line["scores"]["exact_match"] == float(alone.strip() in instance.item.outputs)
 
 
 def test_adapters_differ_where_they_must_and_only_there(finished: answers.AnswerFile) -> None:
     used: dict[str, set[tuple[str, int, str]]] = defaultdict(set)
     for line in finished.lines:
-        used[line["row"]].add((line["task"], line["seed"], line["adapter"]))
+        used[line["condition"]].add((line["task"], line["seed"], line["adapter"]))
     for adapter in ("multitask", "average"):
         assert len({id_ for _, _, id_ in used[adapter]}) == 1
     assert {id_ for _, _, id_ in used["base"]} == {None}
     right, wrong = ({(t, s): id_ for t, s, id_ in used[row]} for row in ("t2l", "t2l-wrong"))
     assert all(right[key] != wrong[key] for key in right)
     assert used["t2l"] == used["t2l+description"]
-    assert len({id_ for _, _, id_ in used["oracle"]}) == 2
+    assert len({id_ for _, _, id_ in used["task-lora"]}) == 2
 
 
-def test_oracle_average_and_arrow_are_the_librarys(
+def test_task_loras_average_and_arrow_are_the_librarys(
     library: str, base_folder: Path, tasks_file: Path, tiny_tokenizer: Any
 ) -> None:
     base = make_base(make_config())
     opened = AdapterLibrary.open(Path(library))
-    source = AdapterSource((base, tiny_tokenizer), libraries=[opened], log=lambda text: None)
-    question = questions_of(tasks_file)[-1]
-    assert question.task.name == "upper"
-    source.prepare([(ROWS["oracle"], question), (ROWS["average"], question)])
-    ((oracle,),), ((mean,),) = source.of(ROWS["oracle"], [question]), source.of(ROWS["average"], [question])
+    cache = AdapterCache((base, tiny_tokenizer), Sources(libraries=(opened,)), log=lambda text: None)
+    instance = instances_of(tasks_file)[-1]
+    assert instance.task.name == "upper"
+    cache.prepare([(CONDITIONS["task-lora"], instance), (CONDITIONS["average"], instance)])
+    (oracle,), (mean,) = cache.of(CONDITIONS["task-lora"], [instance]), cache.of(CONDITIONS["average"], [instance])
     stacked = opened.stack(opened.names)
     assert torch.equal(oracle.lora.a[0], stacked.a[0][1])
     assert torch.allclose(mean.lora.b[1], stacked.b[1].mean(0))
@@ -229,8 +231,7 @@ def test_a_library_for_judging_is_no_baseline(
     opened = AdapterLibrary.open(Path(library))
     facts = {name: {} for name in opened.names}
     judging = save_library(tmp_path / "judging", opened.stack(opened.names), opened.spec, facts, purpose="judging")
-    source = AdapterSource((tiny_base, tiny_tokenizer), libraries=[judging])
-    left_out = source.left_out(choose_rows("average,arrow,nearest,oracle"))
+    left_out = Sources(libraries=(judging,)).left_out(choose_conditions("average,arrow,nearest,task-lora"))
     assert left_out.keys() == {"average", "arrow", "nearest"}
 
 
@@ -245,10 +246,10 @@ def test_nearest_is_the_adapter_of_the_most_similar_description(
     monkeypatch.setattr(retrieval, "WINDOW", 100)
     monkeypatch.setattr(retrieval, "RETRIEVER", str(sentence_folder))
     opened = AdapterLibrary.open(Path(library))
-    source = AdapterSource((tiny_base, tiny_tokenizer), libraries=[opened], log=lambda text: None)
-    question = dataclasses.replace(questions_of(tasks_file)[0], descriptions=(TASKS["first"][0],))
-    source.prepare([(ROWS["nearest"], question)])
-    ((used,),) = source.of(ROWS["nearest"], [question])
+    cache = AdapterCache((tiny_base, tiny_tokenizer), Sources(libraries=(opened,)), log=lambda text: None)
+    instance = dataclasses.replace(instances_of(tasks_file)[0], description=TASKS["first"][0])
+    cache.prepare([(CONDITIONS["nearest"], instance)])
+    (used,) = cache.of(CONDITIONS["nearest"], [instance])
     assert torch.equal(used.lora.a[0], opened.stack(["upper"]).a[0][0])
 
 
@@ -258,16 +259,16 @@ def test_hyperdecoders_read_the_input(
     hyper = TextToLora.from_pretrained(str(make_checkpoint(tmp_path / "hyper", encoder=str(sentence_folder))))
     tokenizer = make_tokenizer()
     with pytest.raises(ConfigError, match="reads the description; Hyperdecoders read the input"):
-        AdapterSource((tiny_base, tokenizer), hyperdecoders=hyper)
+        Sources(hyperdecoders=hyper)
     object.__setattr__(hyper.config, "reads", "input")
-    source = AdapterSource((tiny_base, tokenizer), hyperdecoders=hyper, log=lambda text: None)
-    one, other = questions_of(tasks_file)[:2]
+    cache = AdapterCache((tiny_base, tokenizer), Sources(hyperdecoders=hyper), log=lambda text: None)
+    one, other = instances_of(tasks_file)[:2]
     long = dataclasses.replace(one, item=dataclasses.replace(one.item, text="word " * 500))
-    used = source.of(ROWS["hyperdecoders"], [one, other, long])
+    used = cache.of(CONDITIONS["hyperdecoders"], [one, other, long])
     (expected,) = hyper.generate([other.item.text])
-    assert torch.allclose(used[1][0].lora.a[0], expected.lora.a[0], atol=1e-6)
-    assert [adapter.description for (adapter,) in used] == [None] * 3
-    assert len({adapter.id for (adapter,) in used}) == 3
+    assert torch.allclose(used[1].lora.a[0], expected.lora.a[0], atol=1e-6)
+    assert [adapter.description for adapter in used] == [None] * 3
+    assert len({adapter.id for adapter in used}) == 3
 
 
 def test_answers_of_one_prompt_and_adapter_are_asked_once(
@@ -282,7 +283,7 @@ def test_answers_of_one_prompt_and_adapter_are_asked_once(
 
     monkeypatch.setattr(decode, "greedy", counting)
     out = tmp_path / "answers.jsonl"
-    settings = SETTINGS | {"rows": "base", "seeds": (0, 1, 2)}
+    settings = SETTINGS | {"conditions": "base", "seeds": (0, 1, 2)}
     run(Settings(suites=(str(tasks_file),), checkpoint=checkpoint, **settings), out, log=lambda text: None)
     assert len(asked) == 9
     lines = answers.read(out).lines
@@ -310,12 +311,12 @@ def test_an_interrupted_run_goes_on(
     before = out.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]
     assert whole != before
-    names = ",".join(name for name in ROWS if not name.startswith(("nearest", "arrow", "t2l-abstain")))
-    values = SETTINGS | {"rows": names, "checkpoint": checkpoint, "multitask": multitask, "libraries": (library,)}
+    names = ",".join(name for name in CONDITIONS if not name.startswith(("nearest", "arrow", "t2l-abstain")))
+    values = SETTINGS | {"conditions": names, "checkpoint": checkpoint, "multitask": multitask, "libraries": (library,)}
     settings = Settings(suites=(str(tasks_file),), **values)
     run(settings, out, log=lambda text: None)
     assert out.read_bytes().startswith(whole)
-    expected = [line for line in finished.lines if "arrow" not in line["row"]]
+    expected = [line for line in finished.lines if "arrow" not in line["condition"]]
     found = {answers.key_of(line): line for line in answers.read(out).lines}
     assert {key: found[key] for key in map(answers.key_of, expected)} == {answers.key_of(x): x for x in expected}
     done = out.read_bytes()
@@ -327,21 +328,21 @@ def test_rows_and_seeds_can_be_added_but_nothing_else_changed(
     tasks_file: Path, checkpoint: str, multitask: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "answers.jsonl"
-    first = SETTINGS | {"rows": "base", "seeds": (0,), "checkpoint": checkpoint, "suites": (str(tasks_file),)}
+    first = SETTINGS | {"conditions": "base", "seeds": (0,), "checkpoint": checkpoint, "suites": (str(tasks_file),)}
     run(Settings(**first), out, log=lambda text: None)
-    more = first | {"rows": "base,multitask", "seeds": (0, 1), "multitask": multitask}
+    more = first | {"conditions": "base,multitask", "seeds": (0, 1), "multitask": multitask}
     run(Settings(**more), out, log=lambda text: None)
     file = answers.read(out)
-    assert file.header["rows"] == ["base", "multitask"]
+    assert file.header["conditions"] == ["base", "multitask"]
     assert file.header["seeds"] == [0, 1]
     assert file.header["multitask_sha256"]
     assert len(file.lines) == 2 * 2 * 9
     before = out.read_bytes()
     for change, match in (
         ({"max_new_tokens": 6}, "max_new_tokens 5; this one has 6"),
-        ({"checkpoint": multitask, "rows": "base"}, "variant is 'none'"),
+        ({"checkpoint": multitask, "conditions": "base"}, "variant is 'none'"),
         ({"per_task": 2}, "per_task None; this one has 2"),
-        ({"rows": "base,t2l-worng"}, "no row 't2l-worng'"),
+        ({"conditions": "base,t2l-worng"}, "no condition 't2l-worng'"),
     ):
         with pytest.raises(ConfigError, match=match):
             run(Settings(**(more | change)), out, log=lambda text: None)
@@ -352,7 +353,7 @@ def test_another_checkpoint_needs_another_file(
     tasks_file: Path, checkpoint: str, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "answers.jsonl"
-    settings = SETTINGS | {"rows": "t2l", "seeds": (0,), "suites": (str(tasks_file),)}
+    settings = SETTINGS | {"conditions": "t2l", "seeds": (0,), "suites": (str(tasks_file),)}
     run(Settings(checkpoint=checkpoint, **settings), out, log=lambda text: None)
     other = str(make_checkpoint(tmp_path / "other", variant="M"))
     with pytest.raises(ConfigError, match="checkpoint_sha256"):
@@ -366,10 +367,10 @@ def test_an_adapter_without_effect_is_found(tiny_base: Any, tiny_config: Any, ti
     spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
     works = LoraAdapter(random_lora(spec), spec, "", {})
     idle = LoraAdapter(works.lora.map(torch.zeros_like), spec, "Do nothing.", {})
-    used = [conditions.UsedAdapter(x, "id") for x in (works, idle)]
-    conditions.require_effect(tiny_base, tiny_tokenizer, used[:1])
+    used = [UsedAdapter(x, "id") for x in (works, idle)]
+    require_effect(tiny_base, tiny_tokenizer, used[:1])
     with pytest.raises(AdapterNotAppliedError, match=r"“Do nothing.”.*1 of 2"):
-        conditions.require_effect(tiny_base, tiny_tokenizer, used)
+        require_effect(tiny_base, tiny_tokenizer, used)
 
 
 def test_an_untrained_checkpoint_is_found(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
@@ -448,29 +449,31 @@ def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def benchmarks(benchmark_data: Path, monkeypatch: Any) -> dict[str, suites.JudgedTask]:
+def benchmarks(benchmark_data: Path, monkeypatch: Any) -> dict[str, suites.EvalTask]:
     monkeypatch.setenv("T2L_DATA", str(benchmark_data))
     return {task.name: task for task in suites.load_suite("benchmarks", per_task=3)}
 
 
-def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.JudgedTask], tiny_tokenizer: Any) -> None:
-    asked = {q.task.name: q for q in suites.questions(list(benchmarks.values()), [0])}
+def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.EvalTask], tiny_tokenizer: Any) -> None:
+    asked = {q.task.name: q for q in suites.instances(list(benchmarks.values()), [0])}
     text = {
-        name: {row: conditions.prompt_of(ROWS[row], q, tiny_tokenizer) for row in ("base", "base+shots+description")}
+        name: {
+            row: conditions.prompt_of(CONDITIONS[row], q, tiny_tokenizer) for row in ("base", "base+shots+description")
+        }
         for name, q in asked.items()
     }
     assert len(asked) == 10
-    for name, question in asked.items():
-        assert question.item.text.strip() in text[name]["base"]
-        assert question.description not in text[name]["base"]
-        assert question.description in text[name]["base+shots+description"]
-        assert question.wrong_descriptions[0] not in text[name]["base+shots+description"]
-        # Examples are really there, and none is the question.
-        assert len(question.shots) == (0 if name == "humaneval" else 3)
-        for shown, answer in question.shots:
+    for name, instance in asked.items():
+        assert instance.item.text.strip() in text[name]["base"]
+        assert instance.description not in text[name]["base"]
+        assert instance.description in text[name]["base+shots+description"]
+        assert instance.wrong_description not in text[name]["base+shots+description"]
+        # Examples are really there, and none is the item.
+        assert len(instance.shots) == (0 if name == "humaneval" else 3)
+        for shown, answer in instance.shots:
             assert shown.strip() in text[name]["base+shots+description"]
             assert answer.strip() in text[name]["base+shots+description"]
-            assert shown != question.item.text
+            assert shown != instance.item.text
     assert text["gsm8k"]["base"].endswith("<assistant>Let's think step by step.")
     assert "<<" not in text["gsm8k"]["base+shots+description"]
     assert all("step by step. 3 +" in answer for _, answer in asked["gsm8k"].shots)
@@ -479,50 +482,49 @@ def test_benchmarks_are_asked_as_they_should_be(benchmarks: dict[str, suites.Jud
     assert "assert g()" in text["mbpp"]["base"]
     assert asked["arc_easy"].item.outputs[0] in "ABCD"
     assert benchmarks["piqa"].chance == 0.25
-    assert asked["humaneval"].wrong_descriptions[0] not in benchmarks["mbpp"].descriptions
+    assert asked["humaneval"].wrong_description not in benchmarks["mbpp"].descriptions
     for name in ("arc_easy", "arc_challenge", "openbookqa"):
         others = ("arc_easy", "arc_challenge", "openbookqa")
-        for wrong in asked[name].wrong_descriptions:
-            assert all(wrong not in benchmarks[other].descriptions for other in others)
+        assert all(asked[name].wrong_description not in benchmarks[other].descriptions for other in others)
 
 
-def test_no_seed_shows_the_question_or_takes_a_like_task_for_another(benchmarks: dict[str, suites.JudgedTask]) -> None:
+def test_no_seed_shows_the_item_or_takes_a_like_task_for_another(benchmarks: dict[str, suites.EvalTask]) -> None:
     science = {benchmarks[name].name for name in ("arc_easy", "arc_challenge", "openbookqa")}
     like = {text for name in science for text in benchmarks[name].descriptions}
-    asked = suites.questions(list(benchmarks.values()), range(12))
-    for question in asked:
-        assert question.item.text not in [text for text, _ in question.shots]
-        assert len(question.shots) == (0 if question.task.name == "humaneval" else 3)
-        assert not set(question.wrong_descriptions) & set(question.task.descriptions)
-        assert question.task.name not in science or not set(question.wrong_descriptions) & like
-    # Examples of hellaswag are test items, so the question was among them at times.
+    asked = suites.instances(list(benchmarks.values()), range(12))
+    for instance in asked:
+        assert instance.item.text not in [text for text, _ in instance.shots]
+        assert len(instance.shots) == (0 if instance.task.name == "humaneval" else 3)
+        assert instance.wrong_description not in instance.task.descriptions
+        assert instance.task.name not in science or instance.wrong_description not in like
+    # Examples of hellaswag are test items, so the item was among them at times.
     drawn = {text for q in asked if q.task.name == "hellaswag" for text, _ in q.shots}
     assert drawn & {item.text for item in benchmarks["hellaswag"].items}
 
 
-def test_scores_of_benchmarks(benchmarks: dict[str, suites.JudgedTask]) -> None:
-    asked = {q.task.name: q for q in suites.questions(list(benchmarks.values()), [0])}
+def test_scores_of_benchmarks(benchmarks: dict[str, suites.EvalTask]) -> None:
+    asked = {q.task.name: q for q in suites.instances(list(benchmarks.values()), [0])}
     for name in ("arc_easy", "boolq", "gsm8k"):
-        question = asked[name]
-        right = question.item.outputs[-1]
-        assert suites.score(question, f"The answer is {right}.") == {"correct": 1.0, "parsed": 1.0}
-        assert suites.score(question, "…") == {"correct": 0.0, "parsed": 0.0}
+        instance = asked[name]
+        right = instance.item.outputs[-1]
+        assert suites.score(instance, f"The answer is {right}.") == {"correct": 1.0, "parsed": 1.0}
+        assert suites.score(instance, "…") == {"correct": 0.0, "parsed": 0.0}
     wrong = "B" if asked["arc_easy"].item.outputs[0] == "A" else "A"
     assert suites.score(asked["arc_easy"], wrong) == {"correct": 0.0, "parsed": 1.0}
     assert suites.score(asked["gsm8k"], "99") == {"correct": 0.0, "parsed": 1.0}
     assert suites.score(asked["humaneval"], "    return 1\n") == {"correct": None, "parsed": 1.0}
     assert suites.score(asked["mbpp"], "def g(:") == {"correct": None, "parsed": 0.0}
-    question = asked["arc_easy"]
+    instance = asked["arc_easy"]
     shares = [-1.0] * 4
-    shares[question.item.target] = -0.5
-    assert suites.score_likelihoods(question, shares) == {"correct": 1.0, "correct_by_sum": 1.0}
+    shares[instance.item.target] = -0.5
+    assert suites.score_likelihoods(instance, shares) == {"correct": 1.0, "correct_by_sum": 1.0}
     # A longer choice is allowed to be less likely.
-    item = dataclasses.replace(question.item, choices=("ab", "abcdefgh", "x", "y"), target=1)
-    longer = dataclasses.replace(question, item=item)
+    item = dataclasses.replace(instance.item, choices=("ab", "abcdefgh", "x", "y"), target=1)
+    longer = dataclasses.replace(instance, item=item)
     assert suites.score_likelihoods(longer, [-2.0, -3.0, -9.0, -9.0]) == {"correct": 1.0, "correct_by_sum": 0.0}
 
 
-def test_floor_of_fixed_labels_is_the_rarest_labels_share(benchmarks: dict[str, suites.JudgedTask]) -> None:
+def test_floor_of_fixed_labels_is_the_rarest_labels_share(benchmarks: dict[str, suites.EvalTask]) -> None:
     items = tuple(suites.Item(str(n), "?", ("no",), ("no", "yes"), int(n == 0)) for n in range(4))
     task = dataclasses.replace(benchmarks["boolq"], items=items)
     assert task.floor == 0.25
@@ -538,23 +540,16 @@ def test_a_subset_is_part_of_a_larger_one(benchmark_data: Path, monkeypatch: Any
         assert len(other.items) == 4
 
 
-def test_questions_do_not_depend_on_the_other_tasks(tasks_file: Path) -> None:
+def test_instances_do_not_depend_on_the_other_tasks(tasks_file: Path) -> None:
     tasks = suites.load_suite(str(tasks_file), per_task=None)
-    alone = suites.questions(tasks[:1], [0, 1])
-    together = suites.questions(tasks, [0, 1])[: len(alone)]
+    alone = suites.instances(tasks[:1], [0, 1])
+    together = suites.instances(tasks, [0, 1])[: len(alone)]
     for one, other in zip(alone, together, strict=True):
-        assert (one.descriptions, one.random_texts, one.shots, one.item) == (
-            other.descriptions,
-            other.random_texts,
-            other.shots,
-            other.item,
-        )
-        assert not {*one.wrong_descriptions} & {*tasks[0].descriptions}
-        # All of one other task.
-        assert {*other.wrong_descriptions} in ({*tasks[1].descriptions}, {*tasks[2].descriptions})
-        assert len(other.descriptions) == len(other.wrong_descriptions) == len(other.random_texts) == 2
-    assert {q.description for q in alone} == set(tasks[0].descriptions)  # two seeds, two descriptions, in turn
-    assert len({text for q in alone for text in q.random_texts}) == 4
+        assert dataclasses.replace(one, wrong_description=other.wrong_description) == other
+        assert one.wrong_description not in tasks[0].descriptions
+        assert other.wrong_description in (*tasks[1].descriptions, *tasks[2].descriptions)
+    assert {instance.description for instance in alone} == set(tasks[0].descriptions)  # two seeds, two, in turn
+    assert len({instance.random_text for instance in alone}) == 2
 
 
 def test_likelihood_scoring_and_its_floor(
@@ -562,7 +557,7 @@ def test_likelihood_scoring_and_its_floor(
 ) -> None:
     monkeypatch.setenv("T2L_DATA", str(benchmark_data))
     out = tmp_path / "answers.jsonl"
-    settings = Settings(suites=("likelihood",), checkpoint=checkpoint, **(SETTINGS | {"rows": "base,t2l"}))
+    settings = Settings(suites=("likelihood",), checkpoint=checkpoint, **(SETTINGS | {"conditions": "base,t2l"}))
     run(settings, out, log=lambda text: None)
     lines = answers.read(out).lines
     assert len(lines) == 7 * 16 * 2 * 2
@@ -570,13 +565,13 @@ def test_likelihood_scoring_and_its_floor(
         best = max(range(len(line["answer"])), key=lambda i: line["answer"][i])
         target = int(line["id"].rsplit(":", 1)[1]) % len(line["answer"])
         assert line["scores"]["correct_by_sum"] == float(best == target)
-    monkeypatch.setattr(suites, "score_likelihoods", lambda question, values: {"correct": 0.0})
+    monkeypatch.setattr(suites, "score_likelihoods", lambda instance, values: {"correct": 0.0})
     low = tmp_path / "low.jsonl"
     with pytest.raises(EvaluationError, match="arc_challenge"):
         run(dataclasses.replace(settings, suites=("likelihood",)), low, log=lambda text: None)
-    assert {line["row"] for line in answers.read(low).lines} == {"base"}  # nothing else was asked
+    assert {line["condition"] for line in answers.read(low).lines} == {"base"}  # nothing else was asked
     run(dataclasses.replace(settings, check_floor=False), low, log=lambda text: None)
-    assert {line["row"] for line in answers.read(low).lines} == {"base", "t2l"}
+    assert {line["condition"] for line in answers.read(low).lines} == {"base", "t2l"}
 
 
 def test_choices_begin_as_the_adapters_were_trained(
@@ -592,7 +587,7 @@ def test_choices_begin_as_the_adapters_were_trained(
         return [0.0] * len(ids)
 
     monkeypatch.setattr(decode, "log_likelihoods", log_likelihoods)
-    values = SETTINGS | {"rows": "base,t2l", "seeds": (0,), "check_floor": False}
+    values = SETTINGS | {"conditions": "base,t2l", "seeds": (0,), "check_floor": False}
     run(Settings(suites=("likelihood",), checkpoint=spaced, **values), tmp_path / "a.jsonl", log=lambda text: None)
     assert {adapted for adapted, _ in scored} == {False, True}
     plain = sorted(text for adapted, text in scored if not adapted)
@@ -618,7 +613,7 @@ def test_code_is_run_only_when_asked_for_and_may_be_run_later(
     said = itertools.cycle(["    return 1\n", "    return 2\n"])
     monkeypatch.setattr(decode, "greedy", lambda model, tokenizer, prompts, *_, **__: [next(said) for _ in prompts])
     out = tmp_path / "answers.jsonl"
-    values = SETTINGS | {"rows": "base", "seeds": (0,), "base": str(base_folder), "suites": ("benchmarks",)}
+    values = SETTINGS | {"conditions": "base", "seeds": (0,), "base": str(base_folder), "suites": ("benchmarks",)}
     run(Settings(**values), out, log=lambda text: None)
     assert not ran
     assert [line["scores"]["correct"] for line in answers.read(out).lines] == [None] * 16
@@ -643,7 +638,11 @@ def test_wrong_use_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -
         (["--suite", "test", "--full", "--per-task", "3", *out], 2, "give one"),
         (["--suite", str(tasks_file), *out], 1, "which base model"),
         (["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out], 1, "Cannot read tasks"),
-        (["--suite", str(tasks_file), "--checkpoint", checkpoint, "--rows", "oracle", *out], 1, "No row is left"),
+        (
+            ["--suite", str(tasks_file), "--checkpoint", checkpoint, "--conditions", "task-lora", *out],
+            1,
+            "No condition is left",
+        ),
         (["--suite", str(tasks_file), "--checkpoint", checkpoint, "--out", "a.jsonl.gz"], 1, "plain .jsonl"),
     ):
         result = runner.invoke(app, ["eval", "run", *arguments])

@@ -10,7 +10,8 @@ import pytest
 from test_eval_report import header, made
 
 from t2l.eval import answers
-from t2l.eval.report import Difference, difference, estimate, gather
+from t2l.eval.results import gather
+from t2l.eval.stats import Difference, difference, estimate
 from t2l.tasks import load_splits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def test_differences_are_the_reports(script: ModuleType, tmp_path: Path, capsys:
     assert script.main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     (suite,) = gather([answers.read(path)])
-    expected = difference(suite.rows["t2l+description"], suite.rows["multitask+description"])
+    expected = difference(suite.conditions["t2l+description"], suite.conditions["multitask+description"])
     assert f"{100 * expected.mean:+.1f} [{100 * expected.low:+.1f}, {100 * expected.high:+.1f}]" in lines[0]
     assert len(lines) == 3 * 4 and all(line.startswith(f"| D{n % 4 + 1}, ") for n, line in enumerate(lines))
     assert [line.split(" | ")[1] for line in lines[::4]] == [
@@ -54,7 +55,7 @@ def test_differences_are_the_reports(script: ModuleType, tmp_path: Path, capsys:
     assert "one-sided" in lines[3] and lines[3].endswith("| missed |")
     (path := tmp_path / "few.jsonl").write_text(answers.to_text(header(), made(ROWS[2:], tasks=tasks)))
     assert script.main([str(path)]) == 1
-    assert "hold no row base+shots" in capsys.readouterr().err
+    assert "hold no condition base+shots" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not os.environ.get("T2L_DATA"), reason="T2L_DATA is not set")
@@ -63,14 +64,14 @@ def test_parts_by_answers_are_the_protocols(script: ModuleType) -> None:
     assert (len(parts["few different answers"]), len(parts["many different answers"])) == (29, 31)
 
 
-def test_rows_of_other_weights_take_the_place_of_theirs(script: ModuleType, tmp_path: Path, capsys: Any) -> None:
+def test_conditions_of_other_weights_take_the_place_of_theirs(script: ModuleType, tmp_path: Path, capsys: Any) -> None:
     tasks = sorted(load_splits().test)
     (path := tmp_path / "test.jsonl").write_text(answers.to_text(header(), made(ROWS, tasks=tasks)))
     worse = made(("multitask+description",), tasks=tasks, scores=lambda name, right: {"exact_match": 0.0})
     (other := tmp_path / "other.jsonl").write_text(answers.to_text(header(multitask_sha256="other"), worse))
     assert script.main([str(path), "--instead", str(other)]) == 0
     (suite,) = gather([answers.read(path)])
-    expected = 100 * estimate(suite.rows["t2l+description"]).mean
+    expected = 100 * estimate(suite.conditions["t2l+description"]).mean
     assert f"| multitask+description | {expected:+.1f} [" in capsys.readouterr().out.splitlines()[2]
     (other := tmp_path / "seed.jsonl").write_text(
         answers.to_text(header(), [line | {"seed": line["seed"] + 1} for line in worse])

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from t2l.cli import app
 from t2l.eval import answers
-from t2l.eval.report import Scores, Suite, difference, estimate, gather
+from t2l.eval.results import Suite, gather
 from t2l.eval.run import Settings, run
+from t2l.eval.stats import Scores, difference, estimate
 from t2l.io import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,24 +41,24 @@ def remade(table: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return result.stdout
 
 
-def rows_of(*paths: Path) -> dict[str, Scores]:
-    """Scores of each row, all suites of some files together."""
+def scores_of(*paths: Path) -> dict[str, Scores]:
+    """Scores of each condition, all suites of some files together."""
     rows: dict[str, Scores] = {}
     for suite in gather([answers.read(path) for path in paths]):
-        for name, scores in suite.rows.items():
+        for name, scores in suite.conditions.items():
             rows.setdefault(name, {}).update(scores)
     return rows
 
 
 def require_seen_tasks_learned(suite: Suite) -> None:
     """What a checkpoint must do on new instances of the tasks that it was trained on."""
-    rows = {name: estimate(scores) for name, scores in suite.rows.items()}
+    rows = {name: estimate(scores) for name, scores in suite.conditions.items()}
     for name in ("t2l", "t2l+description"):
         assert rows[name].n >= 600, f"{name}: {rows[name].n} answers"
         assert rows[name].mean >= 0.30, f"{name}: {rows[name]}"
     assert rows["t2l-wrong"].mean <= 0.10, f"t2l-wrong: {rows['t2l-wrong']}"
     assert rows["base"].mean <= 0.02, f"base: {rows['base']}"
-    gap = difference(suite.rows["t2l+description"], suite.rows["t2l-wrong+description"])
+    gap = difference(suite.conditions["t2l+description"], suite.conditions["t2l-wrong+description"])
     assert gap.low > 0.05, f"right - wrong, both with the right description in the prompt: {gap}"
 
 
@@ -83,7 +84,7 @@ def test_readme_and_card_say_what_was_measured(files: list[str]) -> None:
     """Both tables of the shipped checkpoint, row by row."""
     card = (ROOT / "src/t2l/pretrained/smollm2-135m/README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = rows_of(*(RESULTS / f"{file}.jsonl.gz" for file in files))
+    rows = scores_of(*(RESULTS / f"{file}.jsonl.gz" for file in files))
     for name in ("multitask", "t2l", "t2l-wrong", "t2l-random"):
         plain, described = (str(estimate(rows[name + end])).replace("0.", ".") for end in ("", "+description"))
         for text in (readme, card):
@@ -107,7 +108,7 @@ def test_a_table_that_was_edited_is_found(
     multitask = make_checkpoint(tmp_path / "multitask", variant="none")
     settings = Settings(
         suites=(str(tmp_path / "tasks.jsonl"),),
-        rows="minimum",
+        conditions="minimum",
         checkpoint=str(checkpoint),
         multitask=str(multitask),
         max_new_tokens=3,

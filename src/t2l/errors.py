@@ -58,7 +58,7 @@ class SandboxError(T2LError, RuntimeError):
 
 
 class EvaluationError(T2LError, RuntimeError):
-    """A check of the judging itself failed: scores below chance, controls missing, no place to run code."""
+    """A check of the evaluation itself failed: scores below chance, controls missing, no place to run code."""
 
 
 class RequestError(T2LError, ValueError):

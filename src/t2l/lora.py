@@ -128,50 +128,6 @@ class LoraTensors:
         return LoraTensors(tuple(new_a), tuple(new_b), self.scaling)
 
 
-def merge(adapters: Sequence[LoraTensors], rank: int) -> LoraTensors:
-    """The adapter of the given rank whose ΔW is nearest to the mean ΔW of several, in Frobenius norm.
-
-    The mean is exact in the sum of their ranks (A stacked, B side by side); an SVD then cuts it, through QR
-    factors, so that nothing of size O×I is built (Eckart–Young).
-
-    Args:
-        adapters: K adapters, or K batches, of the same targets, layers and sizes; ranks and scalings may differ.
-        rank: R of the result; higher than the mean needs, the rest is zero.
-
-    Returns:
-        A (…, L, rank, I) and B (…, L, O, rank), sharing each singular value evenly, with the first one's scaling, type
-        and device.
-
-    Raises:
-        SpecMismatchError: if there is none, if sizes differ, or if the rank is below 1.
-    """
-    if not adapters or rank < 1:
-        raise SpecMismatchError(f"Merging needs an adapter and a rank of 1 or more, got {len(adapters)} and {rank}")
-    first = adapters[0]
-    for number, other in enumerate(adapters):
-        if _sizes(other) != _sizes(first):
-            raise SpecMismatchError(
-                f"Adapter {number} has targets of sizes {_sizes(other)}, the first has {_sizes(first)}; only adapters "
-                "of one base, with the same targets and layers, can be merged"
-            )
-    merged = []
-    for m in range(len(first.a)):
-        a = torch.cat([x.a[m].float() for x in adapters], dim=-2)
-        shares = [x.scaling / (first.scaling * len(adapters)) for x in adapters]
-        b = torch.cat([x.b[m].float() * share for x, share in zip(adapters, shares, strict=True)], dim=-1)
-        merged.append(_cut(a, b, rank))
-    return LoraTensors(
-        tuple(a.to(x.dtype) for (a, _), x in zip(merged, first.a, strict=True)),
-        tuple(b.to(x.dtype) for (_, b), x in zip(merged, first.b, strict=True)),
-        first.scaling,
-    )
-
-
-def _sizes(lora: LoraTensors) -> list[tuple[tuple[int, ...], int, int]]:
-    """For each target: batch and layers, I, O."""
-    return [(tuple(a.shape[:-2]), a.shape[-1], b.shape[-2]) for a, b in zip(lora.a, lora.b, strict=True)]
-
-
 def _cut(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (…, K, I) and B (…, O, K) as A (…, rank, I) and B (…, O, rank) whose product is nearest to B·A."""
     left, core_left = torch.linalg.qr(b)

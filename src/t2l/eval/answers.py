@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from t2l.errors import ConfigError, DataError, OutputError
-from t2l.io import write_text
+from t2l.io import regular_file, write_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Key = tuple[str, str, int, str, str]
-"""Suite, row, seed, task and id of an answer."""
+"""Suite, condition, seed, task and id of an answer."""
 RUN_FACTS = (
     "base",
     "base_revision",
@@ -23,10 +23,8 @@ RUN_FACTS = (
     "per_task",
     "held_out",
     "max_new_tokens",
-    "examples",
-    "examples_in_prompt",
 )
-"""Equal in all files of one table. The last two are of old files, whose runs could show examples with descriptions."""
+"""Equal in all files of one table."""
 SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
 """Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
 FACTS = ("format_version", *RUN_FACTS, *SEED_FACTS, "versions")
@@ -44,7 +42,7 @@ class AnswerFile:
 
 def key_of(line: Mapping[str, Any]) -> Key:
     """What tells an answer from all others."""
-    return line["suite"], line["row"], line["seed"], line["task"], line["id"]
+    return line["suite"], line["condition"], line["seed"], line["task"], line["id"]
 
 
 def read(path: Path) -> AnswerFile:
@@ -68,7 +66,6 @@ def read(path: Path) -> AnswerFile:
             if number == 1:
                 header = line["run"]
                 version = header["format_version"]
-                header.setdefault("backend", "transformers")  # before there was a choice, files did not say it
                 if version != FORMAT_VERSION:
                     raise DataError(f"{path}: format_version is {version}, this version of t2l reads {FORMAT_VERSION}")
             else:
@@ -93,7 +90,7 @@ def to_text(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> st
 def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
     """Makes a file of answers ready to be appended to: a new one, or one of the same run without a cut-off last line.
 
-    Rows (with what they need), seeds and suites may be added to a file; what made its answers may not change.
+    Conditions (with what they need), seeds and suites may be added to a file; what made its answers may not change.
 
     Returns:
         The answers that are there.
@@ -104,6 +101,7 @@ def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
     """
     if path.suffix == ".gz":
         raise ConfigError(f"{path}: answers are appended to a plain .jsonl file; compress it when it is complete")
+    path = regular_file(path)
     try:
         if not path.exists() or path.stat().st_size == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,15 +122,15 @@ def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
         theirs = found.header.get(fact)
         mine = header.get(fact)
         if fact in SEED_FACTS and not (theirs and mine):
-            merged[fact] = theirs or mine  # rows that need it come now, or are all there
+            merged[fact] = theirs or mine  # conditions that need it come now, or are all there
         elif theirs != mine:
             raise ConfigError(
                 f"{path} holds answers of a run with {fact} {theirs!r}; this one has {mine!r}. Write to another file"
             )
-    for fact in ("rows", "seeds"):
+    for fact in ("conditions", "seeds"):
         merged[fact] = list(dict.fromkeys([*found.header[fact], *header[fact]]))
     merged["suites"] = found.header["suites"] | header["suites"]
-    merged["left_out"] = {row: why for row, why in header["left_out"].items() if row not in merged["rows"]}
+    merged["left_out"] = {name: why for name, why in header["left_out"].items() if name not in merged["conditions"]}
     if merged != found.header:
         write_text(path, to_text(merged, found.lines))
     return {key_of(line) for line in found.lines}

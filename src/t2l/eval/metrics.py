@@ -38,12 +38,6 @@ def _rouge_l(one: list[str], other: list[str]) -> float:
     return 2 * row[-1] / (len(one) + len(other))
 
 
-def vote(answers: Sequence[str]) -> int:
-    """Position of the most frequent answer, the first of those where several are; case and white space do not count."""
-    same = [" ".join(answer.split()).casefold() for answer in answers]
-    return same.index(max(same, key=same.count))
-
-
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 

@@ -1,12 +1,11 @@
-"""Asks every question under every row and appends one line an answer; what is there already is not asked again.
+"""Asks every instance under every condition and appends one line an answer; what is there is not asked again.
 
-Knows suites, rows and a base model. What the answers mean is computed by `report`, from the file alone.
+Knows suites, conditions and a base model. What the answers mean is computed by `report`, from the file alone.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,23 @@ from typing import Any
 import torch
 
 from t2l import hub
-from t2l.errors import ConfigError, DataError, EvaluationError, OutputError
-from t2l.eval import answers, backends, conditions, decode, metrics, suites
-from t2l.eval.answers import Key, key_of
+from t2l.errors import ConfigError, DataError, EvaluationError, OutputError, T2LError
+from t2l.eval import answers, backends, requests, suites
+from t2l.eval.adapters import AdapterCache
+from t2l.eval.answers import key_of
 from t2l.eval.arrow import arrow
 from t2l.eval.backends import Backend
-from t2l.eval.conditions import AdapterSource, Row
+from t2l.eval.conditions import Condition, choose_conditions
 from t2l.eval.report import below_floor, gather
-from t2l.eval.suites import Question
+from t2l.eval.requests import Line, Request
+from t2l.eval.sources import BaseModels, MultitaskLora, Sources, base_model_of, load_sources, shipped_multitask
+from t2l.eval.suites import EvalInstance, EvalTask
 from t2l.io import write_text
 from t2l.library import AdapterLibrary
 from t2l.pace import Pace
-from t2l.prompt import spaced, token_ids
 from t2l.text_to_lora import TextToLora
 
 Log = Callable[[str], None]
-NEED_WEIGHTS = ("arrow", "t2l-best-of")
-"""Adapters that are no plain LoRA of one prompt, or are made with the base model: no other backend serves them."""
-ROUTED = 2**31
-"""Arrow's routing holds tokens x adapters x rank numbers at a time; its batches are kept under this."""
-LIKELIHOOD_TOKENS = 2**18
-"""Most tokens that a batch of likelihoods is counted from where the user says nothing: larger ones are no faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +37,10 @@ class Settings:
     """What is run; everything that can change an answer is recorded in the file's first line."""
 
     suites: tuple[str, ...]
-    rows: str = "standard"
+    conditions: str = "standard"
     checkpoint: str | None = None
     multitask: str | None = None
+    """The multi-task LoRA; for a checkpoint that ships with the package the one that ships beside it, if absent."""
     hyperdecoders: str | None = None
     libraries: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -53,7 +49,7 @@ class Settings:
     full: bool = False
     """All items."""
     held_out: int = 4
-    """`seen` only: how many of a task's last descriptions training has not read."""
+    """For the suite `seen` only: how many of a task's last descriptions training has not read."""
     max_new_tokens: int | None = None
     """Limit of an answer in place of each suite's own."""
     base: str | None = None
@@ -78,24 +74,6 @@ class Settings:
         return self.per_task or (500 if suite in ("benchmarks", "likelihood") else 20)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question under a row."""
-
-    row: Row
-    question: Question
-    prompt: str
-    ids: list[int]
-    twins: tuple["Asked", ...] = ()
-    """Others with the same prompt and adapter, such as the base model's under another seed: answered along."""
-
-    @property
-    def key(self) -> Key:
-        """What tells its answer from all others."""
-        q = self.question
-        return q.task.suite, self.row.name, q.seed, q.task.name, q.item.id
-
-
 def run(settings: Settings, out: Path, *, log: Log = print) -> None:
     """Loads, asks, writes; the same call goes on after an interruption.
 
@@ -109,73 +87,75 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         EvaluationError: if a check of the scoring itself fails; the answers are kept.
         OutputError: if the file cannot be written.
     """
-    chosen = conditions.choose_rows(settings.rows)
-    here = settings.backend == "transformers"
-    if not here and "likelihood" in settings.suites:
+    chosen = choose_conditions(settings.conditions)
+    if settings.backend != "transformers" and "likelihood" in settings.suites:
         raise ConfigError(
             f"Suite likelihood needs --backend transformers, got {settings.backend}: other backends give answers, not "
             "the likelihoods of all choices. Run it to a file of its own"
         )
+    bases, sources = _load(settings)
+    adapters = AdapterCache(bases.pair, sources, held_out=settings.held_out, log=log)
+    tasks = _load_tasks(settings, sources, log)
+    left_out = sources.left_out(chosen)
+    if settings.backend != "transformers":
+        needs = "it needs the base model's weights here, so --backend transformers"
+        left_out |= {condition.name: needs for condition in chosen if condition.adapter == "arrow"}
+    for name, why in left_out.items():
+        log(f"condition {name} is left out: {why}")
+    chosen = [condition for condition in chosen if condition.name not in left_out]
+    if not chosen:
+        raise ConfigError("No condition is left to run")
+    with backends.open_backend(
+        settings.backend,
+        bases.pair,
+        reference=bases.reference,
+        device=bases.device,
+        rank=sources.rank,
+        server=settings.server,
+        served_model=settings.served_model,
+        folder=settings.adapter_folder,
+        log=log,
+    ) as backend:
+        header = _header(settings, adapters, backend.facts(), bases.reference, tasks, chosen, left_out)
+        evaluate(adapters, backend, tasks, chosen, out, header=header, settings=settings, log=log)
+
+
+def _load(settings: Settings) -> tuple[BaseModels, Sources]:
+    """The base model, and what adapters come from."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = {
-        name: None if reference is None else TextToLora.from_pretrained(reference, device=device)
-        for name, reference in (
-            ("checkpoint", settings.checkpoint),
-            ("multitask", settings.multitask),
-            ("hyperdecoders", settings.hyperdecoders),
-        )
-    }
-    libraries = [AdapterLibrary.open(Path(folder)) for folder in settings.libraries]
-    specs = [x.spec for x in (*loaded.values(), *libraries) if x is not None]
-    reference = settings.base or (specs[0].base_model if specs else None)
+    libraries = tuple(AdapterLibrary.open(Path(folder)) for folder in settings.libraries)
+    multitask = settings.multitask or shipped_multitask(settings.checkpoint)
+    references = settings.checkpoint, multitask, settings.hyperdecoders
+    reference = settings.base or base_model_of(references, libraries)
     if reference is None:
-        raise ConfigError("Nothing says which base model is judged: give --checkpoint, --library or --base")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = hub.load_causal_lm(reference, device=device, dtype=dtype) if here else hub.load_meta_model(reference)
-    base = (model, hub.load_tokenizer(reference))
-    source = AdapterSource(base, **loaded, libraries=libraries, held_out=settings.held_out, log=log)
-    tasks = [
+        raise ConfigError("Nothing says which base model is evaluated: give --checkpoint, --library or --base")
+    bases = BaseModels(reference, device=device, answers_here=settings.backend == "transformers")
+    return bases, load_sources(bases, *references, libraries)
+
+
+def _load_tasks(settings: Settings, sources: Sources, log: Log) -> list[EvalTask]:
+    """The tasks of all suites whose descriptions the encoder can read."""
+    found = [
         dataclasses.replace(task, max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
         for suite in settings.suites
         for task in suites.load_suite(suite, per_task=settings.items_of(suite), held_out=settings.held_out)
     ]
-    tasks, unread = suites.readable(tasks, source.fits)
+    tasks, unread = suites.readable(found, sources.fits)
     if unread:
         log(
             f"{len(unread)} tasks are left out: the encoder cannot read descriptions as long as those of "
             f"{', '.join(unread[:5])}"
         )
     if not tasks:
-        raise DataError("No task is left to judge: every description is too long for the checkpoint's encoder")
-    left_out = source.left_out(chosen)
-    if not here:
-        needs = "it needs the base model's weights here, so --backend transformers"
-        left_out |= {row.name: needs for row in chosen if row.adapter in NEED_WEIGHTS or row.way in NEED_WEIGHTS}
-    for name, why in left_out.items():
-        log(f"row {name} is left out: {why}")
-    chosen = [row for row in chosen if row.name not in left_out]
-    if not chosen:
-        raise ConfigError("No row is left to run")
-    with backends.open_backend(
-        settings.backend,
-        base,
-        reference=reference,
-        device=device,
-        rank=max((spec.rank for spec in specs), default=1),
-        server=settings.server,
-        served_model=settings.served_model,
-        folder=settings.adapter_folder,
-        log=log,
-    ) as backend:
-        header = _header(settings, source, backend.facts(), reference, tasks, chosen, left_out)
-        judge(source, backend, tasks, chosen, out, header=header, settings=settings, log=log)
+        raise DataError("No task is left to evaluate: every description is too long for the checkpoint's encoder")
+    return tasks
 
 
-def judge(
-    source: AdapterSource,
+def evaluate(
+    adapters: AdapterCache,
     backend: Backend,
-    tasks: Sequence[suites.JudgedTask],
-    chosen: Sequence[Row],
+    tasks: Sequence[EvalTask],
+    chosen: Sequence[Condition],
     out: Path,
     *,
     header: dict[str, Any],
@@ -186,47 +166,37 @@ def judge(
     if settings.allow_code_execution:
         _require_sandbox()
     done = answers.open_for_appending(out, header)
-    asked = [
-        Asked(row, question, text, [])
-        for question in suites.questions(tasks, settings.seeds, fits=source.fits)
-        for row in chosen
-        if source.has(row, question)
-        for text in (conditions.prompt_of(row, question, source.tokenizer),)
-    ]
+    instances = suites.instances(tasks, settings.seeds, fits=adapters.sources.fits)
+    asked = requests.make_requests(instances, chosen, adapters)
     if settings.allow_code_execution:
         _score_code(out, asked, log)
-    asked = [a for a in asked if a.key not in done]
+    asked = [request for request in asked if request.key not in done]
     log(f"{len(asked):,} answers to get, {len(done):,} in {out} already")
-    number = len(asked)
-    texts = list(dict.fromkeys(a.prompt for a in asked))
-    ids = dict(zip(texts, token_ids(source.tokenizer, texts), strict=True)) if texts else {}
-    same: dict[Any, list[Asked]] = {}
-    for a in asked:
-        task = a.question.task
-        identity = (a.prompt, source.identity(a.row, a.question), task.suite, task.name, a.question.item.id)
-        same.setdefault(identity, []).append(a)
-    asked = [dataclasses.replace(a, ids=ids[a.prompt], twins=tuple(others)) for a, *others in same.values()]
-    progress = Pace(number, "answers", log)
+    progress = Pace(len(asked), "answers", log)
+    floor, plain, adapted, routed = requests.stages(requests.merge_duplicates(asked, adapters))
     try:
         with out.open("a", encoding="utf-8") as file:
 
-            def write(lines: Iterable[dict[str, Any]]) -> None:
-                text = [json.dumps(line, ensure_ascii=False) for line in lines]
-                file.write("".join(f"{line}\n" for line in text))
-                file.flush()
-                progress.add(len(text))
+            def write_answers(part: Sequence[Request]) -> None:
+                for answered in requests.answer(part, adapters, backend, batch_tokens=settings.batch_tokens):
+                    if settings.allow_code_execution:
+                        _run_code([(request.instance, line) for request, line in answered])
+                    lines = [line for request, first in answered for line in requests.with_duplicates(request, first)]
+                    file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+                    file.flush()
+                    progress.add(len(lines))
 
-            floor, plain, adapted, routed = _stages(asked)
-            for line in _answer(source, backend, floor, settings):
-                write(line)
+            write_answers(floor)
             if settings.check_floor:
                 require_floor(out)
-            source.prepare((a.row, a.question) for a in adapted)
-            for part in (plain, adapted, routed):
-                if part:
-                    with arrow(source.model, source.training[0]) if part is routed else nullcontext():
-                        for line in _answer(source, backend, part, settings):
-                            write(line)
+            adapters.prepare((request.condition, request.instance) for request in adapted)
+            write_answers(plain)
+            write_answers(adapted)
+            if routed and adapters.sources.training is not None:
+                with arrow(adapters.model, adapters.sources.training):
+                    write_answers(routed)
+    except T2LError:  # a download error is an OSError too, and says itself what went wrong
+        raise
     except OSError as error:
         raise OutputError(f"Cannot write answers to {out}: {error.strerror or error}") from error
     log(f"{out} is complete")
@@ -246,142 +216,22 @@ def require_floor(out: Path) -> None:
         )
 
 
-def _stages(asked: Sequence[Asked]) -> tuple[list[Asked], ...]:
-    """The base's likelihoods first (the floor check), then the plain base, adapters, and Arrow's own model."""
-    stages: tuple[list[Asked], ...] = ([], [], [], [])
-    for a in asked:
-        if a.row.adapter == "base":
-            stages[0 if a.question.task.kind == "likelihood" else 1].append(a)
-        else:
-            stages[3 if a.row.adapter == "arrow" else 2].append(a)
-    return stages
-
-
-def _answer(
-    source: AdapterSource, backend: Backend, asked: Sequence[Asked], settings: Settings
-) -> Iterator[list[dict[str, Any]]]:
-    """Lines of one batch after the other."""
-    # Together what can share a batch: adapters of one shape, and answers of one limit.
-    groups: dict[Any, list[Asked]] = {}
-    for a in asked:
-        task = a.question.task
-        votes = max(1, len(source.keys(a.row, a.question)))
-        group = (task.kind == "likelihood", task.max_new_tokens, votes, source.shape(a.row))
-        groups.setdefault(group, []).append(a)
-    for (likelihood, limit, votes, _), part in groups.items():
-        # Another backend makes its own batches; these are what an interruption loses.
-        tokens, sequences = decode.room(source.model, source.spec(part[0].row))
-        tokens = settings.batch_tokens or (min(tokens, LIKELIHOOD_TOKENS) if likelihood else tokens)
-        if part[0].row.adapter == "arrow":
-            library = source.training[0]
-            tokens = max(1, min(tokens, ROUTED // (library.spec.rank * len(library.names))))
-        if likelihood:
-            # Every token of a choice meets the whole vocabulary: logits are what takes memory.
-            yield from _likelihoods(source, part, max(1, tokens // 4))
-            continue
-        lengths = [len(a.ids) + limit for a in part]
-        for batch in decode.batches(lengths, max_tokens=tokens // votes, max_sequences=max(1, sequences // votes)):
-            chosen = [part[i] for i in batch]
-            decode.require_room(source.model, len(chosen[0].ids) + limit, f"{chosen[0].key}")
-            used = _adapters(source, chosen)
-            said = backend.answers(
-                [a.prompt for a in chosen for _ in range(votes)],
-                [adapter for mine in used for adapter in (mine or (None,))],
-                limit,
-            )
-            lines = []
-            for n, a in enumerate(chosen):
-                mine = said[n * votes : (n + 1) * votes]
-                won = metrics.vote(mine)
-                text = mine[won] if a.question.task.kind == "code" else mine[won].strip()
-                adapter = used[n][won] if used[n] else None
-                lines.append((a, _line(a, adapter, text, suites.score(a.question, text))))
-            if settings.allow_code_execution:
-                _run_code([(a.question, line) for a, line in lines])
-            yield [line for a, first in lines for line in _with_twins(a, first)]
-
-
-def _likelihoods(source: AdapterSource, asked: Sequence[Asked], budget: int) -> Iterator[list[dict[str, Any]]]:
-    """Each choice is a sequence; a question's choices share a batch."""
-    space = {row: source.answer_space(row) for row in {a.row for a in asked}}
-    choices = {a.key: [spaced(choice, space[a.row]) for choice in a.question.item.choices] for a in asked}
-    texts = sorted({choice for found in choices.values() for choice in found})
-    ids = dict(zip(texts, token_ids(source.tokenizer, texts), strict=True))
-    lengths = [(len(a.ids) + max(len(ids[c]) for c in choices[a.key])) * len(choices[a.key]) for a in asked]
-    for batch in decode.batches(lengths, max_tokens=budget):
-        chosen = [asked[i] for i in batch]
-        used = _adapters(source, chosen)
-        pairs = [(n, choice) for n, a in enumerate(chosen) for choice in choices[a.key]]
-        longest = max(len(chosen[n].ids) + len(ids[choice]) for n, choice in pairs)
-        decode.require_room(source.model, longest, f"A question of {chosen[0].key}")
-        each = [adapter for n, _ in pairs for adapter in used[n]] or None
-        values = decode.log_likelihoods(
-            source.model, source.tokenizer, [chosen[n].ids for n, _ in pairs], [ids[c] for _, c in pairs], each
-        )
-        lines: list[dict[str, Any]] = []
-        start = 0
-        for a, adapters in zip(chosen, used, strict=True):
-            mine = values[start : start + len(a.question.item.choices)]
-            start += len(mine)
-            rounded = [round(value, 3) for value in mine]
-            adapter = adapters[0] if adapters else None
-            lines += _with_twins(a, _line(a, adapter, rounded, suites.score_likelihoods(a.question, mine)))
-        yield lines
-
-
-def _adapters(source: AdapterSource, chosen: Sequence[Asked]) -> list[tuple[conditions.UsedAdapter, ...]]:
-    """Each question's adapters; rows are looked up together, because some write theirs only now."""
-    found: dict[int, tuple[conditions.UsedAdapter, ...]] = {}
-    for row in {a.row for a in chosen}:
-        mine = [i for i, a in enumerate(chosen) if a.row == row]
-        found |= dict(zip(mine, source.of(row, [chosen[i].question for i in mine]), strict=True))
-    assert len({len(adapters) for adapters in found.values()}) == 1, "questions of a batch have equally many adapters"
-    return [found[i] for i in range(len(chosen))]
-
-
-def _line(
-    a: Asked,
-    adapter: conditions.UsedAdapter | None,
-    answer: str | list[float],
-    scores: dict[str, float | None],
-) -> dict[str, Any]:
-    """An answer as it is kept: of the data hashes, and what the model said or its choices' log-likelihoods."""
-    description = None if adapter is None else adapter.description
-    suite, row, seed, task, id_ = a.key
-    return {
-        "suite": suite,
-        "row": row,
-        "seed": seed,
-        "task": task,
-        "id": id_,
-        "prompt": conditions.short_hash(a.prompt),
-        "description": None if description is None else conditions.short_hash(description),
-        "adapter": None if adapter is None else adapter.id,
-        "answer": answer,
-        "scores": scores,
-    }
-
-
-def _with_twins(a: Asked, line: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of an answer and of those that are the same."""
-    parts = ("suite", "row", "seed", "task", "id")
-    return [line, *(line | dict(zip(parts, twin.key, strict=True)) for twin in a.twins)]
-
-
 def _header(
     settings: Settings,
-    source: AdapterSource,
+    adapters: AdapterCache,
     backend: backends.Facts,
     reference: str,
-    tasks: Sequence[suites.JudgedTask],
-    chosen: Sequence[Row],
+    tasks: Sequence[EvalTask],
+    chosen: Sequence[Condition],
     left_out: dict[str, str],
 ) -> dict[str, Any]:
     """Facts of a run; those that `answers.FACTS` names must be equal to go on with a file."""
+    sources = adapters.sources
 
-    def checksum(loaded: TextToLora | None) -> str | None:
+    def checksum(loaded: TextToLora | MultitaskLora | None) -> str | None:
         return None if loaded is None else loaded.config.weights_sha256
 
+    abstains = any(condition.abstains for condition in chosen)
     return {
         "format_version": answers.FORMAT_VERSION,
         "base": _public(reference),
@@ -390,34 +240,35 @@ def _header(
         "served_model": backend.model,
         "dtype": backend.dtype,
         "checkpoint": settings.checkpoint and _public(settings.checkpoint),
-        "checkpoint_sha256": checksum(source.checkpoint),
-        "description_in_training_prompts": source.checkpoint and source.checkpoint.prompt.description_in_prompt,
-        "multitask_sha256": checksum(source.multitask),
-        "hyperdecoders_sha256": checksum(source.hyperdecoders),
-        "library_sha256": [library.checksum for library in source.libraries],
-        "abstain_bounds": [source.familiarity.low, source.familiarity.high]
-        if any(row.way == "t2l-abstain" for row in chosen)
-        else None,
+        "checkpoint_sha256": checksum(sources.checkpoint),
+        "description_in_training_prompts": sources.checkpoint and sources.checkpoint.prompt.description_in_prompt,
+        "multitask_sha256": checksum(sources.multitask),
+        "hyperdecoders_sha256": checksum(sources.hyperdecoders),
+        "library_sha256": [library.checksum for library in sources.libraries],
+        "abstain_bounds": [adapters.familiarity.low, adapters.familiarity.high] if abstains else None,
         "per_task": "all" if settings.full else settings.per_task,
         "held_out": settings.held_out,
         "max_new_tokens": settings.max_new_tokens,
         "versions": TextToLora.versions() | backend.versions,
         "seeds": list(settings.seeds),
-        "rows": [row.name for row in chosen],
+        "conditions": [condition.name for condition in chosen],
         "left_out": left_out,
         "suites": {
-            suite: {
-                "kind": sorted({task.kind for task in mine}),
-                "tasks": len(mine),
-                "items": sum(len(task.items) for task in mine),
-                "chance": {t.name: round(t.chance, 4) for t in mine if t.chance},
-                "floor": {t.name: round(t.floor, 4) for t in mine if t.chance},
-            }
+            suite: _suite_facts([task for task in tasks if task.suite == suite])
             for suite in dict.fromkeys(task.suite for task in tasks)
-            for mine in ([task for task in tasks if task.suite == suite],)
         },
         "device": backend.device,
         "batch_tokens": settings.batch_tokens,
+    }
+
+
+def _suite_facts(tasks: Sequence[EvalTask]) -> dict[str, Any]:
+    return {
+        "kind": sorted({task.kind for task in tasks}),
+        "tasks": len(tasks),
+        "items": sum(len(task.items) for task in tasks),
+        "chance": {task.name: round(task.chance, 4) for task in tasks if task.chance},
+        "floor": {task.name: round(task.floor, 4) for task in tasks if task.chance},
     }
 
 
@@ -438,22 +289,22 @@ def _require_sandbox() -> None:
         raise EvaluationError(f"--allow-code-execution: no code is run here, because {reason}")
 
 
-def _run_code(answered: Sequence[tuple[Question, dict[str, Any]]]) -> None:
+def _run_code(answered: Iterable[tuple[EvalInstance, Line]]) -> None:
     """Runs answers in code in the sandbox and fills their scores in."""
     from t2l.eval import sandbox
 
-    chosen = [(q, line) for q, line in answered if q.task.kind == "code" and line["scores"]["correct"] is None]
-    programs = [suites.program(q.item, line["answer"]) for q, line in chosen]
-    different = list(dict.fromkeys(programs))  # rows and seeds often give the same answer
+    chosen = [(i, line) for i, line in answered if i.task.kind == "code" and line["scores"]["correct"] is None]
+    programs = [suites.program(instance.item, line["answer"]) for instance, line in chosen]
+    different = list(dict.fromkeys(programs))  # conditions and seeds often give the same answer
     outcomes = dict(zip(different, sandbox.run_many(different, allow=True), strict=True))
     for (_, line), program in zip(chosen, programs, strict=True):
         line["scores"]["correct"] = float(outcomes[program].ok)
 
 
-def _score_code(out: Path, asked: Sequence[Asked], log: Log) -> None:
+def _score_code(out: Path, asked: Sequence[Request], log: Log) -> None:
     """Runs code of answers that were written without --allow-code-execution."""
     file = answers.read(out)
-    by_key = {a.key: a.question for a in asked}
+    by_key = {request.key: request.instance for request in asked}
     unscored = [
         (by_key[key_of(line)], line)
         for line in file.lines

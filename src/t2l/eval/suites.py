@@ -1,12 +1,12 @@
-"""What is asked: tasks of a suite, their questions, and the texts that the rows need for each of them.
+"""What is asked: tasks of a suite, their instances, and the texts that the conditions need for each of them.
 
-Everything is drawn from seeds by name, so that a task's questions depend neither on the other tasks nor on how many
+Everything is drawn from seeds by name, so that a task's instances depend neither on the other tasks nor on how many
 of them are asked. Knows tasks, benchmarks and what counts as a right answer. Knows no models and no adapters.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,10 +31,6 @@ SUITES = ("seen", "held-back", "validation", "test", "benchmarks", "likelihood")
 test tasks of the frozen split; the ten benchmarks answered in words; those with options by each option's likelihood."""
 MAX_SHOT_CHARACTERS = 1500
 """A longer example is not shown in a prompt."""
-TEXTS = 3
-"""Descriptions that a row may read at most, or texts in their place."""
-INPUTS = 8
-"""Unlabelled inputs of a task that a row may read."""
 
 Kind = Literal["text", "option", "number", "code", "likelihood"]
 SCORES: dict[Kind, tuple[str, ...]] = {
@@ -67,8 +63,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class JudgedTask:
-    """A task as it is judged."""
+class EvalTask:
+    """A task as it is evaluated."""
 
     suite: str
     name: str
@@ -77,8 +73,6 @@ class JudgedTask:
     items: tuple[Item, ...]
     shots: tuple[Item, ...] = ()
     """Where few-shot examples come from; empty for a task that is always asked without."""
-    inputs: tuple[str, ...] = ()
-    """Inputs of its training examples, none of them a test input; empty for a task that has no other inputs."""
     family: str = ""
     """Tasks of one family are too alike for one's description to be wrong for another; by default each is its own."""
     prefill: str = ""
@@ -101,76 +95,88 @@ class JudgedTask:
 
 
 @dataclass(frozen=True)
-class Question:
-    """An item under a seed: with the texts that rows put into its prompt or adapter."""
+class EvalInstance:
+    """An item under a seed: with the texts that conditions put into its prompt or write an adapter from."""
 
-    task: JudgedTask
+    task: EvalTask
     item: Item
     seed: int
-    descriptions: tuple[str, ...]
-    """Up to three of the task's; the first is the seed's own, which stands in prompts."""
-    wrong_descriptions: tuple[str, ...]
-    """Of one other task, no more of them than there are descriptions."""
-    random_texts: tuple[str, ...]
-    """As many as there are descriptions."""
+    description: str
+    """The seed's description of the task; it stands in prompts that show a description."""
+    wrong_description: str
+    """A description of another task."""
+    random_text: str
+    """Made-up words."""
     shots: tuple[tuple[str, str], ...]
-
-    @property
-    def description(self) -> str:
-        """The seed's description."""
-        return self.descriptions[0]
+    """Worked examples, as pairs of input and answer."""
 
 
-def questions(
-    tasks: Sequence[JudgedTask], seeds: Sequence[int], *, fits: Callable[[str], bool] = lambda text: True
-) -> list[Question]:
+Pool = dict[str, tuple[str, tuple[str, ...]]]
+"""Names of tasks to their family and their descriptions."""
+
+
+def instances(
+    tasks: Sequence[EvalTask], seeds: Sequence[int], *, fits: Callable[[str], bool] = lambda text: True
+) -> list[EvalInstance]:
     """Every item of every task under every seed.
 
-    A seed decides the descriptions, those of the other task, the random texts and the examples; the items are the
+    A seed decides the description, the other task's description, the random text and the examples; the items are the
     same for all seeds, and within a seed all items of a task share those texts.
 
     Args:
         tasks: Each with descriptions that fit, see `readable`.
-        seeds: In judging; they have nothing to do with training.
+        seeds: Of the evaluation; they have nothing to do with training.
         fits: Whether an encoder can read a text; random texts are shortened until they fit.
 
     Raises:
-        DataError: if a task is alone and every benchmark is of its family, so that no other task's description is
-            left.
+        DataError: if no other task, nor any benchmark, has a description that would be wrong for a task.
     """
+    written = written_descriptions("benchmarks")
+    benchmarks: Pool = {name: (name, tuple(filter(fits, texts))) for name, texts in written.items()}
     found = []
-    strangers = {name: (name, texts) for name, texts in written_descriptions("benchmarks").items()}
     for task in tasks:
-        others = {t.name: (t.family or t.name, t.descriptions) for t in tasks if t.suite == task.suite}
-        for pool in (others, strangers):
-            family = task.family or task.name
-            wrong = sorted(name for name, (theirs, _) in pool.items() if theirs != family and name != task.name)
-            if wrong:
-                break
-        else:
+        suite: Pool = {t.name: (t.family or t.name, t.descriptions) for t in tasks if t.suite == task.suite}
+        # A task that is alone, or shares all its descriptions with the others, gets those of the benchmarks.
+        negatives = _negatives(task, suite) or _negatives(task, benchmarks)
+        if not negatives:
             raise DataError(f"Suite {task.suite} has no other task whose description would be wrong for {task.name}")
         for seed in seeds:
             # Apart from each other, so that what is drawn of one does not depend on another.
-            draw, made_up, shown_first = (
+            wrong, made_up, shown_first = (
                 random.Random(f"{seed}/{task.name}/{what}") for what in ("wrong", "random", "shots")
             )
             # In turn, so that as many seeds as there are descriptions use them all.
             order = random.Random(task.name).sample(task.descriptions, len(task.descriptions))
-            turned = [order[(seed + n) % len(order)] for n in range(min(TEXTS, len(order)))]
-            wrong_texts: list[str] = []
-            while not wrong_texts or wrong_texts[0] in task.descriptions:  # two tasks may share a summary
-                theirs = pool[draw.choice(wrong)][1]
-                first = draw.choice(theirs)
-                wrong_texts = [first, *(x for x in theirs if x != first and x not in task.descriptions)]
-            texts = [random_text(made_up, fits) for _ in turned]
+            texts = (
+                order[seed % len(order)],
+                _draw_negative(wrong, task, negatives),
+                random_text(made_up, fits),
+            )
             # One more than needed, in case the item itself is among them.
             drawn = shown_first.sample(task.shots, min(4, len(task.shots)))
             for item in task.items:
                 shown = [shot for shot in drawn if shot.text != item.text][:3]
                 pairs = tuple((shot.text, f"{task.prefill} {shot.outputs[0]}".strip()) for shot in shown)
-                wrongs = tuple(wrong_texts[: len(turned)])
-                found.append(Question(task, item, seed, tuple(turned), wrongs, tuple(texts), pairs))
+                found.append(EvalInstance(task, item, seed, *texts, pairs))
     return found
+
+
+def _negatives(task: EvalTask, pool: Pool) -> dict[str, tuple[str, ...]]:
+    """The tasks of a pool that have a description which would be wrong for a task, with all their descriptions."""
+    family = task.family or task.name
+    return {
+        name: texts
+        for name, (theirs, texts) in sorted(pool.items())
+        if theirs != family and name != task.name and not set(texts) <= set(task.descriptions)
+    }
+
+
+def _draw_negative(draw: random.Random, task: EvalTask, negatives: dict[str, tuple[str, ...]]) -> str:
+    """One of the negatives' descriptions that is none of the task's own, as two tasks may share a summary."""
+    while True:  # ends, as every negative has a description that the task has not
+        text = draw.choice(negatives[draw.choice(list(negatives))])
+        if text not in task.descriptions:
+            return text
 
 
 def random_text(draw: random.Random, fits: Callable[[str], bool] = lambda text: True) -> str:
@@ -181,13 +187,13 @@ def random_text(draw: random.Random, fits: Callable[[str], bool] = lambda text: 
     return as_sentence(words)
 
 
-def readable(tasks: Sequence[JudgedTask], fits: Callable[[str], bool]) -> tuple[list[JudgedTask], list[str]]:
+def readable(tasks: Sequence[EvalTask], fits: Callable[[str], bool]) -> tuple[list[EvalTask], list[str]]:
     """The tasks with the descriptions that an encoder can read, and the names of those that are left with none."""
     kept = [replace(task, descriptions=tuple(filter(fits, task.descriptions))) for task in tasks]
     return [task for task in kept if task.descriptions], [task.name for task in kept if not task.descriptions]
 
 
-def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[JudgedTask]:
+def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[EvalTask]:
     """The tasks of a suite.
 
     Args:
@@ -217,26 +223,21 @@ def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[J
         suite = suite if suite.startswith("hf:") else Path(suite).stem
         if suite in SUITES:
             raise DataError(f"Own tasks cannot be called '{suite}', which is a suite of its own; rename the file")
-    judged = [
-        JudgedTask(
+    found = [
+        EvalTask(
             suite=suite,
             name=task.name,
             kind="text",
             descriptions=described[task.name],
             items=tuple(map(_from_example, _subset(task.examples["test"], f"{suite}/{task.name}", per_task))),
             shots=_short(tuple(map(_from_example, task.examples.get("train", ())))),
-            inputs=_unlabelled(
-                (example.input for example in task.examples.get("train", ())),
-                (example.input for example in task.examples["test"]),
-                f"{suite}/{task.name}",
-            ),
         )
         for task in tasks
         if task.examples.get("test") and described.get(task.name)
     ]
-    if not judged:
+    if not found:
         raise DataError(f'Suite {suite} has no task with test examples; mark them with "split": "test"')
-    return judged
+    return found
 
 
 def _from_example(example: Example) -> Item:
@@ -245,12 +246,6 @@ def _from_example(example: Example) -> Item:
 
 def _short(items: tuple[Item, ...]) -> tuple[Item, ...]:
     return tuple(item for item in items if len(item.text) + len(item.outputs[0]) <= MAX_SHOT_CHARACTERS)
-
-
-def _unlabelled(inputs: Iterable[str], tested: Iterable[str], key: str) -> tuple[str, ...]:
-    """Some inputs, none of which is also asked."""
-    others = set(map(str.strip, inputs)) - set(map(str.strip, tested)) - {""}
-    return tuple(_subset(sorted(others), f"{key}/inputs", INPUTS))
 
 
 def _subset(items: Sequence[Any], key: str, number: int | None) -> list[Any]:
@@ -292,10 +287,10 @@ BENCHMARKS = {
 }
 
 
-def _benchmarks(suite: str, per_task: int | None) -> list[JudgedTask]:
+def _benchmarks(suite: str, per_task: int | None) -> list[EvalTask]:
     rows = _benchmark_rows()
     descriptions = written_descriptions("benchmarks")
-    judged = []
+    found = []
     for name, how in BENCHMARKS.items():
         likelihood = suite == "likelihood"
         if likelihood and how.kind != "option":
@@ -304,25 +299,20 @@ def _benchmarks(suite: str, per_task: int | None) -> list[JudgedTask]:
             split: tuple(_benchmark_item(name, how, row, likelihood=likelihood) for row in found)
             for split, found in rows[name].items()
         }
-        judged.append(
-            JudgedTask(
+        found.append(
+            EvalTask(
                 suite=suite,
                 name=name,
                 kind="likelihood" if likelihood else how.kind,
                 descriptions=descriptions[name],
                 items=tuple(_subset(items["test"], name, per_task)),
                 shots=_short(items[how.shots]) if how.shots else (),
-                inputs=_unlabelled(
-                    (item.text for item in items.get(how.shots or "test", ())),
-                    (item.text for item in items["test"]),
-                    name,
-                ),
                 family=how.family or name,
                 prefill=how.prefill,
                 max_new_tokens=how.max_new_tokens,
             )
         )
-    return judged
+    return found
 
 
 def benchmark_tasks() -> list[Task]:
@@ -398,9 +388,9 @@ def _without_calculator(solution: str) -> str:
 # --------------------------------------------------------------------------------------------------------- scores
 
 
-def score(question: Question, answer: str) -> dict[str, float | None]:
+def score(instance: EvalInstance, answer: str) -> dict[str, float | None]:
     """Scores of an answer in words; `correct` of code is None until it is run."""
-    task, item = question.task, question.item
+    task, item = instance.task, instance.item
     if task.kind == "text":
         return {
             "exact_match": float(metrics.exact_match(answer, item.outputs)),
@@ -426,9 +416,9 @@ def program(item: Item, answer: str) -> str:
     return code.mbpp_program(answer, item.tests, item.setup)
 
 
-def score_likelihoods(question: Question, log_likelihoods: Sequence[float]) -> dict[str, float | None]:
+def score_likelihoods(instance: EvalInstance, log_likelihoods: Sequence[float]) -> dict[str, float | None]:
     """Scores from the choices' summed log-likelihoods; `correct` divides each by the choice's length in bytes."""
-    item = question.item
+    item = instance.item
     by_length = [value / len(text.encode()) for value, text in zip(log_likelihoods, item.choices, strict=True)]
     return {
         "correct": float(by_length.index(max(by_length)) == item.target),
