@@ -18,10 +18,11 @@ endif
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup models demo test test-full research-test lint clean
+.PHONY: help setup models demo serve test test-full research-test lint clean
 
 help:
 	@echo "make demo       three descriptions become three adapters; answers with and without them"
+	@echo "make serve      adapters over HTTP and a page to try them on, at http://127.0.0.1:8000/"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-full  all tests"
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
@@ -44,6 +45,9 @@ models: setup
 
 demo: setup models
 	$(BIN)/python scripts/demo.py
+
+serve: setup models
+	$(BIN)/t2l serve
 
 test: setup models
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,16 +1,29 @@
 """What the server's tests share: adapters of any shape, prompts, and the answer that Transformers alone would give."""
 
 import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 from conftest import random_lora
 from torch import nn
 
 from t2l.apply import apply_adapters
 from t2l.lora import LoraTensors
+from t2l.serve.app import create_app
+from t2l.serve.engine import Engine, Limits
+from t2l.serve.guard import Guard
+from t2l.serve.metrics import Metrics
+from t2l.serve.service import Service, ServiceLimits
+from t2l.serve.store import AdapterStore
 from t2l.spec import AdapterSpec, Target
+from t2l.text_to_lora import TextToLora
 
 
 @dataclass(frozen=True)
@@ -88,3 +101,52 @@ def reference(model: Any, tokenizer: Any, ids: list[int], adapter: Any, max_toke
         if int(token) == 1:
             break
     return str(tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs in a thread of this process."""
+
+    url: str
+    service: Service
+    model: Any
+    tokenizer: Any
+
+
+@contextmanager
+def running(
+    checkpoint: Path,
+    base: tuple[Any, Any],
+    folder: Path,
+    *,
+    limits: Limits | None = None,
+    service_limits: ServiceLimits | None = None,
+    guard: Guard | None = None,
+) -> Iterator[Server]:
+    """A real server on a free port of 127.0.0.1."""
+    metrics = Metrics()
+    engine = Engine(*base, limits, on_end=metrics.answer)
+    generator = TextToLora.from_pretrained(str(checkpoint), base=base)
+    service = Service(engine, AdapterStore(folder), generator, service_limits)
+    app = create_app(service, guard=guard, metrics=metrics)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, server_header=False)
+    config.timeout_graceful_shutdown = 5
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_for(lambda: server.started or not thread.is_alive())
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Server(f"http://127.0.0.1:{port}", service, *base)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the server must stop when it is told to"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits until something is so, and fails if it is not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

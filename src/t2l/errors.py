@@ -75,3 +75,7 @@ class BusyError(T2LError, RuntimeError):
 
 class AnswerError(T2LError, RuntimeError):
     """An answer failed while it was written."""
+
+
+class DeadlineError(AnswerError):
+    """An answer took longer than it may."""

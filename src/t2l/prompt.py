@@ -21,9 +21,16 @@ def messages(
         said = spaced(answer.strip(), prompt.answer_space)
         turns += [{"role": "user", "content": example.strip()}, {"role": "assistant", "content": said}]
     turns.append({"role": "user", "content": text.strip()})
-    if prompt.description_in_prompt:
-        turns[0]["content"] = f"{description.strip()}\n\n{turns[0]['content']}"
-    return turns
+    return with_description(turns, description) if prompt.description_in_prompt else turns
+
+
+def with_description(turns: Sequence[dict[str, str]], description: str) -> list[dict[str, str]]:
+    """A conversation whose first user turn begins with the description and a blank line."""
+    first = next((n for n, turn in enumerate(turns) if turn["role"] == "user"), None)
+    return [
+        turn | {"content": f"{description.strip()}\n\n{turn['content']}"} if n == first else turn
+        for n, turn in enumerate(turns)
+    ]
 
 
 def spaced(answer: str, space: bool) -> str:
@@ -43,10 +50,19 @@ def render(
         prompt: The checkpoint's setting.
         examples: Pairs of input and answer that the model sees before the input.
     """
-    turns = messages(description, text, prompt, examples)
+    return render_turns(tokenizer, messages(description, text, prompt, examples))
+
+
+def render_turns(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
+    """A conversation up to where the next answer starts, with special tokens spelt out.
+
+    Args:
+        tokenizer: The base model's; its chat template is used where it has one.
+        turns: Objects with `role` and `content`.
+    """
     if tokenizer.chat_template is None:
         return (tokenizer.bos_token or "") + "".join(f"{turn['content']}\n\n" for turn in turns)
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
 
 
 def token_ids(tokenizer: Any, rendered: list[str]) -> list[list[int]]:

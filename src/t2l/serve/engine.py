@@ -60,7 +60,7 @@ class Engine:
         *,
         on_end: Callable[[Answer, End], None] = lambda answer, end: None,
     ) -> None:
-        self.limits, self.tokenizer = limits or Limits(), tokenizer
+        self.limits, self.tokenizer, self.config = limits or Limits(), tokenizer, model.config
         self._batch = Batch(model, tokenizer, prompt_piece=self.limits.prompt_piece, on_end=on_end)
         self._waiting: deque[Answer] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()

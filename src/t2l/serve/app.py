@@ -1,0 +1,245 @@
+"""The HTTP interface: OpenAI's completions with an adapter in the `model` field, adapters by description, and the page.
+
+Knows routes. What they do is in `service`, how answers look in `openai`, and who may ask in `guard`.
+"""
+
+import asyncio
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from t2l import __version__, peft_io
+from t2l.errors import RequestError, T2LError
+from t2l.gguf_export import save_gguf
+from t2l.serve.answers import log
+from t2l.serve.guard import Guard, GuardMiddleware
+from t2l.serve.metrics import Metrics
+from t2l.serve.openai import EventStream, Json, Kind, Reply, Run, error_body, error_object, status_of
+from t2l.serve.schema import AdapterRequest, ChatRequest, CompletionRequest
+from t2l.serve.service import Service
+from t2l.serve.store import Entry
+
+STATIC = Path(__file__).parent / "static"
+Value = TypeVar("Value")
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Format = Literal["peft", "gguf"]
+
+
+def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics | None = None) -> FastAPI:
+    """The application; when it ends, the engine and the store are closed.
+
+    Args:
+        service: What it serves.
+        guard: Who may ask; this machine's own programs and pages, if absent.
+        metrics: What counts; the engine should tell it of answers that end.
+    """
+    metrics = metrics or Metrics()
+    metrics.watch(service.engine, service.store)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.engine.close)
+        service.store.close()
+
+    app = FastAPI(title="t2l", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(GuardMiddleware, guard=guard or Guard(), on_request=metrics.request)
+    _handle_errors(app)
+    _serve_completions(app, service)
+    _serve_adapters(app, service)
+    _serve_files(app)
+
+    @app.get("/healthz")
+    async def health() -> Json:
+        return Json({"status": "ok", **service.engine.state})
+
+    @app.get("/metrics")
+    async def numbers() -> Response:
+        return Response(await asyncio.to_thread(metrics.text), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+# ------------------------------------------------------------------------------------------------------- completions
+
+
+def _serve_completions(app: FastAPI, service: Service) -> None:
+    async def reply(kind: Kind, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        chat = isinstance(body, ChatRequest)
+        generations, adapter = await (service.chat(body) if chat else service.complete(body))  # type: ignore[arg-type]
+        run = Run(service.engine, generations)
+        made = Reply(
+            kind,
+            run,
+            model=service.base_model if adapter is None else adapter.entry.id,
+            tokenizer=service.engine.tokenizer,
+            strip=chat and service.generator.prompt.answer_space,
+        )
+        if body.stream:
+            return EventStream(made, usage=body.streams_usage)
+        try:
+            return Json(await _unless_gone(request, made.whole()))
+        finally:
+            run.cancel()
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await reply("chat", request, body)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        return await reply("text", request, body)
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        entries = await asyncio.to_thread(service.store.entries, limit=1000)
+        return Json({"object": "list", "data": [_model(service, None), *(_model(service, entry) for entry in entries)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        if name.startswith("t2l:"):
+            raise RequestError("A description is no name until its adapter is made; POST it to /v1/adapters")
+        adapter = await service.resolve(name)
+        return Json(_model(service, None if adapter is None else adapter.entry))
+
+
+def _model(service: Service, entry: Entry | None) -> dict[str, Any]:
+    name, created = (service.base_model, service.started) if entry is None else (entry.id, entry.created)
+    parent = None if entry is None else service.base_model
+    owner = {"id": name, "object": "model", "created": created, "owned_by": "t2l", "root": name, "parent": parent}
+    return owner | ({} if entry is None else {"description": entry.description})
+
+
+async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
+    """The work's result; if the client goes before, the work is cancelled."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(499, "The client has gone")
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+def _serve_adapters(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/adapters")
+    async def create(body: AdapterRequest) -> Json:
+        entry, new = await service.create(body.description)
+        return Json(_about(service, entry), 201 if new else 200, headers={"location": f"/v1/adapters/{entry.id}"})
+
+    @app.get("/v1/adapters")
+    async def listed(limit: Limit = 100, after: Annotated[str | None, Query(max_length=64)] = None) -> Json:
+        entries = await asyncio.to_thread(service.store.entries, limit=limit + 1, after=after)
+        data = [_about(service, entry) for entry in entries[:limit]]
+        return Json({"object": "list", "data": data, "has_more": len(entries) > limit})
+
+    @app.get("/v1/adapters/{name}")
+    async def about(name: str) -> Json:
+        return Json(_about(service, await asyncio.to_thread(service.store.entry, name), norms=True))
+
+    @app.delete("/v1/adapters/{name}")
+    async def delete(name: str) -> Json:
+        await asyncio.to_thread(service.store.delete, name)
+        return Json({"id": name, "object": "adapter.deleted", "deleted": True})
+
+    @app.get("/v1/adapters/{name}/download")
+    async def download(name: str, format: Format = "peft") -> Response:
+        make, suffix = (_peft_zip, "zip") if format == "peft" else (_gguf, "gguf")
+        data = await asyncio.to_thread(make, service, name)
+        headers = {"content-disposition": f'attachment; filename="{name}.{suffix}"'}
+        return Response(data, media_type="application/octet-stream", headers=headers)
+
+
+def _about(service: Service, entry: Entry, *, norms: bool = False) -> dict[str, Any]:
+    spec = entry.spec
+    return {
+        "id": entry.id,
+        "object": "adapter",
+        "created": entry.created,
+        "parent": service.base_model,
+        "description": entry.description,
+        "sha256": entry.sha256,
+        "seconds": entry.seconds,
+        "bytes": entry.bytes,
+        "parameters": spec.num_parameters,
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "targets": [target.name for target in spec.targets],
+        "layers": list(spec.layers),
+        **({"norms": entry.norms} if norms else {}),
+    }
+
+
+def _peft_zip(service: Service, name: str) -> bytes:
+    """A PEFT folder as a zip file, the tensors byte for byte as they are stored."""
+    entry, weights = service.store.entry(name), service.store.weights(name)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:  # weights do not get smaller by compression
+        archive.writestr(f"{name}/{peft_io.WEIGHTS}", weights)
+        archive.writestr(f"{name}/{peft_io.CONFIG}", json.dumps(peft_io.adapter_config(entry.spec), indent=2) + "\n")
+        archive.writestr(f"{name}/{peft_io.CARD}", entry.card)
+    return file.getvalue()
+
+
+def _gguf(service: Service, name: str) -> bytes:
+    stored = service.store.get(name)
+    with tempfile.TemporaryDirectory(prefix="t2l-") as folder:
+        path = Path(folder) / "adapter.gguf"
+        save_gguf(path, stored.lora, stored.spec, service.engine.config, description=stored.entry.description)
+        return path.read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------- files, errors
+
+
+def _serve_files(app: FastAPI) -> None:
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @app.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(T2LError)
+    async def refuse(request: Request, error: T2LError) -> Json:
+        status = status_of(error)
+        if status >= 500:
+            log.error("request failed", exc_info=error)
+        # OpenAI's clients ask again after a 5xx unless told not to; an answer that failed would only fail again.
+        headers = {"retry-after": "1"} if status == 429 else {"x-should-retry": "false"}
+        return Json(error_body(error), status, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Json:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])[:200] or None
+        message = f"{place}: {first['msg']}" if place else str(first["msg"])
+        return Json(error_object(message, "invalid_request_error", param=place), 400)
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Json:
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return Json(error_object(str(error.detail), kind), error.status_code, headers=error.headers)

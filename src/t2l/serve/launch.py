@@ -1,0 +1,107 @@
+"""From a checkpoint's name to a server that runs. Knows every part of the server and puts them together."""
+
+import ipaddress
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from t2l import hub
+from t2l.checkpoint import read_config
+from t2l.errors import ConfigError
+from t2l.serve.app import create_app
+from t2l.serve.engine import Engine, Limits
+from t2l.serve.guard import LOCAL, Guard
+from t2l.serve.metrics import Metrics
+from t2l.serve.service import Service, ServiceLimits
+from t2l.serve.store import AdapterStore
+from t2l.text_to_lora import DEFAULT, TextToLora, checkpoint_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a server is started."""
+
+    folder: Path
+    """Where adapters are kept."""
+    checkpoint: str = DEFAULT
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    """What clients must send; without one the server is for this machine alone."""
+    allow_hosts: tuple[str, ...] = ()
+    """Names that it goes by besides this machine's own."""
+    device: str = "cpu"
+    dtype: str = "float32"
+    memory: int = 2**28
+    """Bytes of adapters that are kept ready."""
+    most: int = 10_000
+    """Adapters that are stored."""
+    patience: int = 10
+    """Seconds that answers under way have to end when the server is stopped."""
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host) and not self.token:
+            raise ConfigError(
+                f"{self.host} can be reached from other machines, and whoever reaches this server can use it: set "
+                "T2L_TOKEN to what clients must send, or listen on 127.0.0.1"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def build(settings: Settings) -> FastAPI:
+    """Loads the models and opens the store.
+
+    Raises:
+        T2LError: as `TextToLora.from_pretrained`, `Engine` and `AdapterStore` do.
+    """
+    store = AdapterStore(settings.folder, memory=settings.memory, most=settings.most)
+    try:
+        generator, model, tokenizer = _load(settings)
+        metrics = Metrics()
+        engine = Engine(model, tokenizer, settings.limits, on_end=metrics.answer)
+    except BaseException:
+        store.close()
+        raise
+    guard = Guard(hosts=(*LOCAL, *settings.allow_hosts), token=settings.token)
+    return create_app(Service(engine, store, generator, ServiceLimits()), guard=guard, metrics=metrics)
+
+
+def run(settings: Settings) -> None:
+    """Runs a server until it is interrupted; answers under way may end then."""
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    config = uvicorn.Config(
+        build(settings),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,  # the guard writes its own
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # anybody could claim another address
+        timeout_graceful_shutdown=settings.patience,
+        limit_concurrency=512,
+    )
+    uvicorn.Server(config).run()
+
+
+def _load(settings: Settings) -> tuple[TextToLora, Any, Any]:
+    spec, _ = read_config(checkpoint_folder(settings.checkpoint))
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    model: Any = hub.load_causal_lm(spec.base_model, device=settings.device, dtype=dtype)
+    tokenizer: Any = hub.load_tokenizer(spec.base_model)
+    # Checkpoints that read the base's own states were trained on them in float32.
+    shared = (model, tokenizer) if dtype == torch.float32 else None
+    generator = TextToLora.from_pretrained(settings.checkpoint, base=shared, device=settings.device)
+    return generator, model, tokenizer

@@ -1,0 +1,192 @@
+"""What the server does, without HTTP: adapters from descriptions, models from names, prompts from messages.
+
+A description is data: it is read by the hypernetwork and by the base model, and never names a file, an address or a
+model. Knows the engine, the store and the generator. Knows no HTTP.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from t2l.encoder import check_description
+from t2l.errors import AdapterNotFoundError, RequestError
+from t2l.prompt import render_turns, with_description
+from t2l.serve.answers import Generation
+from t2l.serve.engine import Engine
+from t2l.serve.sampling import Sampling
+from t2l.serve.schema import ChatRequest, CompletionRequest, Sampled
+from t2l.serve.store import AdapterStore, Entry, StoredAdapter
+
+BASE = "base"
+"""Names the base model, besides its own name."""
+REMEMBERED = 1024
+"""Descriptions whose adapters are found again without being written again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceLimits:
+    """How much one request may ask for."""
+
+    description_bytes: int = 8_192
+    choices: int = 16
+    """Answers of one request: `n` times the prompts."""
+    max_tokens: int = 1_024
+    """Of an answer."""
+    timeout: float = 300.0
+    """Seconds after which an answer is given up, and the most that a request may ask for."""
+
+
+class Service:
+    """Answers and adapters by name.
+
+    Args:
+        engine: Runs the base model.
+        store: Holds the adapters.
+        generator: Writes adapters; a `TextToLora` that shares the engine's model, or does not need it.
+        limits: How much one request may ask for.
+    """
+
+    def __init__(
+        self, engine: Engine, store: AdapterStore, generator: Any, limits: ServiceLimits | None = None
+    ) -> None:
+        self.engine, self.store, self.generator = engine, store, generator
+        self.limits = limits or ServiceLimits()
+        self.base_model: str = generator.spec.base_model
+        self.started = int(time.time())
+        self._remembered: OrderedDict[str, str] = OrderedDict()
+
+    async def create(self, description: str) -> tuple[Entry, bool]:
+        """Writes an adapter and stores it.
+
+        Returns:
+            What is stored, and whether it was not there before.
+
+        Raises:
+            DescriptionError: if the description is blank or too long.
+            BusyError: if too much is going on, or as many adapters are stored as may be.
+        """
+        description = check_description(description)
+        size = len(description.encode())
+        if size > self.limits.description_bytes:
+            raise RequestError(
+                f"The description has {size:,} bytes; this server reads at most {self.limits.description_bytes:,}"
+            )
+
+        def write() -> tuple[Any, float]:
+            started = time.perf_counter()
+            (adapter,) = self.generator.generate([description])
+            return adapter, time.perf_counter() - started
+
+        adapter, seconds = await asyncio.wrap_future(self.engine.run(write))
+        entry, new = await asyncio.to_thread(self.store.add, adapter, seconds=seconds)
+        self._remembered[description] = entry.id
+        self._remembered.move_to_end(description)
+        if len(self._remembered) > REMEMBERED:
+            self._remembered.popitem(last=False)
+        return entry, new
+
+    async def resolve(self, model: str) -> StoredAdapter | None:
+        """The adapter that a `model` field names; None for the base model.
+
+        Args:
+            model: `base` or the base model's name; an adapter's name, alone or after the base's and a colon; or
+                `t2l:` and a description, whose adapter is written if it is not there.
+
+        Raises:
+            AdapterNotFoundError: if there is no such adapter.
+        """
+        if model in (BASE, self.base_model):
+            return None
+        if model.startswith("t2l:"):
+            description = check_description(model.removeprefix("t2l:"))
+            name = self._remembered.get(description)
+            if name is not None:
+                try:
+                    return await asyncio.to_thread(self.store.get, name)
+                except AdapterNotFoundError:
+                    del self._remembered[description]  # deleted since
+            name = (await self.create(description))[0].id
+        else:
+            name = model.removeprefix(f"{self.base_model}:").removeprefix(f"{BASE}:")
+        return await asyncio.to_thread(self.store.get, name)
+
+    async def chat(self, request: ChatRequest) -> tuple[list[Generation], StoredAdapter | None]:
+        """What a chat request asks the engine for, a generation a choice, and its adapter."""
+        adapter = await self.resolve(request.model)
+        shown = adapter if request.prompt_from is None else await self.resolve(request.prompt_from)
+        turns = [message.plain() for message in request.messages]
+        if shown is not None and self.generator.prompt.description_in_prompt:
+            turns = with_description(turns, shown.entry.description)
+        rendered = await asyncio.to_thread(self._rendered, turns)
+        ids = self.engine.tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        limit = request.max_completion_tokens or request.max_tokens
+        return self._generations(request, [ids], adapter, top, limit or self.limits.max_tokens, limit is None), adapter
+
+    async def complete(self, request: CompletionRequest) -> tuple[list[Generation], StoredAdapter | None]:
+        """What a completion request asks the engine for, a generation a choice, and its adapter."""
+        adapter = await self.resolve(request.model)
+        prompt: Any = request.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            prompt = [prompt]
+        if len(prompt) > self.limits.choices:
+            raise RequestError(f"The request has {len(prompt)} prompts; at most {self.limits.choices} are taken")
+        vocabulary = len(self.engine.tokenizer)
+        ids = []
+        for one in prompt:
+            tokens = self.engine.tokenizer(one, verbose=False).input_ids if isinstance(one, str) else one
+            strange = [token for token in tokens if not 0 <= token < vocabulary]
+            if strange or not tokens:
+                what = f"token {strange[0]}, and there are {vocabulary:,}" if strange else "no token"
+                raise RequestError(f"A prompt holds {what}; give text, or token ids of this base model")
+            ids.append(tokens)
+        return self._generations(request, ids, adapter, request.logprobs, request.max_tokens or 16, False), adapter
+
+    def _rendered(self, turns: list[dict[str, str]]) -> str:
+        try:
+            return render_turns(self.engine.tokenizer, turns)
+        except Exception as error:  # templates refuse orders of roles that their models do not know, in many ways
+            raise RequestError(f"The base model's chat template does not take these messages: {error}") from error
+
+    def _generations(
+        self,
+        request: Sampled,
+        prompts: Sequence[list[int]],
+        adapter: StoredAdapter | None,
+        top_logprobs: int | None,
+        max_tokens: int,
+        cut: bool,
+    ) -> list[Generation]:
+        n = request.n or 1
+        if n * len(prompts) > self.limits.choices:
+            raise RequestError(
+                f"The request asks for {n} answers to {len(prompts)} prompts; at most {self.limits.choices} are given"
+            )
+        if max_tokens > self.limits.max_tokens:
+            raise RequestError(f"max_tokens is {max_tokens:,}; at most {self.limits.max_tokens:,} are written")
+        sampling = Sampling(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed,
+            top_logprobs=top_logprobs,
+        )
+        timeout = min(request.timeout or self.limits.timeout, self.limits.timeout)
+        made = []
+        for ids in prompts:
+            room = self.engine.most_tokens - len(ids)
+            for choice in range(n):
+                seed = None if request.seed is None else request.seed + choice
+                made.append(
+                    Generation(
+                        prompt=ids,
+                        max_tokens=max(1, min(max_tokens, room)) if cut else max_tokens,
+                        adapter=adapter,
+                        sampling=replace(sampling, seed=seed),
+                        stops=request.stops,
+                        timeout=timeout,
+                    )
+                )
+        return made

@@ -1,0 +1,570 @@
+"""The server over HTTP: OpenAI's own client, raw requests that are wrong in every way, and what must hold meanwhile."""
+
+import io
+import json
+import socket
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from conftest import DESCRIPTIONS, make_base, make_config, make_tokenizer
+from serve_helpers import Server, reference, running, wait_for
+
+from t2l.config import PromptConfig
+from t2l.prompt import render, token_ids
+from t2l.serve.engine import Limits
+from t2l.serve.guard import LOCAL, Guard
+from t2l.serve.service import ServiceLimits
+from t2l.text_to_lora import TextToLora
+
+IN_PROMPT = PromptConfig(description_in_prompt=True)
+USER: Any = [{"role": "user", "content": "What is it?"}]
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[Any, Any]:
+    """A base of its own: other tests run theirs while this one's engine has hooks on it."""
+    return make_base(make_config()), make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("serve") / "checkpoint", prompt=IN_PROMPT)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    limits = ServiceLimits(description_bytes=90, choices=6, max_tokens=400)
+    with running(
+        checkpoint, base, tmp_path_factory.mktemp("store"), limits=Limits(rows=8), service_limits=limits
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def names(http: httpx.Client) -> list[str]:
+    """Four adapters."""
+    return [http.post("/v1/adapters", json={"description": text}).json()["id"] for text in DESCRIPTIONS]
+
+
+@pytest.fixture(scope="module")
+def single_user(checkpoint: Path) -> Callable[..., str]:
+    """What one user of the library alone would get: no server, no batch, no cache."""
+    model, tokenizer = make_base(make_config()), make_tokenizer()
+    generator = TextToLora.from_pretrained(str(checkpoint), base=(model, tokenizer))
+
+    def answer(description: str, max_tokens: int = 12, *, adapted: bool = True, text: str = "What is it?") -> str:
+        (ids,) = token_ids(tokenizer, [render(tokenizer, description, text, IN_PROMPT)])
+        (adapter,) = generator.generate([description])
+        return reference(model, tokenizer, ids, adapter if adapted else None, max_tokens)
+
+    return answer
+
+
+# ----------------------------------------------------------------------------------------------- the official client
+
+
+def test_models_are_the_base_and_the_adapters(client: openai.OpenAI, server: Server, names: list[str]) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert set(names) < set(listed) and server.service.base_model in listed
+    assert client.models.retrieve(names[0]).model_extra["parent"] == server.service.base_model
+    with pytest.raises(openai.NotFoundError, match="no adapter 'gpt-4'"):
+        client.models.retrieve("gpt-4")
+
+
+def test_the_model_field_chooses_the_adapter(
+    client: openai.OpenAI, server: Server, names: list[str], single_user: Callable[..., str]
+) -> None:
+    for name, text in zip(names, DESCRIPTIONS, strict=True):
+        expected = single_user(text)
+        for model in (name, f"base:{name}", f"{server.service.base_model}:{name}", f"t2l:{text}", f"t2l: {text} "):
+            reply = client.chat.completions.create(model=model, messages=USER, max_tokens=12, temperature=0)
+            assert (reply.choices[0].message.content, reply.model) == (expected, name)
+        plain = client.chat.completions.create(
+            model="base", messages=USER, max_tokens=12, temperature=0, extra_body={"prompt_from": name}
+        )
+        assert plain.choices[0].message.content == single_user(text, adapted=False)
+        assert plain.model == server.service.base_model
+
+
+def test_a_description_becomes_a_model_on_the_spot(
+    client: openai.OpenAI, server: Server, single_user: Callable[..., str]
+) -> None:
+    before = len(server.service.store)
+    for _ in range(2):
+        reply = client.chat.completions.create(model="t2l:Name a colour.", messages=USER, max_tokens=12, temperature=0)
+        assert reply.choices[0].message.content == single_user("Name a colour.")
+    assert len(server.service.store) == before + 1
+    server.service.store.delete(reply.model)
+    again = client.chat.completions.create(model="t2l:Name a colour.", messages=USER, max_tokens=12, temperature=0)
+    assert again.model == reply.model and again.choices[0].message == reply.choices[0].message
+
+
+def test_streamed_chat_is_the_whole_chat(client: openai.OpenAI, names: list[str]) -> None:
+    options: Any = {"messages": USER, "max_tokens": 30, "n": 2, "temperature": 1.2, "seed": 5}
+    for name in names:
+        whole = client.chat.completions.create(model=name, **options)
+        chunks = list(
+            client.chat.completions.create(model=name, stream=True, stream_options={"include_usage": True}, **options)
+        )
+        for index in range(2):
+            choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+            assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[index].message.content
+            assert choices[0].delta.role == "assistant"
+            assert [choice.finish_reason for choice in choices if choice.finish_reason] == [
+                whole.choices[index].finish_reason
+            ]
+        assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+        assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_completions_take_text_tokens_and_lists(client: openai.OpenAI, server: Server, names: list[str]) -> None:
+    ids = server.tokenizer("Once upon").input_ids
+    one = client.completions.create(model=names[0], prompt="Once upon", max_tokens=9, temperature=0)
+    assert one.usage is not None and (one.usage.prompt_tokens, one.usage.completion_tokens) == (len(ids), 9)
+    many = client.completions.create(model=names[0], prompt=["Once upon", "a time"], max_tokens=9, temperature=0)
+    tokens = client.completions.create(model=names[0], prompt=ids, max_tokens=9, temperature=0)
+    assert one.choices[0].text == many.choices[0].text == tokens.choices[0].text != many.choices[1].text
+    streamed = client.completions.create(
+        model=names[0], prompt=["Once upon", "a time"], max_tokens=9, temperature=0, stream=True
+    )
+    texts = ["", ""]
+    for chunk in streamed:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in many.choices]
+
+
+def test_logprobs_of_both_kinds(client: openai.OpenAI, names: list[str]) -> None:
+    chat = client.chat.completions.create(
+        model=names[0], messages=USER, max_tokens=6, temperature=0, logprobs=True, top_logprobs=3
+    )
+    content = chat.choices[0].logprobs.content  # type: ignore[union-attr]
+    assert content is not None and len(content) == 6
+    assert all(
+        entry.top_logprobs[0].logprob == entry.logprob <= 0 and len(entry.top_logprobs) == 3 for entry in content
+    )
+    text = client.completions.create(model=names[0], prompt="Once", max_tokens=6, temperature=0, logprobs=2)
+    found = text.choices[0].logprobs
+    assert found is not None and len(found.tokens or ()) == len(found.token_logprobs or ()) == 6
+    chunks = client.chat.completions.create(
+        model=names[0], messages=USER, max_tokens=6, temperature=0, logprobs=True, top_logprobs=3, stream=True
+    )
+    streamed = [entry for c in chunks if (lp := c.choices[0].logprobs) is not None for entry in lp.content or ()]
+    assert streamed == content
+
+
+def test_stops_and_seeds(client: openai.OpenAI, names: list[str]) -> None:
+    options: Any = {"model": names[1], "messages": USER, "max_tokens": 40}
+    whole = client.chat.completions.create(temperature=0, **options).choices[0].message.content or ""
+    assert len(whole) > 6
+    cut = client.chat.completions.create(temperature=0, stop=[whole[4:6], "never"], **options).choices[0]
+    assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(whole[4:6])], "stop")
+    drawn = [client.chat.completions.create(seed=seed, **options).choices[0].message.content for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_async_client_too(server: Server, names: list[str], single_user: Callable[..., str]) -> None:
+    import asyncio
+
+    async def main() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            calls = [
+                client.chat.completions.create(model=name, messages=USER, max_tokens=12, temperature=0)
+                for name in names * 3
+            ]
+            return [reply.choices[0].message.content for reply in await asyncio.gather(*calls)]
+
+    assert asyncio.run(main()) == [single_user(text) for text in DESCRIPTIONS] * 3
+
+
+# ----------------------------------------------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_made_listed_shown_and_deleted(http: httpx.Client, server: Server) -> None:
+    made = http.post("/v1/adapters", json={"description": "Count the words."})
+    assert made.status_code == 201
+    body = made.json()
+    assert body["id"] == f"t2l-{body['sha256'][:16]}" and made.headers["location"] == f"/v1/adapters/{body['id']}"
+    again = http.post("/v1/adapters", json={"description": "  Count the words.\n"})
+    assert (again.status_code, again.json()["id"]) == (200, body["id"])
+    listed = http.get("/v1/adapters", params={"limit": 1}).json()
+    assert [entry["id"] for entry in listed["data"]] == [body["id"]]
+    about = http.get(f"/v1/adapters/{body['id']}").json()
+    assert about["description"] == "Count the words." and set(about["norms"]) == {"q_proj", "v_proj"}
+    assert all(len(norms) == 3 and min(norms) > 0 for norms in about["norms"].values())
+    assert http.delete(f"/v1/adapters/{body['id']}").json()["deleted"] is True
+    for answer in (
+        http.delete(f"/v1/adapters/{body['id']}"),
+        http.get(f"/v1/adapters/{body['id']}"),
+        http.get(f"/v1/adapters/{body['id']}/download"),
+        http.post("/v1/chat/completions", json={"model": body["id"], "messages": USER}),
+    ):
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_downloaded_folder_is_what_peft_reads(
+    http: httpx.Client, names: list[str], tmp_path: Path, client: openai.OpenAI, server: Server
+) -> None:
+    """The snippet of the page: the zip in PEFT gives the answers that the server gives."""
+    from peft import PeftModel
+
+    answer = http.get(f"/v1/adapters/{names[1]}/download")
+    assert answer.headers["content-disposition"] == f'attachment; filename="{names[1]}.zip"'
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        archive.extractall(tmp_path)
+    assert sorted(path.name for path in (tmp_path / names[1]).iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    model = PeftModel.from_pretrained(make_base(make_config()), str(tmp_path / names[1])).eval()
+    ids = server.tokenizer("Once upon a time").input_ids
+    expected = reference(model, server.tokenizer, ids, None, 12)
+    served = client.completions.create(model=names[1], prompt="Once upon a time", max_tokens=12, temperature=0)
+    assert served.choices[0].text == expected
+
+
+def test_a_gguf_file_holds_all_tensors(http: httpx.Client, names: list[str], tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    answer = http.get(f"/v1/adapters/{names[0]}/download", params={"format": "gguf"})
+    assert answer.status_code == 200, answer.text
+    (tmp_path / "adapter.gguf").write_bytes(answer.content)
+    tensors = [tensor.name for tensor in GGUFReader(tmp_path / "adapter.gguf").tensors]
+    assert len(tensors) == 2 * 2 * 3 and "blk.0.attn_q.weight.lora_a" in tensors
+
+
+# ------------------------------------------------------------------------------------------- what must hold meanwhile
+
+
+def test_clients_and_adapters_with_constant_churn(server: Server, single_user: Callable[..., str]) -> None:
+    """8 clients x 8 adapters, created and deleted all the time: each greedy answer is the single user's."""
+    texts = [f"Task number {n}." for n in range(8)]
+    expected = {text: single_user(text, 8) for text in texts}
+    wrong: list[tuple[str, str, str]] = []
+    done = []
+
+    def client(number: int) -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            for n in range(4):
+                text = texts[(number + n) % 8]
+                made = http.post("/v1/adapters", json={"description": text}).json()["id"]
+                body = {"messages": USER, "max_tokens": 8, "temperature": 0}
+                answer = http.post("/v1/chat/completions", json={"model": made, **body})
+                if answer.status_code == 404:  # another client deleted it in between: nobody gets a wrong answer
+                    answer = http.post("/v1/chat/completions", json={"model": f"t2l:{text}", **body})
+                if answer.status_code == 200:
+                    found = answer.json()["choices"][0]["message"]["content"]
+                    if found != expected[text]:
+                        wrong.append((text, found, expected[text]))
+                    done.append(text)
+                else:
+                    assert answer.status_code == 404, answer.text
+                http.delete(f"/v1/adapters/{made}")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert wrong == [] and len(done) >= 24
+
+
+def test_same_prompt_a_then_b_then_a(http: httpx.Client, names: list[str]) -> None:
+    def ask(model: str) -> Any:
+        body = {"model": model, "prompt": "The very same prompt", "max_tokens": 16, "temperature": 0}
+        return http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+    cold = [ask(names[0]), ask(names[1])]
+    assert cold[0] != cold[1]
+    assert [ask(names[0]), ask(names[1]), ask(names[0])] == [cold[0], cold[1], cold[0]]
+
+
+def test_deleting_during_a_stream_ends_the_stream_right(http: httpx.Client, server: Server) -> None:
+    text = "Tell a long story."
+    made = http.post("/v1/adapters", json={"description": text}).json()["id"]
+    body = {"model": made, "messages": USER, "max_tokens": 60, "temperature": 0}
+    whole = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        with httpx.Client(base_url=server.url) as other:
+            assert other.delete(f"/v1/adapters/{made}").status_code == 200
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == whole
+    wait_for(lambda: server.service.engine.state["row_adapter_bytes"] == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_is_not_served_on(stream: bool, server: Server) -> None:
+    body = {"model": "base", "prompt": "x", "max_tokens": 400, "temperature": 1, "seed": 3, "n": 6, "stream": stream}
+    data = json.dumps(body).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    before = ends(server)
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        wait_for(lambda: server.service.engine.state["running"] > 0)
+    wait_for(lambda: server.service.engine.state["running"] == 0)
+    wait_for(lambda: ends(server).get("cancelled", 0) > before.get("cancelled", 0))
+
+
+def ends(server: Server) -> dict[str, float]:
+    text = httpx.get(f"{server.url}/metrics").text
+    lines = (line for line in text.splitlines() if line.startswith("t2l_answers_total"))
+    return {line.split('"')[1]: float(line.split()[-1]) for line in lines}
+
+
+def test_time_runs_out(http: httpx.Client) -> None:
+    body = {"model": "base", "prompt": "x", "max_tokens": 400, "temperature": 1, "seed": 3, "timeout": 0.001}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 504 and "more than 0.001 seconds" in answer.json()["error"]["message"]
+    streamed = http.post("/v1/completions", json={**body, "stream": True})
+    assert streamed.status_code == 200
+    assert "more than 0.001 seconds" in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_failing_request_changes_nothing(http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"model": "base", "prompt": "The base", "max_tokens": 8, "temperature": 0, "logprobs": 5}
+    before = http.post("/v1/completions", json=body).json()["choices"]
+
+    def broken(descriptions: Any) -> Any:
+        server.model(torch.tensor([[1, 2]]))
+        raise RuntimeError("/secret/path is not for clients")
+
+    monkeypatch.setattr(server.service.generator, "generate", broken)
+    failed = http.post("/v1/adapters", json={"description": "fails"})
+    assert failed.status_code == 500
+    assert failed.json()["error"]["message"] == "The server failed; its log says more"
+    monkeypatch.undo()
+    assert http.post("/v1/completions", json=body).json()["choices"] == before
+
+
+# ------------------------------------------------------------------------------------------------- wrong requests
+
+CHAT = {"model": "base", "messages": USER}
+BAD: list[tuple[str, bytes]] = [
+    ("/v1/chat/completions", b""),
+    ("/v1/chat/completions", b"{"),
+    ("/v1/chat/completions", b"\x80\x04\x95\x10."),
+    ("/v1/chat/completions", b'{"model": "\xff"}'),
+    ("/v1/chat/completions", b"[" * 100_000),
+    ("/v1/chat/completions", b"null"),
+    ("/v1/completions", b'{"model": "base", "prompt": "x", "temperature": NaN}'),
+    ("/v1/completions", b'{"model": "base", "prompt": "x", "temperature": 1e999}'),
+    ("/v1/completions", b'{"model": "base", "prompt": "\\ud800"}'),
+    ("/v1/completions", b'{"model": "base", "prompt": "x", "\\ud800": 1}'),
+    ("/v1/adapters", b'{"description": "\\ud800"}'),
+    *[
+        ("/v1/chat/completions", json.dumps({**CHAT, **change}).encode())
+        for change in (
+            {"messages": []},
+            {"messages": [{"role": "robot", "content": "x"}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://x"}]}]},
+            {"messages": "hello"},
+            {"model": 7},
+            {"model": ["base"]},
+            {"temperature": -1},
+            {"temperature": "hot"},
+            {"top_p": 0},
+            {"n": 0},
+            {"n": 7},
+            {"n": 10**9},
+            {"max_tokens": 0},
+            {"max_tokens": 401},
+            {"max_tokens": 10**30},
+            {"stop": [""]},
+            {"stop": ["a", "b", "c", "d", "e"]},
+            {"seed": 1.5},
+            {"logprobs": True, "top_logprobs": 21},
+            {"top_logprobs": 2},
+            {"stream": "maybe"},
+            {"tools": [{"type": "function"}]},
+            {"presence_penalty": 0.5},
+            {"path": "/etc/passwd"},
+            {"timeout": 0},
+            {"model": "t2l:"},
+            {"model": "t2l:  \n"},
+            {"model": "t2l:" + "x" * 200},
+            {"messages": [{"role": "user", "content": "x" * 600}]},
+        )
+    ],
+    *[
+        ("/v1/completions", json.dumps({"model": "base", **change}).encode())
+        for change in (
+            {"prompt": []},
+            {"prompt": ""},
+            {"prompt": [[]]},
+            {"prompt": [1, "x"]},
+            {"prompt": [99999]},
+            {"prompt": [-1]},
+            {"prompt": ["x"] * 7},
+            {"prompt": "x", "echo": True},
+            {"prompt": "x", "suffix": "y"},
+        )
+    ],
+    *[
+        ("/v1/adapters", json.dumps(change).encode())
+        for change in (
+            {},
+            {"description": ""},
+            {"description": "x" * 91},
+            {"description": ["x"]},
+            {"description": "x", "n": 2},
+            {"description": "x", "base": "http://169.254.169.254/"},
+            {"description": "x", "checkpoint": "../../etc"},
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BAD, ids=lambda value: str(value)[:60])
+def test_malformed_bodies_get_400_and_the_next_request_is_served(path: str, body: bytes, http: httpx.Client) -> None:
+    answer = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and error["message"]
+    fine = http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2, "temperature": 0})
+    assert fine.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-4",
+        "../x",
+        "/etc/passwd",
+        "%2e%2e%2f",
+        "t2l-0000000000000000",
+        "a\x00b",
+        "http://127.0.0.1/x",
+        "org/model",
+        "",
+    ],
+)
+def test_an_unknown_model_is_404_and_leads_nowhere(name: str, http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={"model": name, "messages": USER})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/adapters/..%2f..%2fx", "/v1/adapters/%2e%2e", "/v1/adapters/A%00", "/static/../app.py"]
+)
+def test_paths_in_addresses_lead_nowhere(path: str, server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert reply.split(b" ", 2)[1] in (b"404", b"400"), reply
+    assert b"import" not in reply
+
+
+def test_a_description_is_data(http: httpx.Client) -> None:
+    """Whatever it looks like, it is read as a text."""
+    for text in (
+        "/etc/passwd",
+        "http://169.254.169.254/",
+        "t2l:smollm2-135m",
+        "org/model@main",
+        "../../x",
+        "{{ 7*7 }}",
+    ):
+        made = http.post("/v1/adapters", json={"description": text})
+        assert made.status_code in (200, 201) and made.json()["description"] == text
+
+
+# --------------------------------------------------------------------------------------------------------- the guard
+
+
+def test_foreign_hosts_and_origins_are_refused(http: httpx.Client) -> None:
+    assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 421
+    assert http.get("/v1/models", headers={"host": "evil.example:80"}).status_code == 421
+    for name in LOCAL:
+        assert http.get("/v1/models", headers={"host": f"{name}:8000"}).status_code == 200
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        assert http.post("/v1/chat/completions", json=CHAT, headers={"origin": origin}).status_code == 403
+    own = str(http.base_url).rstrip("/")
+    assert http.get("/v1/models", headers={"origin": own}).status_code == 200
+
+
+def test_bodies_have_an_end(server: Server, http: httpx.Client) -> None:
+    huge = b'{"model": "' + b"x" * 2**20 + b'"}'
+    assert http.post("/v1/chat/completions", content=huge).status_code == 413
+    chunked = http.post("/v1/chat/completions", content=(huge[i : i + 4096] for i in range(0, len(huge), 4096)))
+    assert chunked.status_code == 413
+    assert http.get("/healthz").status_code == 200
+
+
+def test_every_answer_carries_the_policy(http: httpx.Client) -> None:
+    for answer in (http.get("/"), http.get("/v1/models"), http.get("/nowhere"), http.get("/v1/adapters/x")):
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["x-request-id"]
+    assert http.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_token_rate_and_queue(checkpoint: Path, tmp_path: Path) -> None:
+    base = make_base(make_config()), make_tokenizer()
+    guard = Guard(token="s3cret", requests_per_minute=8)
+    with (
+        running(checkpoint, base, tmp_path, limits=Limits(rows=1, waiting=1), guard=guard) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+    ):
+        assert http.get("/healthz").status_code == 200 and http.get("/").status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer s3cret!"}):
+            assert http.get("/v1/models", headers=headers).status_code == 401
+            assert http.get("/metrics", headers=headers).status_code == 401
+        http.headers["authorization"] = "Bearer s3cret"
+        assert http.get("/v1/models").status_code == 200
+        gate = threading.Event()
+        server.service.engine.run(gate.wait)
+        body = {"model": "base", "prompt": "x", "max_tokens": 2, "n": 2}
+        full = http.post("/v1/completions", json=body)
+        assert full.status_code == 429 and "1 requests wait" in full.json()["error"]["message"]
+        assert full.headers["retry-after"]
+        gate.set()
+        wait_for(lambda: not any(server.service.engine.state.values()))
+        codes = [http.post("/v1/completions", json={**body, "n": 1}).status_code for _ in range(10)]
+        assert codes[0] == 200 and codes[-1] == 429
+
+
+def test_metrics_and_health_say_what_happens(http: httpx.Client, names: list[str]) -> None:
+    text = http.get("/metrics").text
+    for name in (
+        "t2l_answers_total",
+        "t2l_first_token_seconds_bucket",
+        "t2l_engine_running",
+        "t2l_engine_answer_tokens_total",
+        "t2l_adapters ",
+        't2l_http_requests_total{method="POST",route="/v1/chat/completions"',
+    ):
+        assert name in text, name
+    assert http.get("/healthz").json()["status"] == "ok"
+
+
+def test_a_stopped_server_ends_answers_and_starts_again_with_its_adapters(checkpoint: Path, tmp_path: Path) -> None:
+    base = make_base(make_config()), make_tokenizer()
+    with running(checkpoint, base, tmp_path) as server:
+        made = httpx.post(f"{server.url}/v1/adapters", json={"description": DESCRIPTIONS[0]}).json()
+        body = {"model": made["id"], "messages": USER, "max_tokens": 20, "temperature": 0}
+        before = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"]
+    assert sum(len(module._forward_hooks) for module in base[0].modules()) == 0
+    with running(checkpoint, base, tmp_path) as server:
+        assert httpx.get(f"{server.url}/v1/adapters/{made['id']}").json()["sha256"] == made["sha256"]
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"] == before
