@@ -41,7 +41,7 @@ def serve(
 
     import torch
 
-    from t2l.hub import cache_dir
+    from t2l.pypi import cache_dir
     from t2l.serve.engine import Limits
     from t2l.serve.launch import Settings, run
 
