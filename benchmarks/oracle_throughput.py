@@ -84,7 +84,7 @@ def plain_peft(config: OracleConfig, data: TaskData, base: Any, device: torch.de
     model = get_peft_model(
         base,
         PeftLoraConfig(
-            r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets), task_type="CAUSAL_LM"
+            r=lora.r, lora_alpha=int(lora.lora_alpha), target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
         ),
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -144,7 +144,7 @@ def tiny_config(folder: Path) -> OracleConfig:
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return OracleConfig(
         base=str(folder / "base"),
-        lora=LoraConfig(rank=2, alpha=4),
+        lora=LoraConfig(r=2, lora_alpha=4),
         data=OracleDataConfig(sources=(str(folder / "own.jsonl"),)),
         train=OracleTrainConfig(steps=12, evaluate_every=4, sequence_tokens=64, answer_tokens=32, learning_rate=1e-2),
     )

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2l.apply import LiveAdapters, compiled, live
+from t2l.apply import AdapterHooks, compiled, hooked
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig
 from t2l.encoder import Encoded
 from t2l.hypernet import Hypernet
@@ -270,7 +270,7 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
     """All rows of one shape."""
     torch.manual_seed(0)
     base = make_base(shape, device)
-    spec = AdapterSpec.from_config(base.config, shape.name, LoraConfig(rank=8, alpha=16))
+    spec = AdapterSpec.from_config(base.config, shape.name, LoraConfig(r=8, lora_alpha=16))
     batch = packed_batch(shape, 16, device)
     tokens = int((batch.documents >= 0).sum())
     rows: list[Row] = []
@@ -306,12 +306,12 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
         if checkpointing:
             _checkpoint_layers(base)
         suffix = " checkpoint" if checkpointing else ""
-        with live(base, spec) as slots, compiled(base, spec) if compile_ else nullcontext():
+        with hooked(base, spec) as slots, compiled(base, spec) if compile_ else nullcontext():
             losses = answer_losses(base, slots, keep=checkpointing, fuse=compile_)
             one = hypernet("sentence", variant="none")
 
             def shared(*_: Any, one: Hypernet = one) -> LoraTensors:
-                return one.offset_lora()
+                return one.shared_adapter()
 
             add("lora" + suffix, trainer(one, shared, losses, None), batch)
             for kind, encoder in encoders.items():
@@ -332,7 +332,7 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
 
     settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     peft.get_peft_model(base, settings)
-    slots = LiveAdapters((), "unused")
+    slots = AdapterHooks((), "unused")
     add("peft eager", trainer(None, None, answer_losses(base, slots), None), batch)
     return rows
 

@@ -36,7 +36,7 @@ def mean(before: str, after: str, out: Path, share: float = 0.5) -> Path:
     if not 0 <= share <= 1:
         raise ConfigError(f"The share must be in [0, 1], got {share:g}")
     one, other = (load_checkpoint(checkpoint_folder(reference)) for reference in (before, after))
-    for name in ("hypernet", "encoder", "encoder_revision", "prompt", "reads"):
+    for name in ("hypernet", "encoder", "encoder_revision", "prompt", "conditioning"):
         if getattr(one.config, name) != getattr(other.config, name):
             raise ConfigError(
                 f"Checkpoints with different settings have no mean: {name} is {getattr(one.config, name)} in {before} "

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from t2l.checkpoint import save_checkpoint, settings
+from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.hub import fingerprint
 from t2l.hypernet import Hypernet
@@ -198,7 +198,7 @@ def randomise_head(hypernet: Hypernet, size: float = 0.2) -> None:
     with torch.no_grad():
         for linear in hypernet.head.write if hypernet.head is not None else ():
             linear.weight.normal_(std=size)
-        for b in hypernet.offset.b:
+        for b in hypernet.shared_lora.b:
             b.normal_(std=size)
 
 
@@ -216,7 +216,7 @@ def make_checkpoint(base_folder: Path, tiny_config: LlamaConfig) -> Callable[...
         prompt: PromptConfig | None = None,
         **hypernet_config: Any,
     ) -> Path:
-        spec = spec or AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
+        spec = spec or AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(r=4, lora_alpha=8))
         if encoder == "base":
             layers = (0, 3) if hypernet_config.get("pointer") else (1, 3)
             encoder_config = EncoderConfig(kind="tokens", model="base", layers=layers, max_tokens=96)
@@ -228,7 +228,7 @@ def make_checkpoint(base_folder: Path, tiny_config: LlamaConfig) -> Callable[...
             for pointer in hypernet.pointers.values():
                 pointer.gain.bias.fill_(0.5)
         values: dict[str, Any] = {"variant": "L", "width": 24, "head_size": 16, "token_blocks": 2, "attention_heads": 4}
-        config = settings(
+        config = CheckpointConfig.current(
             {"seed": 7},
             embedding_size=embedding_size,
             encoder=encoder_config,

@@ -10,7 +10,7 @@ from conftest import make_base, make_config, random_lora
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from t2l.apply import apply_adapters, compiled, live
+from t2l.apply import apply_adapters, compiled, hooked
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, SpecMismatchError
 from t2l.lora import LoraTensors
@@ -21,7 +21,7 @@ TOKENS = torch.tensor([[0, 17, 93, 240, 5], [0, 8, 200, 41, 12], [0, 99, 98, 97,
 
 
 def make_adapter(config: Any, seed: int = 0, **lora: Any) -> LoraAdapter:
-    spec = AdapterSpec.from_config(config, "tiny/base", LoraConfig(**({"rank": 4, "alpha": 8} | lora)))
+    spec = AdapterSpec.from_config(config, "tiny/base", LoraConfig(**({"r": 4, "lora_alpha": 8} | lora)))
     return LoraAdapter(random_lora(spec, seed), spec, "x", {})
 
 
@@ -42,7 +42,7 @@ def logits(model: LlamaForCausalLM, tokens: torch.Tensor = TOKENS) -> torch.Tens
 
 @pytest.mark.parametrize(
     "lora",
-    [{}, {"targets": ("all-linear",)}, {"layers": (1,)}, {"use_rslora": True}],
+    [{}, {"target_modules": ("all-linear",)}, {"layers_to_transform": (1,)}, {"use_rslora": True}],
     ids=["q,v", "all-linear", "one layer", "rslora"],
 )
 def test_equals_weights_with_the_update_merged_in(
@@ -169,7 +169,7 @@ def test_adapter_of_another_base_names_both(adapters: list[LoraAdapter], tiny_co
 def test_adapters_of_different_shape_do_not_mix(
     adapters: list[LoraAdapter], tiny_config: Any, tiny_base: LlamaForCausalLM
 ) -> None:
-    for lora, match in (({"rank": 2}, "rank 4.*with 2"), ({"alpha": 16}, r"scaling 2\.0.*with 4\.0")):
+    for lora, match in (({"r": 2}, "rank 4.*with 2"), ({"lora_alpha": 16}, r"scaling 2\.0.*with 4\.0")):
         both = [adapters[0], make_adapter(tiny_config, **lora)]
         with pytest.raises(SpecMismatchError, match=match), apply_adapters(tiny_base, both):
             pass
@@ -199,7 +199,7 @@ def test_greedy_generation_with_cache_equals_each_alone(
 
 def test_gradient_reaches_the_adapter_and_only_it(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     lora = LoraTensors.stack([x.lora for x in adapters]).map(lambda x: x.clone().requires_grad_())
-    with live(tiny_base, adapters[0].spec) as slots:
+    with hooked(tiny_base, adapters[0].spec) as slots:
         slots.lora = lora
         logits(tiny_base)[:3].logsumexp(-1).sum().backward()
     for x in (*lora.a, *lora.b):
@@ -210,7 +210,7 @@ def test_gradient_reaches_the_adapter_and_only_it(adapters: list[LoraAdapter], t
 
 def test_empty_slot_is_the_base_model(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     plain = logits(tiny_base)
-    with live(tiny_base, adapters[0].spec) as slots:
+    with hooked(tiny_base, adapters[0].spec) as slots:
         assert torch.equal(logits(tiny_base), plain)
         slots.lora = adapters[0].lora
         assert not torch.equal(logits(tiny_base), plain)
@@ -237,10 +237,10 @@ def test_compiled_layers_share_one_graph(grad: bool, monkeypatch: pytest.MonkeyP
         torch._dynamo.reset()
         counters.clear()
         config = make_config(num_hidden_layers=num_layers)
-        model, adapter = make_base(config), make_adapter(config, layers=layers)
+        model, adapter = make_base(config), make_adapter(config, layers_to_transform=layers)
         lora = LoraTensors.stack([adapter.lora] * 4).map(lambda x: x.requires_grad_(grad))
         results = []
-        with live(model, adapter.spec) as slots, torch.set_grad_enabled(grad):
+        with hooked(model, adapter.spec) as slots, torch.set_grad_enabled(grad):
             for how in (nullcontext(), compiled(model, adapter.spec), nullcontext()):
                 with how:
                     slots.lora = lora

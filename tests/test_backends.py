@@ -36,7 +36,7 @@ from t2l.text_to_lora import LoraAdapter, TextToLora
 
 @pytest.fixture(scope="module")
 def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
-    return AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
+    return AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(r=4, lora_alpha=8))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_hypernet
 
-from t2l.apply import live
+from t2l.apply import hooked
 from t2l.config import LoraConfig
 from t2l.spec import AdapterSpec
 from t2l.train.sft import answer_losses
@@ -61,7 +61,7 @@ def test_packed_and_reference_step_cost_the_same_loss(train_step: ModuleType) ->
         lora = hypernet(states[batch.descriptions])
         with ExitStack() as stack:
             if way == "packed":
-                function = answer_losses(base, stack.enter_context(live(base, spec)))
+                function = answer_losses(base, stack.enter_context(hooked(base, spec)))
             else:
                 function = train_step.repeated_losses(base, spec, stack)
             losses, _ = function(*batch[:5], lora.a, lora.b, lora.scaling)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from t2l import cli, hub, text_to_lora
-from t2l.checkpoint import save_checkpoint, settings
+from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, load_yaml
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
@@ -86,7 +86,7 @@ def write_base(folder: Path, hidden_size: int, seed: int) -> Path:
 
 def write_checkpoint(folder: Path, base: Path, *, trained: bool = True) -> Path:
     """A checkpoint that reads the base's own states; `trained` fills what starts at zero."""
-    spec = AdapterSpec.from_config(hub.load_config(str(base)), str(base), LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(hub.load_config(str(base)), str(base), LoraConfig(r=4, lora_alpha=8))
     encoder = EncoderConfig(kind="tokens", model="base", layers=(1, 2), max_tokens=128)
     config = HypernetConfig(width=16, head_size=16, token_blocks=1, attention_heads=2)
     size = 2 * int(hub.load_config(str(base)).hidden_size)
@@ -96,7 +96,7 @@ def write_checkpoint(folder: Path, base: Path, *, trained: bool = True) -> Path:
         if trained:
             for parameter in hypernet.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    saved = settings(
+    saved = CheckpointConfig.current(
         {"seed": 7, "steps": 3},
         embedding_size=size,
         encoder=encoder,

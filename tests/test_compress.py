@@ -52,7 +52,7 @@ NAMES = ("add", "bark", "count", "dance")
 
 @pytest.fixture(scope="module")
 def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
-    return AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=2, alpha=4))
+    return AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(r=2, lora_alpha=4))
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_one_a_of_all_is_counted_once(
     spec = library.spec
     alone = replace(
         config,
-        hypernet=replace(config.hypernet, writes="B"),
+        hypernet=replace(config.hypernet, freeze_a=True),
         data=replace(config.data, library=str(shared.folder)),
     )
     plain = compress(shared, tmp_path / "out", {"all": alone}, log=quiet)
@@ -401,7 +401,7 @@ def oracle_files(base_folder: Path, sentence_folder: Path, tmp_path_factory: pyt
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     oracle = {
         "base": str(base_folder),
-        "lora": {"rank": 2, "alpha": 4},
+        "lora": {"r": 2, "lora_alpha": 4},
         "data": {"sources": [str(folder / "own.jsonl")]},
         "train": {"steps": 10, "evaluate_every": 5, "sequence_tokens": 96, "answer_tokens": 16, "learning_rate": 0.01},
     }
@@ -484,5 +484,5 @@ def test_without_a_file_one_a_makes_a_basis(
         done = t2l("compress", of.folder, "-o", tmp_path / name, "--device", "cpu", *options)
         assert done.exit_code == 0, done.output
         found[name] = json.loads((tmp_path / name / "config.json").read_text())["hypernet"]
-    assert (found["own"]["variant"], found["own"]["writes"], found["own"]["head_size"]) == ("L", "AB", 128)
-    assert (found["one"]["variant"], found["one"]["writes"], found["one"]["head_size"]) == ("basis", "B", 3)
+    assert (found["own"]["variant"], found["own"]["freeze_a"], found["own"]["head_size"]) == ("L", False, 128)
+    assert (found["one"]["variant"], found["one"]["freeze_a"], found["one"]["head_size"]) == ("basis", True, 3)

@@ -50,7 +50,7 @@ def test_every_baseline_differs_only_where_it_says() -> None:
         "random-descriptions": "data",
     }.items():
         other = build(SftConfig, load_yaml(ROOT / "baselines" / f"{name}.yaml"))
-        fields = ("base", "seed", "method", "reads", "lora", "encoder", "hypernet", "prompt", "data", "train")
+        fields = ("base", "seed", "method", "conditioning", "lora", "encoder", "hypernet", "prompt", "data", "train")
         assert [f for f in fields if getattr(other, f) != getattr(reference, f)] == [setting]
 
 
@@ -101,7 +101,7 @@ def tiny(
             plain["encoder"]["layers"] = [0 if plain["hypernet"].get("pointer") else 1, 2]
         if "model" in plain["encoder"] and plain["encoder"]["model"] != "base":
             plain["encoder"]["model"] = str(sentence_folder)
-        plain["lora"].pop("layers", None)
+        plain["lora"].pop("layers_to_transform", None)
         plain["hypernet"] |= {"width": 24, "head_size": 16, "token_blocks": 1, "attention_heads": 4}
         small = {"steps": 3, "tasks_per_step": 3, "sequence_tokens": 160, "answer_tokens": 60, "log_every": 1}
         plain["train"] |= small | {"evaluate_every": 2, "evaluate_batches": 1, "compile": False, "workers": 0}
@@ -133,22 +133,22 @@ def test_tiny_version_trains(path: Path, tiny: Tiny) -> None:
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     assert all(row["gradient_norm"] > 0 for row in rows if "loss" in row)
     judged = rows[-1]
-    compared = not config.blind
+    compared = not config.unconditional
     assert any(key.endswith("/margin") for key in judged) is compared
     assert any(key.startswith("validation/") for key in judged) is (
-        config.reads != "task" and not config.data.only and config.data.tasks == "sni"
+        config.conditioning != "task" and not config.data.only and config.data.tasks == "sni"
     )
     if config.method == "full":
         assert not (run / "checkpoint").exists()
         return
     t2l = TextToLora.from_pretrained(str(run / "checkpoint"))
-    assert t2l.config.reads == config.reads
+    assert t2l.config.conditioning == config.conditioning
     texts = list(t2l.config.encoder.names[:2]) or ["Say yes.", "Whatever it is, say no."]
     one, other = t2l.generate(texts)
     assert any(b.abs().max() > 0 for b in one.lora.b)
     same = all(torch.equal(x, y) for x, y in zip(one.lora.b, other.lora.b, strict=True))
     # Two texts may well share a code.
-    assert same is config.blind or config.hypernet.codebook == "vq"
+    assert same is config.unconditional or config.hypernet.codebook == "vq"
 
 
 def test_full_fine_tuning_leaves_a_model(tiny: Tiny, tiny_config: LlamaConfig) -> None:
@@ -222,16 +222,18 @@ def test_offset_stays_as_it_was(tiny: Tiny) -> None:
         load_file(tiny(ROOT / "baselines" / f"{name}.yaml")[0] / "checkpoint" / "hypernet.safetensors")
         for name in ("multitask", "offset")
     ]
-    offset = [name for name in weights[0] if name.startswith("offset.")]
+    offset = [name for name in weights[0] if name.startswith("shared_lora.")]
     assert offset and all(torch.equal(weights[0][name], weights[1][name]) for name in offset)
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"reads": "task"}, "reads 'task' and encoder.kind 'onehot' go together"),
+        ({"conditioning": "task"}, "conditioning 'task' and encoder.kind 'onehot' go together"),
+        ({"hypernet": {"freeze_a": True}}, "freeze_a is for `t2l train recon`"),
+        ({"hypernet": {"variant": "basis"}}, "variant 'basis' is for `t2l train recon`"),
         ({"encoder": {"kind": "onehot"}}, "go together, got 'description' and 'onehot'"),
-        ({"reads": "input"}, "reads 'input' needs encoder.kind 'sentence'"),
+        ({"conditioning": "input"}, "conditioning 'input' needs encoder.kind 'sentence'"),
         ({"method": "full"}, "method 'full' needs hypernet.variant none, got 'L'"),
         (
             {"method": "full", "hypernet": {"variant": "none"}, "train": {"steps": 1, "start_from": "x"}},

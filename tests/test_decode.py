@@ -22,7 +22,7 @@ IDS = SimpleNamespace(pad_token_id=2, eos_token_id=1, batch_decode=lambda said, 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_config: Any) -> list[LoraAdapter]:
-    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
     return [LoraAdapter(random_lora(spec, seed), spec, "", {}) for seed in range(12)]
 
 

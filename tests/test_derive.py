@@ -362,7 +362,7 @@ def test_what_reads_no_descriptions_cannot_be_told_what_is_asked() -> None:
     with pytest.raises(ConfigError, match=r"derive say in descriptions what to answer; here is read the 'task'"):
         SftConfig(
             base="tiny",
-            reads="task",
+            conditioning="task",
             encoder=EncoderConfig(kind="onehot", model="none"),
             data=DataConfig(derive=0.3),
             train=TrainConfig(steps=1),

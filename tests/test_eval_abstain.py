@@ -88,7 +88,7 @@ def test_abstention_goes_from_the_offset_to_the_adapter(
     followed = only(cache, "t2l-abstain", familiar)
     plain = only(cache, "t2l", familiar)
     assert cache.sources.checkpoint is not None
-    a, b = cache.sources.checkpoint.hypernet.offset()
+    a, b = cache.sources.checkpoint.hypernet.shared_lora()
     seen = set()
     for text in ("q!", "The opposite of known 3, in German?", *packed["trained"], instance.random_text):
         asked_with = dataclasses.replace(instance, description=text)
@@ -174,6 +174,6 @@ def test_abstention_is_left_out_where_it_has_nothing_to_go_by(
     assert "T2L_DATA is not set" in cache.sources.left_out(names)["t2l-abstain"]
     empty = copy.copy(generator)
     empty.hypernet = copy.deepcopy(generator.hypernet)
-    for b in empty.hypernet.offset.b:
+    for b in empty.hypernet.shared_lora.b:
         b.zero_()
     assert "offset is empty" in Sources(checkpoint=empty).left_out(names)["t2l-abstain"]

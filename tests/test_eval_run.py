@@ -69,7 +69,7 @@ def multitask(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Tem
 def library(base_folder: Path, tiny_config: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Adapters of two of the tasks and of one more."""
     folder = tmp_path_factory.mktemp("libraries") / "library"
-    spec = AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(tiny_config, str(base_folder), LoraConfig(r=4, lora_alpha=8))
     lora = LoraTensors.stack([random_lora(spec, seed, size=0.2) for seed in range(3)])
     save_library(folder, lora, spec, {"reverse": {}, "upper": {}, "other": {}})
     return str(folder)
@@ -189,7 +189,7 @@ def test_arrow_is_pefts(tmp_path: Path) -> None:
     from peft import ArrowConfig, create_arrow_model
 
     base = make_base(make_config())
-    spec = AdapterSpec.from_config(base.config, "tiny", LoraConfig(rank=3, alpha=6))
+    spec = AdapterSpec.from_config(base.config, "tiny", LoraConfig(r=3, lora_alpha=6))
     alone = []
     for n in range(5):
         lora = random_lora(spec, n)
@@ -260,7 +260,7 @@ def test_hyperdecoders_read_the_input(
     tokenizer = make_tokenizer()
     with pytest.raises(ConfigError, match="reads the description; Hyperdecoders read the input"):
         Sources(hyperdecoders=hyper)
-    object.__setattr__(hyper.config, "reads", "input")
+    object.__setattr__(hyper.config, "conditioning", "input")
     cache = AdapterCache((tiny_base, tokenizer), Sources(hyperdecoders=hyper), log=lambda text: None)
     one, other = instances_of(tasks_file)[:2]
     long = dataclasses.replace(one, item=dataclasses.replace(one.item, text="word " * 500))
@@ -364,7 +364,7 @@ def test_another_checkpoint_needs_another_file(
 
 
 def test_an_adapter_without_effect_is_found(tiny_base: Any, tiny_config: Any, tiny_tokenizer: Any) -> None:
-    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
     works = LoraAdapter(random_lora(spec), spec, "", {})
     idle = LoraAdapter(works.lora.map(torch.zeros_like), spec, "Do nothing.", {})
     used = [UsedAdapter(x, "id") for x in (works, idle)]
@@ -376,7 +376,7 @@ def test_an_adapter_without_effect_is_found(tiny_base: Any, tiny_config: Any, ti
 def test_an_untrained_checkpoint_is_found(tasks_file: Path, checkpoint: str, tmp_path: Path) -> None:
     loaded, fresh = load_checkpoint(Path(checkpoint)), str(tmp_path / "fresh")
     assert loaded.hypernet.head is not None
-    for tensor in (*loaded.hypernet.head.write.parameters(), *loaded.hypernet.offset.b):
+    for tensor in (*loaded.hypernet.head.write.parameters(), *loaded.hypernet.shared_lora.b):
         tensor.zero_()
     save_checkpoint(Path(fresh), loaded.hypernet, loaded.spec, loaded.config)
     with pytest.raises(AdapterNotAppliedError, match="Was the checkpoint trained"):
@@ -388,7 +388,7 @@ def test_an_untrained_checkpoint_is_found(tasks_file: Path, checkpoint: str, tmp
 
 
 def test_likelihoods_are_those_of_each_sequence_alone(tiny_base: Any, tiny_config: Any, tiny_tokenizer: Any) -> None:
-    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
     adapters = [LoraAdapter(random_lora(spec, seed), spec, "", {}) for seed in range(3)]
     prompts = [[0, 17, 93], [0, 8, 200, 41, 12, 90], [0, 99]]
     continuations = [[7, 20, 31, 5], [44], [9, 10]]

@@ -27,7 +27,9 @@ NAMES = ("sum", "reverse", "shout")
 @pytest.fixture
 def spec(tiny_config: LlamaConfig) -> AdapterSpec:
     return AdapterSpec.from_config(
-        tiny_config, "tiny", LoraConfig(targets=("v_proj", "down_proj"), layers=(0, 2), rank=4, alpha=6)
+        tiny_config,
+        "tiny",
+        LoraConfig(target_modules=("v_proj", "down_proj"), layers_to_transform=(0, 2), r=4, lora_alpha=6),
     )
 
 
@@ -176,16 +178,21 @@ def test_a_folder_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 2}, "rank is 2 against 4 in most of the others"),
-        ({"targets": ("v_proj",)}, "targets is v_proj against down_proj, v_proj in"),
-        ({"layers": (0, 1, 2)}, "layers is 0-2 against 0, 2 in"),
+        ({"r": 2}, "rank is 2 against 4 in most of the others"),
+        ({"target_modules": ("v_proj",)}, "targets is v_proj against down_proj, v_proj in"),
+        ({"layers_to_transform": (0, 1, 2)}, "layers is 0-2 against 0, 2 in"),
     ],
 )
 def test_mixed_shapes_are_named(
     change: dict[str, Any], message: str, library: AdapterLibrary, tiny_config: LlamaConfig, tmp_path: Path
 ) -> None:
     library.export(tmp_path / "peft")
-    values = {"targets": ("v_proj", "down_proj"), "layers": (0, 2), "rank": 4, "alpha": 6} | change
+    values = {
+        "target_modules": ("v_proj", "down_proj"),
+        "layers_to_transform": (0, 2),
+        "r": 4,
+        "lora_alpha": 6,
+    } | change
     other = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(**values))
     peft_io.save_adapter(tmp_path / "peft" / "odd", random_lora(other), other, card="")
     # The odd one comes first: the library's shape is that of most, not of the first.

@@ -22,11 +22,13 @@ from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
 
 SPEC_CONFIGS = {
-    "q,v": LoraConfig(rank=4, alpha=8),
-    "q,v rslora": LoraConfig(rank=4, alpha=6, use_rslora=True),
-    "all-linear": LoraConfig(targets=("all-linear",), rank=3, alpha=9),
-    "all-linear rslora": LoraConfig(targets=("all-linear",), rank=3, alpha=2.5, use_rslora=True),
-    "some layers": LoraConfig(targets=("v_proj", "q_proj", "down_proj"), layers=(0, 2), rank=4, alpha=8),
+    "q,v": LoraConfig(r=4, lora_alpha=8),
+    "q,v rslora": LoraConfig(r=4, lora_alpha=6, use_rslora=True),
+    "all-linear": LoraConfig(target_modules=("all-linear",), r=3, lora_alpha=9),
+    "all-linear rslora": LoraConfig(target_modules=("all-linear",), r=3, lora_alpha=2.5, use_rslora=True),
+    "some layers": LoraConfig(
+        target_modules=("v_proj", "q_proj", "down_proj"), layers_to_transform=(0, 2), r=4, lora_alpha=8
+    ),
 }
 TOKENS = torch.tensor([[0, 17, 93, 240, 5, 66, 31]])
 
@@ -38,7 +40,7 @@ def make_adapter(config: Any, lora: LoraConfig, seed: int = 0, base_model: str =
 
 @pytest.fixture
 def adapter(tiny_config: Any) -> LoraAdapter:
-    return make_adapter(tiny_config, LoraConfig(rank=4, alpha=8))
+    return make_adapter(tiny_config, LoraConfig(r=4, lora_alpha=8))
 
 
 @pytest.mark.parametrize("lora", SPEC_CONFIGS.values(), ids=SPEC_CONFIGS.keys())
@@ -85,7 +87,7 @@ def test_a_folder_that_peft_wrote_is_read(tiny_config: Any, base_folder: Path, t
     """The other direction: PEFT's own folder, with its many config keys, loads as the same adapter."""
     import peft
 
-    adapter = make_adapter(tiny_config, LoraConfig(rank=4, alpha=8), base_model=str(base_folder))
+    adapter = make_adapter(tiny_config, LoraConfig(r=4, lora_alpha=8), base_model=str(base_folder))
     adapter.save(tmp_path / "ours")
     model = peft.PeftModel.from_pretrained(make_base(tiny_config), tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
@@ -100,12 +102,12 @@ def test_config_names_what_readers_need(lora: LoraConfig, tiny_config: Any, tmp_
     adapter = make_adapter(tiny_config, lora)
     adapter.save(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == lora.rank
-    assert config["lora_alpha"] == lora.alpha
+    assert config["r"] == lora.r
+    assert config["lora_alpha"] == lora.lora_alpha
     assert config["use_rslora"] is lora.use_rslora
     assert config["target_modules"] == [t.name for t in adapter.spec.targets]
     assert config["base_model_name_or_path"] == "tiny/base"
-    assert config["layers_to_transform"] == (None if lora.layers is None else [0, 2])
+    assert config["layers_to_transform"] == (None if lora.layers_to_transform is None else [0, 2])
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "base_model: tiny/base" in card and "> Answer in verse." in card
 
@@ -233,14 +235,14 @@ def test_other_lora_settings_are_refused(
 def test_wrong_rank_in_the_tensors_is_refused(adapter: LoraAdapter, tiny_config: Any, tmp_path: Path) -> None:
     """A config that lies about its tensors."""
     folder = adapter.save(tmp_path / "adapter")
-    other = make_adapter(tiny_config, LoraConfig(rank=2, alpha=8)).save(tmp_path / "other")
+    other = make_adapter(tiny_config, LoraConfig(r=2, lora_alpha=8)).save(tmp_path / "other")
     (folder / "adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
     with pytest.raises(SpecMismatchError, match=r"has shape \(2, 32\), expected \(4, 32\)"):
         load_adapter(folder, adapter.spec)
 
 
 def test_adapter_of_another_base_names_both_shapes(adapter: LoraAdapter, tmp_path: Path) -> None:
-    wide = make_adapter(make_config(hidden_size=64), LoraConfig(rank=4, alpha=8), base_model="wide/base")
+    wide = make_adapter(make_config(hidden_size=64), LoraConfig(r=4, lora_alpha=8), base_model="wide/base")
     folder = wide.save(tmp_path / "adapter")
     with pytest.raises(SpecMismatchError, match=r"does not fit tiny/base.*shape \(4, 64\), expected \(4, 32\)"):
         load_adapter(folder, adapter.spec)

@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
     return AdapterSpec.from_config(
-        tiny_config, str(base_folder), LoraConfig(targets=("q_proj", "v_proj"), rank=4, alpha=6)
+        tiny_config, str(base_folder), LoraConfig(target_modules=("q_proj", "v_proj"), r=4, lora_alpha=6)
     )
 
 
@@ -276,7 +276,7 @@ def test_components_of_adapters_that_share_a_lose_least_of_their_product(spec: A
     stretch = torch.logspace(1, -1, lora.a[0].shape[-2])[:, None]
     stretch[1] = 0
     lora = LoraTensors(tuple((a[:1] * stretch).expand_as(a) for a in lora.a), lora.b, lora.scaling)
-    targets = make_targets(lora, NAMES[:6], canonical=False, device=CPU, writes="B")
+    targets = make_targets(lora, NAMES[:6], canonical=False, device=CPU, freeze_a=True)
     delta = torch.cat([(b @ a).flatten(1) for a, b in zip(lora.a, lora.b, strict=True)], dim=1).double()
     left, sizes, right = torch.linalg.svd(delta - delta.mean(0), full_matrices=False)
     for number in (1, 3):
@@ -379,11 +379,11 @@ def shared(library: AdapterLibrary, tmp_path_factory: pytest.TempPathFactory) ->
     return save_library(tmp_path_factory.mktemp("library") / "shared", lora, library.spec, library.index)
 
 
-def of(config: ReconConfig, library: AdapterLibrary, writes: str, loss: dict[str, float]) -> ReconConfig:
+def of(config: ReconConfig, library: AdapterLibrary, freeze_a: bool, loss: dict[str, float]) -> ReconConfig:
     """The same for another library."""
     return replace(
         config,
-        hypernet=replace(config.hypernet, writes=writes, width=32, head_size=48),
+        hypernet=replace(config.hypernet, freeze_a=freeze_a, width=32, head_size=48),
         data=replace(config.data, library=str(library.folder)),
         loss=ReconLossConfig(**loss),
     )
@@ -402,8 +402,8 @@ def test_squares_of_a_basis_are_the_same_from_its_shares(config: ReconConfig, sh
     lora = shared.stack()
     for number in (2, 5):
         torch.manual_seed(number)
-        targets = make_targets(lora, shared.names, canonical=False, device=CPU, writes="B")
-        settings = HypernetConfig(variant="basis", writes="B", width=16, head_size=number, dropout=0.0)
+        targets = make_targets(lora, shared.names, canonical=False, device=CPU, freeze_a=True)
+        settings = HypernetConfig(variant="basis", freeze_a=True, width=16, head_size=number, dropout=0.0)
         encoder = OneHotEncoder(shared.names)
         net = new_hypernet(settings, shared.spec, encoder, targets)
         index = torch.tensor([4, 0, 4, 2])
@@ -426,7 +426,7 @@ def test_adapters_that_have_one_a_are_written_by_their_b(
 ) -> None:
     """Each with exactly that A, as a checkpoint saves it, and all but no error."""
     learning = changed(config, steps=steps, adapters_per_step=6, log_every=200, evaluate_every=1000, save_every=1000)
-    folder = run(of(learning, shared, "B", LOSSES[loss]), tmp_path / "run")
+    folder = run(of(learning, shared, True, LOSSES[loss]), tmp_path / "run")
     written, wanted = written_by(folder, shared), shared.stack()
     assert all(torch.equal(x, y.half().float()) for x, y in zip(written.a, wanted.a, strict=True))
     assert max(compare(written, wanted).relative) < 0.05
@@ -437,7 +437,7 @@ def test_an_a_without_deviation_is_no_division_by_zero(
     loss: str, config: ReconConfig, shared: AdapterLibrary, tmp_path: Path
 ) -> None:
     """Where A is written too, it still is the one of all."""
-    written = written_by(run(of(config, shared, "AB", LOSSES[loss]), tmp_path / "run"), shared)
+    written = written_by(run(of(config, shared, False, LOSSES[loss]), tmp_path / "run"), shared)
     assert all(torch.equal(x, y.half().float()) for x, y in zip(written.a, shared.stack().a, strict=True))
     assert all(x.isfinite().all() for x in written.b)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -447,7 +447,7 @@ def test_an_a_without_deviation_is_no_division_by_zero(
 def test_targets_of_one_a_are_it_and_no_z_scores(shared: AdapterLibrary) -> None:
     """Written or not it is exact, which a mean is not."""
     lora = shared.stack()
-    one, both = (make_targets(lora, NAMES, canonical=False, device=CPU, writes=w) for w in ("B", "AB"))
+    one, both = (make_targets(lora, NAMES, canonical=False, device=CPU, freeze_a=f) for f in (True, False))
     index = torch.tensor([4, 2])
     for targets in (one, both):
         back = targets.adapters(index)
@@ -459,7 +459,7 @@ def test_targets_of_one_a_are_it_and_no_z_scores(shared: AdapterLibrary) -> None
 
 
 def test_adapters_with_different_a_cannot_be_written_by_b(config: ReconConfig, tmp_path: Path) -> None:
-    alone = replace(config, hypernet=replace(config.hypernet, writes="B"))
+    alone = replace(config, hypernet=replace(config.hypernet, freeze_a=True))
     with pytest.raises(DataError, match=r"those of [qv]_proj by up to [0-9.]+ of its largest.*train\.train_a false"):
         run(alone, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -490,7 +490,7 @@ def test_one_hot_conditioning_knows_names(config: ReconConfig, library: AdapterL
         data=ReconDataConfig(library=str(bare.folder)),
     )
     t2l = TextToLora.from_pretrained(str(run(onehot, tmp_path / "run")))
-    assert (t2l.config.reads, t2l.config.encoder.names) == ("task", NAMES)
+    assert (t2l.config.conditioning, t2l.config.encoder.names) == ("task", NAMES)
     written = LoraTensors.stack([adapter.lora for adapter in t2l.generate(NAMES[::-1])])
     assert max(compare(written, bare.stack(NAMES[::-1])).relative) < 0.2
     with pytest.raises(DescriptionError, match="knows tasks by their names only, not 'Do add"):
@@ -599,7 +599,7 @@ def test_adapters_without_a_usable_description_are_named(
 def test_settings_that_do_not_go_together(config: ReconConfig) -> None:
     for change, message in (
         ({"variant": "none"}, "reads no description"),
-        ({"max_change": 1.0}, "hypernet.max_change has no place"),
+        ({"normalize_inputs": True}, "hypernet.normalize_inputs has no place"),
         ({"codebook": "vq"}, "hypernet.codebook has no place"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -18,7 +18,7 @@ from t2l.spec import AdapterSpec, Target
 
 
 def test_tiny_llama(tiny_config: Any) -> None:
-    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
     assert spec == AdapterSpec(
         base_model="tiny/base",
         model_type="llama",
@@ -37,13 +37,13 @@ def test_tiny_llama(tiny_config: Any) -> None:
 
 
 def test_order_is_the_settings_order(tiny_config: Any) -> None:
-    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(targets=("v_proj", "down_proj", "q_proj")))
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(target_modules=("v_proj", "down_proj", "q_proj")))
     assert [t.name for t in spec.targets] == ["v_proj", "down_proj", "q_proj"]
     assert [(t.in_features, t.out_features) for t in spec.targets] == [(32, 16), (48, 32), (32, 32)]
 
 
 def test_all_linear_is_sorted_and_leaves_out_the_head(tiny_config: Any) -> None:
-    lora = LoraConfig(targets=("all-linear",))
+    lora = LoraConfig(target_modules=("all-linear",))
     spec = AdapterSpec.from_config(tiny_config, "tiny", lora)
     names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert [t.name for t in spec.targets] == names
@@ -56,7 +56,7 @@ def test_all_linear_is_the_same_under_any_hash_seed() -> None:
         "import sys; sys.path.insert(0, 'tests')\n"
         "from conftest import make_config\n"
         "from t2l.spec import AdapterSpec; from t2l.config import LoraConfig\n"
-        "print(AdapterSpec.from_config(make_config(), 'x', LoraConfig(targets=('all-linear',))).to_json())"
+        "print(AdapterSpec.from_config(make_config(), 'x', LoraConfig(target_modules=('all-linear',))).to_json())"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     runs = [
@@ -76,9 +76,9 @@ def test_gpt2_has_no_linear_modules_and_says_so() -> None:
     """GPT-2's layers are Conv1D with weights the other way round: adapting them as linear would be wrong."""
     config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32)
     with pytest.raises(SpecMismatchError, match=r"gpt2 has no linear module 'c_attn' in its layers"):
-        AdapterSpec.from_config(config, "gpt2", LoraConfig(targets=("c_attn",)))
+        AdapterSpec.from_config(config, "gpt2", LoraConfig(target_modules=("c_attn",)))
     with pytest.raises(ConfigError, match="at least one target"):
-        AdapterSpec.from_config(config, "gpt2", LoraConfig(targets=("all-linear",)))
+        AdapterSpec.from_config(config, "gpt2", LoraConfig(target_modules=("all-linear",)))
 
 
 TINY: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -95,7 +95,7 @@ TINY: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attentio
 )
 def test_name_that_ends_a_longer_one_is_told_apart(config: Any, longer: str) -> None:
     """`dense` of the attention must not pick up `dense_h_to_4h` or `dense_4h_to_h`."""
-    spec = AdapterSpec.from_config(config, "x", LoraConfig(targets=("dense", "dense_4h_to_h")))
+    spec = AdapterSpec.from_config(config, "x", LoraConfig(target_modules=("dense", "dense_4h_to_h")))
     assert spec.targets[0].path.endswith("." + longer)
     assert (spec.targets[0].in_features, spec.targets[0].out_features) == (16, 16)
     assert spec.targets[1].in_features > 16
@@ -111,41 +111,50 @@ def ambiguous_config() -> Any:
 def test_ambiguous_name_is_refused_and_the_longer_one_works() -> None:
     config = ambiguous_config()
     with pytest.raises(SpecMismatchError, match=r"'c_proj' names 2 modules .*attn\.c_proj.*mlp\.c_proj.*longer suffix"):
-        AdapterSpec.from_config(config, "bigcode", LoraConfig(targets=("c_proj",)))
-    spec = AdapterSpec.from_config(config, "bigcode", LoraConfig(targets=("mlp.c_proj", "attn.c_proj")))
+        AdapterSpec.from_config(config, "bigcode", LoraConfig(target_modules=("c_proj",)))
+    spec = AdapterSpec.from_config(config, "bigcode", LoraConfig(target_modules=("mlp.c_proj", "attn.c_proj")))
     assert [(t.in_features, t.out_features) for t in spec.targets] == [(24, 16), (16, 16)]
-    every = AdapterSpec.from_config(config, "bigcode", LoraConfig(targets=("all-linear",)))
+    every = AdapterSpec.from_config(config, "bigcode", LoraConfig(target_modules=("all-linear",)))
     assert {"attn.c_proj", "mlp.c_proj"} <= {t.name for t in every.targets}
 
 
 def test_unknown_target_names_the_known(tiny_config: Any) -> None:
     with pytest.raises(SpecMismatchError, match=r"tiny/base has no linear module 'query'.*k_proj.*q_proj"):
-        AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(targets=("query",)))
+        AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(target_modules=("query",)))
 
 
 def test_repeated_target_is_refused(tiny_config: Any) -> None:
     with pytest.raises(ConfigError, match="repeat"):
-        AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(targets=("q_proj", "self_attn.q_proj")))
+        AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(target_modules=("q_proj", "self_attn.q_proj")))
 
 
 def test_layer_subset(tiny_config: Any) -> None:
-    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(layers=(0, 2), rank=4))
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(layers_to_transform=(0, 2), r=4))
     assert (spec.layers, spec.num_layers) == ((0, 2), 3)
     assert spec.num_parameters == 2 * 4 * (32 + 32 + 32 + 16)
 
 
 @pytest.mark.parametrize(
     ("layers", "match"),
-    [((2, 0), "ascending"), ((1, 1), "ascending"), ((), "ascending"), ((-1, 0), r"0\.\.2"), ((0, 3), r"0\.\.2")],
+    [
+        ((2, 0), "ascending"),
+        ((1, 1), "ascending"),
+        ((), "ascending"),
+        ((-1, 0), "at least 0, got -1"),
+        ((0, 3), r"0\.\.2"),
+    ],
 )
 def test_bad_layers_are_refused(layers: tuple[int, ...], match: str, tiny_config: Any) -> None:
     with pytest.raises(ConfigError, match=match):
-        AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(layers=layers))
+        AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(layers_to_transform=layers))
 
 
 @pytest.mark.parametrize(
     "lora",
-    [LoraConfig(), LoraConfig(targets=("all-linear",), layers=(1,), rank=3, alpha=2.5, use_rslora=True)],
+    [
+        LoraConfig(),
+        LoraConfig(target_modules=("all-linear",), layers_to_transform=(1,), r=3, lora_alpha=2.5, use_rslora=True),
+    ],
     ids=["default", "all set"],
 )
 def test_json_round_trip(lora: LoraConfig, tiny_config: Any) -> None:
@@ -200,7 +209,7 @@ def test_large_shape_is_read_without_its_weights() -> None:
         vocab_size=128256,
     )
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    spec = AdapterSpec.from_config(config, "llama", LoraConfig(targets=("all-linear",)))
+    spec = AdapterSpec.from_config(config, "llama", LoraConfig(target_modules=("all-linear",)))
     assert time.monotonic() - started < 5
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 200_000, f"{grown} KiB"

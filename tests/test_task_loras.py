@@ -68,7 +68,7 @@ def config(base_folder: Path, jsonl: Path) -> OracleConfig:
     return OracleConfig(
         base=str(base_folder),
         seed=5,
-        lora=LoraConfig(targets=("q_proj", "v_proj", "down_proj"), rank=2, alpha=4),
+        lora=LoraConfig(target_modules=("q_proj", "v_proj", "down_proj"), r=2, lora_alpha=4),
         data=OracleDataConfig(sources=(str(jsonl),), validation_examples=6),
         train=OracleTrainConfig(
             steps=16,
@@ -460,7 +460,7 @@ def test_config_refuses_what_cannot_be() -> None:
 
 def test_shared_and_own_starts(tiny_config: LlamaConfig) -> None:
     """Shared: every adapter begins with the same A; own: each with another. B is zero, so neither does anything yet."""
-    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(rank=4, alpha=8))
+    spec = AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(r=4, lora_alpha=8))
     slots = Slots(spec, 3, torch.device("cpu"))
     for slot, (name, shared) in enumerate((("x", True), ("y", True), ("y", False))):
         slots.start(slot, name, seed=0, shared=shared)
@@ -525,11 +525,11 @@ def test_adapters_start_from_a_multi_task_lora(
     folder = make_checkpoint(tmp_path / "multitask", spec=spec, variant="none")
     loaded = load_checkpoint(folder)
     with torch.no_grad():
-        for b in loaded.hypernet.offset.b:
+        for b in loaded.hypernet.shared_lora.b:
             b.normal_(std=0.02)
     save_checkpoint(folder, loaded.hypernet, spec, loaded.config, card="A LoRA.\n", overwrite=True, dtype=torch.float32)
     still = run(changed(config, start_from=str(folder), learning_rate=1e-9, steps=4), tmp_path / "still")
-    origin_a, origin_b = loaded.hypernet.offset()
+    origin_a, origin_b = loaded.hypernet.shared_lora()
     for name in still.names:
         found = still.stack([name])
         for mine, origin in zip((*found.a, *found.b), (*origin_a, *origin_b), strict=True):
@@ -557,7 +557,7 @@ def test_an_a_that_is_not_trained_is_all_adapters_own(
     else:
         folder = make_checkpoint(tmp_path / "multitask", spec=spec, variant="none")
         still = changed(still, start_from=str(folder), shared_start=False)
-        start.start(0, "any", seed=5, shared=False, origin=load_checkpoint(folder).hypernet.offset_lora())
+        start.start(0, "any", seed=5, shared=False, origin=load_checkpoint(folder).hypernet.shared_adapter())
     library = run(still, tmp_path / "run")
     for name in library.names:
         found = library.stack([name])
@@ -572,7 +572,7 @@ def test_an_a_that_is_not_trained_is_all_adapters_own(
 
 def test_the_optimiser_gets_what_is_trained_alone() -> None:
     """No gradient, moments or decay for an A that stays, and no part in the norm that is clipped."""
-    spec = AdapterSpec.from_config(LlamaConfig(hidden_size=32, num_attention_heads=4), "tiny", LoraConfig(rank=2))
+    spec = AdapterSpec.from_config(LlamaConfig(hidden_size=32, num_attention_heads=4), "tiny", LoraConfig(r=2))
     slots = Slots(spec, 2, torch.device("cpu"), train_a=False)
     assert [x.requires_grad for x in slots.weights] == [False, False, True, True]
     assert all(x is y for x, y in zip(slots.trained, slots.weights[2:], strict=True))

@@ -14,7 +14,6 @@ from conftest import DESCRIPTIONS
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import LoraAdapter, TextToLora, apply_adapters
-from t2l.config import PromptConfig
 from t2l.errors import CheckpointError, DescriptionError, ModelNotFoundError
 from t2l.lora import LoraTensors
 from t2l.text_to_lora import checkpoint_folder
@@ -149,23 +148,6 @@ def test_encoder_of_another_size_is_refused(
         TextToLora(load_checkpoint(checkpoint), encoder, reference="x")
 
 
-def test_adapters_for_prompts_that_show_the_description_are_others(
-    make_checkpoint: MakeCheckpoint, t2l: TextToLora, tmp_path: Path
-) -> None:
-    """Only where the checkpoint tells prompts apart; then the card says for which an adapter is."""
-    aware = TextToLora.from_pretrained(str(make_checkpoint(tmp_path / "c", prompt_aware=True)))
-    forms = {x: PromptConfig(description_in_prompt=x) for x in (True, False)}
-    found = {x: aware.generate(DESCRIPTIONS, prompt=form) for x, form in forms.items()}
-    for n, own in enumerate(aware.generate(DESCRIPTIONS)):
-        assert difference(own.lora, found[aware.prompt.description_in_prompt][n].lora) <= 1e-6
-        assert difference(found[True][n].lora, found[False][n].lora) > 1e-3
-    for shown, word in ((True, "with"), (False, "without")):
-        card = (found[shown][0].save(tmp_path / word) / "README.md").read_text(encoding="utf-8")
-        assert f"| for prompts | {word} the description |" in card
-    (one,), (other,) = (t2l.generate(DESCRIPTIONS[:1], prompt=form) for form in forms.values())
-    assert difference(one.lora, other.lora) == 0 and "for prompts" not in one.provenance
-
-
 def test_bad_description_in_a_batch_is_refused(t2l: TextToLora) -> None:
     with pytest.raises(DescriptionError, match="is empty"):
         t2l.generate(["Add the two numbers.", ""])
@@ -189,7 +171,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import LlamaConfig
 from t2l import TextToLora
-from t2l.checkpoint import save_checkpoint, settings
+from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.hypernet import Hypernet
 from t2l.hub import fingerprint
@@ -197,12 +179,12 @@ from t2l.spec import AdapterSpec
 
 config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                      num_key_value_heads=8, vocab_size=128256)
-spec = AdapterSpec.from_config(config, "nowhere/llama-8b", LoraConfig(targets=("q_proj", "v_proj"), rank=8))
+spec = AdapterSpec.from_config(config, "nowhere/llama-8b", LoraConfig(target_modules=("q_proj", "v_proj"), r=8))
 shape = HypernetConfig(variant="S")
 hypernet = Hypernet(spec, embedding_size=32, kind="sentence", config=shape)
 encoder = {str(sentence_folder)!r}
 out = Path({str(tmp_path)!r})
-save_checkpoint(out / "checkpoint", hypernet, spec, settings(
+save_checkpoint(out / "checkpoint", hypernet, spec, CheckpointConfig.current(
     {{}}, embedding_size=32, encoder=EncoderConfig(kind="sentence", model=encoder, max_tokens=64),
     encoder_revision=fingerprint(encoder), hypernet=shape, prompt=PromptConfig()))
 del hypernet

@@ -37,7 +37,7 @@ TOKENS = torch.tensor([[0, 17, 200, 33, 4, 90, 121]])
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_padding_changes_the_rank_and_nothing_else(rslora: bool) -> None:
-    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig(rank=3, alpha=5, use_rslora=rslora))
+    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig(r=3, lora_alpha=5, use_rslora=rslora))
     lora, padded = pad_rank(random_lora(spec), spec, 16)
     assert padded.rank == 16
     assert padded.scaling == pytest.approx(spec.scaling)
@@ -48,7 +48,7 @@ def test_padding_changes_the_rank_and_nothing_else(rslora: bool) -> None:
 
 
 def test_padding_cannot_take_ranks_away() -> None:
-    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig(rank=8))
+    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig(r=8))
     assert pad_rank(random_lora(spec), spec, 8)[1] is spec
     with pytest.raises(SpecMismatchError, match="has rank 8, which rank 4 cannot hold; give a higher one"):
         pad_rank(random_lora(spec), spec, 4)

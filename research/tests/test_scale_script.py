@@ -31,11 +31,11 @@ def test_the_change_is_multiplied_and_the_offset_stays(
 ) -> None:
     kind: dict[str, Any] = {"variant": variant}
     if variant == "pointer":
-        lora = LoraConfig(targets=("q_proj", "o_proj"), rank=4, alpha=8)
+        lora = LoraConfig(target_modules=("q_proj", "o_proj"), r=4, lora_alpha=8)
         kind = {"pointer": ("o_proj",), "spec": AdapterSpec.from_config(tiny_config, str(base_folder), lora)}
     whole = make_checkpoint(tmp_path / "whole", **kind)
     half = script.scaled(str(whole), 0.5, tmp_path / "half")
-    offset = load_checkpoint(whole).hypernet.offset_lora()
+    offset = load_checkpoint(whole).hypernet.shared_adapter()
     full, less = (TextToLora.from_pretrained(str(folder)).generate(DESCRIPTIONS) for folder in (whole, half))
     for one, other in zip(full, less, strict=True):
         for name in ("a", "b"):

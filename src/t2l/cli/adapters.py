@@ -53,7 +53,6 @@ def generate(
         typer.Option(metavar="FILE", help="One description per line, blank lines skipped; - is standard input."),
     ] = None,
     checkpoint: CheckpointOption = DEFAULT,
-    description_in_prompt: InPromptOption = None,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it holds adapters.")] = False,
     as_json: JsonOption = False,
@@ -82,7 +81,7 @@ def generate(
             raise DescriptionError(f"{error} (description {number} of {len(texts)})") from error
     writer = TextToLora.from_pretrained(checkpoint)
     loaded = time.perf_counter()
-    adapters = writer.generate(texts, prompt=writer.prompt.with_description(description_in_prompt))
+    adapters = writer.generate(texts)
     generated = time.perf_counter()
     paths = _save(adapters, output, dtype=getattr(torch, dtype.value), single=single, overwrite=overwrite)
     facts = {
@@ -261,7 +260,7 @@ class _Session:
         if adapter is None:
             self.model, self.tokenizer = self._base()
             writer = TextToLora.from_pretrained(checkpoint, base=(self.model, self.tokenizer))
-            (self.adapter,) = writer.generate([description], prompt=self.prompt)
+            (self.adapter,) = writer.generate([description])
         else:  # read before the base model is, so that one that does not fit fails at once
             lora = load_adapter(adapter, self.spec)
             self.adapter = LoraAdapter(lora, self.spec, description, {})

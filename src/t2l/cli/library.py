@@ -27,7 +27,7 @@ DEFAULT_RECON: dict[str, Any] = {
 """Settings of `t2l compress` without a file; the head is as large as a quarter of the adapters' size allows."""
 SHARED_A_RECON: dict[str, Any] = {
     "encoder": DEFAULT_RECON["encoder"],
-    "hypernet": {"variant": "basis", "writes": "B", "width": 320, "dropout": 0.0},
+    "hypernet": {"variant": "basis", "freeze_a": True, "width": 320, "dropout": 0.0},
     "loss": {"factors": 0.0, "squares": 1.0},
     "train": {"steps": 30000, "adapters_per_step": 360, "log_every": 1000},
 }
@@ -109,7 +109,7 @@ def compress_library(
     tasks = scoring_tasks(opened, score or [])
     if config is None and not any(x.startswith("hypernet.head_size=") for x in overrides or []):
         size = len(opened.names)
-        if settings.reads == "description":
+        if settings.conditioning == "description":
             size = load_encoder(settings.encoder, opened.spec.base_model).embedding_size
         settings = fitting_head(settings, opened.spec, len(opened.names), size, share=0.25)
     points = {"all": settings}

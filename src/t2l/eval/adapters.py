@@ -144,7 +144,7 @@ class AdapterCache:
         adapters = checkpoint.generate([key.name or "" for key in keys])
         abstaining = [n for n, key in enumerate(keys) if key.source == "abstain"]
         if abstaining:
-            shared = checkpoint.hypernet.offset_lora().map(torch.Tensor.detach)
+            shared = checkpoint.hypernet.shared_adapter().map(torch.Tensor.detach)
             full = LoraTensors.stack([adapters[n].lora for n in abstaining])
             weights = self.familiarity([adapters[n].description for n in abstaining])
             for n, lora in zip(abstaining, interpolate(shared, full, weights).unbind(), strict=True):

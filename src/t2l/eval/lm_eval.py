@@ -82,7 +82,7 @@ class T2LLM(HFLM):
             t2l = _load(checkpoint, reference, (model, tokenizer), device)
             prompt = t2l.prompt.with_description(description_in_prompt)
             in_prompt = prompt.description_in_prompt
-            (self._adapter,) = t2l.generate([str(description)], prompt=prompt)
+            (self._adapter,) = t2l.generate([str(description)])
             self._facts |= {"adapter": adapter_name(self._adapter), **self._adapter.provenance}
         self._before = f"{check_description(str(description))}\n\n" if in_prompt else ""
         self._templated = False

@@ -12,7 +12,6 @@ import torch
 
 from t2l import hub
 from t2l.checkpoint import CheckpointConfig, load_checkpoint, read_config
-from t2l.encoder import tokenize
 from t2l.errors import ConfigError, DataError, DescriptionError, ModelNotFoundError, SpecMismatchError
 from t2l.eval.conditions import NEEDS, Condition
 from t2l.library import AdapterLibrary
@@ -43,7 +42,7 @@ class MultitaskLora:
                 f"--multitask {reference} reads descriptions (hypernet.variant '{variant}'); a multi-task LoRA is a "
                 "checkpoint of variant 'none'"
             )
-        lora = checkpoint.hypernet.offset_lora().map(torch.Tensor.detach)
+        lora = checkpoint.hypernet.shared_adapter().map(torch.Tensor.detach)
         return cls(reference, LoraAdapter(lora, checkpoint.spec, "", {}), checkpoint.config)
 
     @property
@@ -72,9 +71,9 @@ class Sources:
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.checkpoint.config.hypernet.variant == "none":
             raise ConfigError(f"--checkpoint {self.checkpoint.reference} reads no description: its variant is 'none'")
-        if self.hyperdecoders is not None and self.hyperdecoders.config.reads != "input":
+        if self.hyperdecoders is not None and self.hyperdecoders.config.conditioning != "input":
             raise ConfigError(
-                f"--hyperdecoders {self.hyperdecoders.reference} reads the {self.hyperdecoders.config.reads}; "
+                f"--hyperdecoders {self.hyperdecoders.reference} reads the {self.hyperdecoders.config.conditioning}; "
                 "Hyperdecoders read the input"
             )
         if len(self._training) > 1:
@@ -146,12 +145,11 @@ class Sources:
         """Whether the checkpoint's encoder can read a description."""
         if self.checkpoint is None:
             return True
-        encoder: Any = self.checkpoint.encoder
+        encoder = self.checkpoint.encoder
         try:
-            tokenize(encoder.tokenizer, [text], encoder.max_tokens, prefix=getattr(encoder, "prefix", ()))
+            return encoder.count_tokens([text])[0] <= encoder.max_tokens
         except DescriptionError:
             return False
-        return True
 
     def left_out(self, conditions: Iterable[Condition]) -> dict[str, str]:
         """Conditions that cannot be answered, with the reason."""
@@ -179,7 +177,7 @@ class Sources:
             return (
                 f"the checkpoint was trained on {source}, not on the packed tasks that descriptions are compared with"
             )
-        if not any(bool(b.any()) for b in self.checkpoint.hypernet.offset.b):
+        if not any(bool(b.any()) for b in self.checkpoint.hypernet.shared_lora.b):
             return "the checkpoint's offset is empty, so that there is nothing to fall back on"
         try:
             data_dir()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from t2l import checkpoint
-from t2l.apply import live
+from t2l.apply import hooked
 from t2l.config import PromptConfig, build
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.hypernet import Hypernet
@@ -41,7 +41,6 @@ from t2l.train.reconstruction import (
     compare,
     principal_directions,
     saved_config,
-    token_counts,
     train_reconstruction,
 )
 from t2l.train.sft import answer_losses
@@ -112,7 +111,7 @@ class Scored:
         ]
         lora = (lora or _nothing(self.spec)).map(lambda x: x.to(device, dtype))
         answers: dict[str, dict[int, tuple[float, int]]] = {name: {} for _, name, _ in listed}
-        with live(self.model, self.spec) as slots:
+        with hooked(self.model, self.spec) as slots:
             function = answer_losses(self.model, slots)
             for start in range(0, len(listed), self.rows_at_once):
                 chunk = listed[start : start + self.rows_at_once]
@@ -314,15 +313,12 @@ def judge_network(
     wanted = library.stack(names)
     config = build(ReconConfig, training["settings"], where=f"settings of {folder}")
 
-    def lengths(texts: list[str]) -> list[int]:
-        return token_counts(t2l.encoder, texts)
-
-    known = choose_descriptions(library, names, config, lengths)
-    if config.reads == "task":
+    known = choose_descriptions(library, names, config, t2l.encoder.count_tokens)
+    if config.conditioning == "task":
         kinds = [kind for kind in kinds if kind in ("trained", "other")]
 
     def fits(text: str) -> bool:
-        return lengths([text])[0] <= config.encoder.max_tokens
+        return t2l.encoder.count_tokens([text])[0] <= config.encoder.max_tokens
 
     errors: dict[str, dict[str, list[float]]] = {}
     scores: list[Scores] = []

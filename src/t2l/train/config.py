@@ -202,8 +202,8 @@ class SftConfig:
     seed: int = 0
     method: Literal["adapters", "full"] = "adapters"
     """`full` trains the base's own weights in place of adapters, a baseline; it leaves a model folder."""
-    reads: Literal["description", "input", "task"] = "description"
-    """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.reads`."""
+    conditioning: Literal["description", "input", "task"] = "description"
+    """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.conditioning`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     encoder: EncoderConfig
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
@@ -213,19 +213,21 @@ class SftConfig:
     train: TrainConfig
 
     @property
-    def blind(self) -> bool:
+    def unconditional(self) -> bool:
         """Whether the answers cannot depend on anything a hypernetwork reads, because there is none."""
         return self.method == "full" or self.hypernet.variant == "none"
 
     def __post_init__(self) -> None:
         train, kind = self.train, self.encoder.kind
-        if (self.reads == "task") != (kind == "onehot"):
-            raise ConfigError(f"reads 'task' and encoder.kind 'onehot' go together, got '{self.reads}' and '{kind}'")
+        if (self.conditioning == "task") != (kind == "onehot"):
+            raise ConfigError(
+                f"conditioning 'task' and encoder.kind 'onehot' go together, got '{self.conditioning}' and '{kind}'"
+            )
         if self.encoder.names:
             raise ConfigError("encoder.names is filled in by training; leave it out")
-        if self.reads == "input" and kind != "sentence":
+        if self.conditioning == "input" and kind != "sentence":
             raise ConfigError(
-                "reads 'input' needs encoder.kind 'sentence': token states of every input fill any memory"
+                "conditioning 'input' needs encoder.kind 'sentence': token states of every input fill any memory"
             )
         if self.method == "full":
             if self.hypernet.variant != "none":
@@ -236,22 +238,21 @@ class SftConfig:
                 raise ConfigError("method 'full' writes no adapters that train.l2 could keep small")
             if train.distill:
                 raise ConfigError("method 'full' trains the base, which train.distill needs frozen as the teacher")
-        if (self.data.relabel or self.data.reform or self.data.derive) and self.reads != "description":
+        if (self.data.relabel or self.data.reform or self.data.derive) and self.conditioning != "description":
             raise ConfigError(
-                f"data.relabel, reform and derive say in descriptions what to answer; here is read the '{self.reads}'"
+                "data.relabel, reform and derive say in descriptions what to answer; "
+                f"here is read the '{self.conditioning}'"
             )
-        if self.data.made_up and (self.reads != "description" or self.blind):
+        if self.data.made_up and (self.conditioning != "description" or self.unconditional):
             raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
-        if self.blind:
+        if self.unconditional:
             reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
             if idle:
                 raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
-        if self.hypernet.prompt_aware and train.description_in_prompt in (0, 1):
-            raise ConfigError(
-                "hypernet.prompt_aware tells prompts with the description from those without; "
-                f"train.description_in_prompt {train.description_in_prompt:g} has one kind only"
-            )
+        if self.hypernet.freeze_a or self.hypernet.variant == "basis":
+            what = "freeze_a" if self.hypernet.freeze_a else "variant 'basis'"
+            raise ConfigError(f"hypernet.{what} is for `t2l train recon`; leave it out here")
         if train.contrast and not train.contrast_in_prompt and train.description_in_prompt == 1:
             raise ConfigError(
                 "train.contrast_in_prompt false compares only rows whose prompt does not show the description; "
@@ -262,9 +263,9 @@ class SftConfig:
                 "hypernet.pointer takes words from the base's input embeddings: encoder.model 'base' with 0 as the "
                 f"first of encoder.layers; here are '{self.encoder.model}' and {list(self.encoder.layers)}"
             )
-        if train.mix_descriptions and (kind != "sentence" or self.reads != "description"):
-            raise ConfigError("train.mix_descriptions needs encoder.kind 'sentence' and reads 'description'")
-        if train.early_stop == "margin" and (self.blind or self.reads == "task"):
+        if train.mix_descriptions and (kind != "sentence" or self.conditioning != "description"):
+            raise ConfigError("train.mix_descriptions needs encoder.kind 'sentence' and conditioning 'description'")
+        if train.early_stop == "margin" and (self.unconditional or self.conditioning == "task"):
             raise ConfigError(
                 "train.early_stop 'margin' needs a hypernetwork that can read held-out tasks; here use 'loss'"
             )

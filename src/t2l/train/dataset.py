@@ -173,7 +173,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
     if not train:
         raise DataError(f"No task has a description within encoder.max_tokens ({window})")
     unread = 0
-    if config.reads == "input":
+    if config.conditioning == "input":
         train, unread = _with_readable_inputs(train, lengths, window)
         validation, _ = _with_readable_inputs(validation, lengths, window)
         if not train:
@@ -208,7 +208,9 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
 
     def pool(task: Task, split: str, allowed: Sequence[str]) -> Pool:
         examples = task.examples[split]
-        keys = {"description": (), "task": (task.name,), "input": [e.input.strip() for e in examples]}[config.reads]
+        keys = {"description": (), "task": (task.name,), "input": [e.input.strip() for e in examples]}[
+            config.conditioning
+        ]
         reads = tuple(read[key] for key in keys)
         return Pool(task.name, examples, tuple(place[t] for t in allowed), reads, task.category)
 
@@ -248,10 +250,10 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             in_prompt=in_prompt,
             seed=seed,
             by_category=by_category,
-            one_example=config.reads == "input",
+            one_example=config.conditioning == "input",
             teacher_tokens=teacher_tokens,
             shots=config.train.distill_shots,
-            relabel_unsaid=not config.blind,
+            relabel_unsaid=not config.unconditional,
             made_up=made_up,
             made_up_share=config.data.made_up,
             # Noise on the base's embeddings is drawn for each document by its own length.
@@ -272,7 +274,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],
         # A task that was never trained on has no number of its own.
         "validation": [pool(t, "val", t.descriptions) for t in validation if t.examples.get("val")]
-        if config.reads != "task"
+        if config.conditioning != "task"
         else [],
     }
     modes = [mode for mode, used in (("adapter", in_prompt < 1), ("adapter+prompt", in_prompt > 0)) if used]
@@ -371,9 +373,9 @@ def _preferred(texts: Sequence[str], some: Sequence[str], share: float) -> tuple
 
 
 def _texts_to_read(config: SftConfig, train: list[Task], held_out: list[Task], descriptions: list[str]) -> list[str]:
-    if config.reads == "description":
+    if config.conditioning == "description":
         return descriptions
-    if config.reads == "task":
+    if config.conditioning == "task":
         return sorted(task.name for task in train)
     examples = (e for task in (*train, *held_out) for some in task.examples.values() for e in some)
     return sorted({example.input.strip() for example in examples})

@@ -4,8 +4,8 @@
 
 Complete in this file: settings, targets, losses, the step, the loop, saving and resuming. After section 3.2 of
 Text-to-LoRA (arXiv 2506.06105): L1 on A and B, each element z-scored over the library. The library's mean is the
-hypernetwork's offset and the standard deviations are its units, both saved with the weights, so what a checkpoint
-writes is a plain LoRA. Losses on ΔW = B·A come on top or in place of it; none of them builds a dense ΔW.
+hypernetwork's shared LoRA and the standard deviations its `output_std`, both saved with the weights, so what a
+checkpoint writes is a plain LoRA. Losses on ΔW = B·A come on top or in place of it; none of them builds a dense ΔW.
 Shape letters as in `spec.py`; N adapters of the library, n of a step.
 """
 
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t2l.checkpoint import save_checkpoint, settings
+from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, to_plain
-from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
+from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.hypernet import HeadBasis, Hypernet
 from t2l.library import AdapterLibrary
@@ -135,19 +135,19 @@ class ReconConfig:
     def __post_init__(self) -> None:
         if self.hypernet.variant == "none":
             raise ConfigError("hypernet.variant 'none' reads no description and cannot tell adapters apart")
-        for name in ("max_change", "codebook", "centre", "pointer", "prompt_aware", "standardize"):
+        for name in ("codebook", "pointer", "normalize_inputs"):
             if getattr(self.hypernet, name) != getattr(HypernetConfig(), name):
                 raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
-        if self.data.canonical and self.hypernet.writes == "B":
+        if self.data.canonical and self.hypernet.freeze_a:
             raise ConfigError(
-                "data.canonical gives each adapter an A of its own, which hypernet.writes 'B' cannot write"
+                "data.canonical gives each adapter an A of its own, which hypernet.freeze_a leaves nobody to write"
             )
         if self.encoder.names:
             raise ConfigError("encoder.names is filled in by training; leave it out")
 
     @property
-    def reads(self) -> Literal["description", "task"]:
-        """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.reads`."""
+    def conditioning(self) -> Literal["description", "task"]:
+        """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.conditioning`."""
         return "task" if self.encoder.kind == "onehot" else "description"
 
 
@@ -196,8 +196,8 @@ def require_shared_a(lora: LoraTensors, spec: AdapterSpec) -> None:
     apart = [float((a - a[:1]).abs().max() / a.abs().max().clamp_min(1e-30)) for a in lora.a]
     worst = max(range(len(apart)), key=apart.__getitem__)
     raise DataError(
-        f"hypernet.writes is 'B', but the adapters' A differ: those of {spec.targets[worst].name} by up to "
-        f"{apart[worst]:.2g} of its largest element. Train the library with train.train_a false, or write AB"
+        f"hypernet.freeze_a is true, but the adapters' A differ: those of {spec.targets[worst].name} by up to "
+        f"{apart[worst]:.2g} of its largest element. Train the library with train.train_a false, or leave freeze_a out"
     )
 
 
@@ -207,7 +207,7 @@ def make_targets(
     *,
     canonical: bool,
     device: torch.device,
-    writes: Literal["AB", "B"] = "AB",
+    freeze_a: bool = False,
 ) -> Targets:
     """Puts a batch of N adapters on the device and z-scores what is to be written of it."""
     lora = lora.map(lambda x: x.to(device))
@@ -243,7 +243,7 @@ def make_targets(
     middle = mean.map(lambda x: x.expand(len(names), *x.shape))
     variance = torch.stack([x.sum(-1).mean() for x in lora.squared_distances(middle)]).sum()
     z = LoraTensors(z_score(lora.a, mean.a, deviation.a), z_score(lora.b, mean.b, deviation.b), lora.scaling)
-    if writes == "B":
+    if freeze_a:
         z, deviation = (LoraTensors((), x.b, x.scaling) for x in (z, deviation))
     size = [lora.scaling * x.clamp_min(1e-30) for x in size]
     return Targets(tuple(names), z, mean, deviation, tuple(size), variance.clamp_min(1e-30))
@@ -465,7 +465,7 @@ def choose_descriptions(
     Raises:
         DataError: naming the adapters without one that the encoder can read.
     """
-    if config.reads == "task":
+    if config.conditioning == "task":
         return Descriptions(list(names), [(i,) for i in range(len(names))], list(range(len(names))), 0)
     listed = {name: _texts(library, name) for name in names}
     bare = [name for name, texts in listed.items() if not texts]
@@ -589,16 +589,18 @@ def train_reconstruction(
     begin = first_step(config, run, resume=resume)
     library, names = open_library(config.data)
     plain, config = to_plain(config), basis_of_library(config, len(names))
-    spec, lora, writes = library.spec, library.stack(names), config.hypernet.writes
-    if writes == "B":
+    spec, lora = library.spec, library.stack(names)
+    if config.hypernet.freeze_a:
         require_shared_a(lora, spec)
-    if config.reads == "task":
+    if config.conditioning == "task":
         encoder = OneHotEncoder(names, device=chosen)
     else:
         encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(chosen))
-    texts = choose_descriptions(library, names, config, lambda found: token_counts(encoder, found))
+    texts = choose_descriptions(library, names, config, encoder.count_tokens)
     bank = DescriptionBank(encoder, texts.texts, log=log)
-    targets = make_targets(lora, names, canonical=config.data.canonical, device=chosen, writes=writes)
+    targets = make_targets(
+        lora, names, canonical=config.data.canonical, device=chosen, freeze_a=config.hypernet.freeze_a
+    )
     torch.manual_seed(config.seed)
     hypernet = new_hypernet(config.hypernet, spec, encoder, targets).to(chosen).train()
     log(
@@ -628,14 +630,14 @@ def train_reconstruction(
 
 
 def new_hypernet(config: HypernetConfig, spec: AdapterSpec, encoder: Encoder, targets: Targets) -> Hypernet:
-    """A hypernetwork whose offset and units undo the targets' scaling.
+    """A hypernetwork whose shared LoRA and output_std undo the targets' scaling.
 
     Its head starts as linear layers do, not at zero: the reference does so for reconstruction. A basis is the library's
     principal components and stays it: only what chooses among them is left to learn.
     """
     config = saved_config(config)
     hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config)
-    assert hypernet.head is not None and hypernet.units is not None
+    assert hypernet.head is not None and hypernet.output_std is not None
     if isinstance(hypernet.head, HeadBasis):
         basis = components(targets, config.head_size).map(Tensor.cpu)
         hypernet.head.set_basis(basis.a, basis.b)
@@ -643,10 +645,10 @@ def new_hypernet(config: HypernetConfig, spec: AdapterSpec, encoder: Encoder, ta
     else:
         for linear in hypernet.head.write:
             linear.reset_parameters()  # type: ignore[operator]
-    hypernet.load_offset(targets.mean.map(Tensor.cpu))
+    hypernet.load_shared_lora(targets.mean.map(Tensor.cpu))
     with torch.no_grad():
         for parameter, value in zip(
-            (*hypernet.units.a, *hypernet.units.b), (*targets.deviation.a, *targets.deviation.b), strict=True
+            (*hypernet.output_std.a, *hypernet.output_std.b), (*targets.deviation.a, *targets.deviation.b), strict=True
         ):
             parameter.copy_(value)
     return hypernet
@@ -661,8 +663,8 @@ def basis_of_library(config: ReconConfig, number: int) -> ReconConfig:
 
 
 def saved_config(config: HypernetConfig) -> HypernetConfig:
-    """The hypernetwork's settings with what reconstruction decides: statistics in offset and units, both constant."""
-    return replace(config, own_units=True, train_offset=False)
+    """The hypernetwork's settings with what reconstruction decides: statistics as constants."""
+    return replace(config, output_std=True, train_shared_lora=False)
 
 
 class Trainer:
@@ -768,12 +770,6 @@ class Trainer:
         return report
 
 
-def token_counts(encoder: Encoder, texts: list[str]) -> list[int]:
-    """Tokens of each text as the encoder counts them, whatever its window."""
-    tokenizer, prefix = encoder.tokenizer, getattr(encoder, "prefix", ())  # type: ignore[attr-defined]
-    return [len(row) for row in tokenize(tokenizer, texts, 1 << 30, prefix=prefix)]
-
-
 def _save(
     trainer: Trainer, encoder: Encoder, library: AdapterLibrary, folder: Path, step: int, log: Callable[[str], None]
 ) -> Path:
@@ -790,12 +786,14 @@ def _save(
         "settings": to_plain(replace(config, data=replace(config.data, library=library.folder.name))),
         "versions": versions(),
     }
-    saved = settings(
+    saved = CheckpointConfig.current(
         provenance,
         embedding_size=encoder.embedding_size,
-        encoder=replace(config.encoder, names=trainer.targets.names) if config.reads == "task" else config.encoder,
+        encoder=replace(config.encoder, names=trainer.targets.names)
+        if config.conditioning == "task"
+        else config.encoder,
         encoder_revision=encoder_revision(config.encoder, spec.base_model),
-        reads=config.reads,
+        conditioning=config.conditioning,
         hypernet=saved_config(config.hypernet),
         prompt=config.prompt,
     )

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2l import hub
-from t2l.apply import LiveAdapters, compiled, live
-from t2l.checkpoint import load_checkpoint, save_checkpoint, settings
+from t2l.apply import AdapterHooks, compiled, hooked
+from t2l.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from t2l.config import to_plain
-from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder, tokenize
+from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder
 from t2l.errors import ConfigError, DataError, TrainingError
 from t2l.hypernet import Hypernet
 from t2l.io import new_folder, sha256
@@ -68,7 +68,7 @@ class Teacher(NamedTuple):
     temperature: float
 
 
-def answer_losses(base: Any, slots: LiveAdapters, *, keep: bool = False, fuse: bool = False) -> Callable[..., Any]:
+def answer_losses(base: Any, slots: AdapterHooks, *, keep: bool = False, fuse: bool = False) -> Callable[..., Any]:
     """The function from a packed batch under adapters, one a row, to losses and hits, (B, A) each.
 
     With a teacher it also returns the divergence from it, (B, A) for as many rows as the teacher has.
@@ -173,7 +173,7 @@ class Trainer:
     base: Any
     hypernet: Hypernet | None
     """None where the base's own weights are trained."""
-    write: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], LoraTensors]
+    write: Callable[[Tensor, Tensor | None, Tensor | None], LoraTensors]
     """The hypernetwork, compiled or not."""
     losses: Callable[..., tuple[Tensor, ...]]
     bank: DescriptionBank | None
@@ -192,7 +192,7 @@ class Trainer:
         """What the optimiser changes."""
         return self.base if self.hypernet is None else self.hypernet
 
-    def adapters(self, read: Tensor, partners: Tensor, in_prompt: Tensor, *, learning: bool) -> LoraTensors:
+    def adapters(self, read: Tensor, partners: Tensor, *, learning: bool) -> LoraTensors:
         """Adapters (N of them) from the texts at `read` (N,); in training, from what the settings make of them."""
         if self.hypernet is None:
             return LoraTensors((), (), 1.0)
@@ -204,8 +204,7 @@ class Trainer:
                 scale = (torch.rand(len(read), device=self.device) >= self.config.train.description_dropout).float()
         # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
         write = self.write if learning else self.hypernet
-        shows = in_prompt if self.config.hypernet.prompt_aware else None
-        return write(encoded.states, encoded.mask, scale, shows).map(Tensor.contiguous)
+        return write(encoded.states, encoded.mask, scale).map(Tensor.contiguous)
 
     def _disturbed(self, encoded: Encoded, bank: DescriptionBank, partners: Tensor) -> Encoded:
         train, states, mask = self.config.train, encoded.states, encoded.mask
@@ -233,7 +232,7 @@ class Trainer:
             smoothing = torch.full((), train.label_smoothing if learning else 0.0, device=self.device)
         enabled = self.device.type == "cuda" if train.bfloat16 is None else train.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            lora = self.adapters(read, partners, batch.in_prompt, learning=learning)
+            lora = self.adapters(read, partners, learning=learning)
             teacher = self.teacher(batch) if learning and train.distill else None
             losses, hits, *rest = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing, teacher)
         if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
@@ -245,7 +244,7 @@ class Trainer:
         lora = None
         if self.config.train.distill_teacher == "offset":
             assert self.hypernet is not None, "settings refuse a teacher where the base is trained"
-            lora = self.hypernet.offset_lora()
+            lora = self.hypernet.shared_adapter()
         rows = (batch.teacher_tokens, batch.teacher_positions, batch.teacher_documents, batch.teacher_label_positions)
         return Teacher(*rows, lora, self.config.train.distill_temperature)
 
@@ -351,16 +350,16 @@ def require_learning(means: Sequence[float], vocabulary: int, step: int) -> None
     if best < chance and min(means[-2:]) > chance:
         raise TrainingError(
             f"The run diverged before step {step}: mean losses of {means[-2]:.1f} and {means[-1]:.1f}, where guessing "
-            f"has {chance:.1f} and this run had {best:.2f}. Lower train.learning_rate, or cap what a description may "
-            "change with hypernet.max_change; --resume goes on from what was saved last, which may be too late"
+            f"has {chance:.1f} and this run had {best:.2f}. Lower train.learning_rate; "
+            "--resume goes on from what was saved last, which may be too late"
         )
 
 
 def make_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with a rate of its own for the offset, and no decay of vectors."""
     named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
-    offset = [p for name, p in named if name.startswith("offset.")]
-    others = [p for name, p in named if not name.startswith("offset.")]
+    offset = [p for name, p in named if name.startswith("shared_lora.")]
+    others = [p for name, p in named if not name.startswith("shared_lora.")]
     groups = [
         {"params": [p for p in others if p.dim() > 1], "weight_decay": train.weight_decay, "peak": train.learning_rate},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "peak": train.learning_rate},
@@ -385,7 +384,7 @@ def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
     if trainer.hypernet is not None:
         trainer.hypernet.eval()
     for name, judged in data.judged.items():
-        both = judged.told_apart and not trainer.config.blind
+        both = judged.told_apart and not trainer.config.unconditional
         sums = {"right": [0.0, 0.0], "wrong": [0.0, 0.0]}
         for item in range(number):
             batch = Batch(*(x.to(trainer.device) for x in judged[item]))
@@ -475,7 +474,9 @@ def train(
     encoder: Encoder | None = None
     if config.encoder.kind != "onehot":
         encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(chosen))
-    data = prepare_data(config, tokenizer, lambda texts: _token_counts(encoder, texts))
+    data = prepare_data(
+        config, tokenizer, lambda texts: [0] * len(texts) if encoder is None else encoder.count_tokens(texts)
+    )
     log(f"data: {json.dumps(data.summary)}")
     if encoder is None:
         config_encoder = replace(config.encoder, names=tuple(data.texts))
@@ -483,7 +484,7 @@ def train(
     else:
         config_encoder = config.encoder
     with torch.autocast(chosen.type, torch.bfloat16, enabled=bool(config.train.bfloat16)):
-        bank = None if config.blind else DescriptionBank(encoder, data.texts, log=log)
+        bank = None if config.unconditional else DescriptionBank(encoder, data.texts, log=log)
     log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} texts to read")
 
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
@@ -495,8 +496,8 @@ def train(
         if chosen.type == "cuda":
             base = base.to(torch.bfloat16)
         hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
-        if hypernet.standard is not None and bank is not None and not begin:  # a saved state has the constants
-            hypernet.standard.fit(bank.sample(torch.tensor(data.train.readable)).cpu())
+        if hypernet.normalizer is not None and bank is not None and not begin:  # a saved state has the constants
+            hypernet.normalizer.fit(bank.sample(torch.tensor(data.train.readable)).cpu())
         if config.train.start_from:
             origin = _start_from(hypernet, config, spec, revision)
         hypernet.to(chosen).train()
@@ -521,7 +522,7 @@ def train(
         bar=bar,
         log=log,
     )
-    with live(base, spec) as slots, watch, compiled(base, spec) if config.train.compile else nullcontext():
+    with hooked(base, spec) as slots, watch, compiled(base, spec) if config.train.compile else nullcontext():
         losses = answer_losses(base, slots, keep=config.train.gradient_checkpointing, fuse=config.train.compile)
         write: Callable[..., Any] = hypernet if hypernet is not None else _nothing
         if config.train.compile and hypernet is not None:
@@ -545,14 +546,14 @@ def train(
         folder = _save_model(run / "model", base, tokenizer, provenance)
     else:
         folder = run / "checkpoint"
-        saved = settings(
+        saved = CheckpointConfig.current(
             provenance,
             embedding_size=encoder.embedding_size,
             encoder=config_encoder,
             encoder_revision=revision,
             hypernet=config.hypernet,
             prompt=config.prompt,
-            reads=config.reads,
+            conditioning=config.conditioning,
         )
         save_checkpoint(folder, hypernet, spec, saved, card=_card(spec, provenance), overwrite=True)
     log(f"checkpoint of step {provenance['steps']}: {folder}")
@@ -672,9 +673,9 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         if whole:
             model = spec.base_model if config.encoder.model == "base" else config.encoder.model
             sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
-            shape = ("variant", "writes", "centre", "pointer", "prompt_aware", "standardize", *sizes)
+            shape = ("variant", "pointer", "normalize_inputs", *sizes)
             found |= {
-                "reads": config.reads,
+                "conditioning": config.conditioning,
                 "encoder": {
                     "kind": config.encoder.kind,
                     "layers": list(config.encoder.layers),
@@ -698,7 +699,7 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         except RuntimeError as error:  # one-hot: other tasks
             raise ConfigError(f"train.start_from: {folder} is a hypernetwork of another shape. {error}") from error
     else:
-        hypernet.load_offset(loaded.hypernet.offset_lora())
+        hypernet.load_shared_lora(loaded.hypernet.shared_adapter())
     return {"name": folder.resolve().name, "weights_sha256": loaded.config.weights_sha256}
 
 
@@ -734,13 +735,6 @@ def _nothing(*_: Any) -> LoraTensors:
     return LoraTensors((), (), 1.0)
 
 
-def _token_counts(encoder: Encoder | None, texts: list[str]) -> list[int]:
-    if encoder is None:
-        return [0] * len(texts)
-    tokenizer, prefix = encoder.tokenizer, getattr(encoder, "prefix", ())  # type: ignore[attr-defined]
-    return [len(row) for row in tokenize(tokenizer, texts, 1 << 30, prefix=prefix)]
-
-
 def _save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, Any]) -> Path:
     """The trained base as a model folder that any tool reads."""
     with new_folder(folder, overwrite=True) as temporary:
@@ -757,7 +751,7 @@ def _card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
     targets = ", ".join(t.name for t in spec.targets)
     plain = provenance["settings"]
     reads = {"description": "a task description", "input": "an input", "task": "the name of a trained task"}
-    does = f"Reads {reads[plain['reads']]} and writes a LoRA adapter"
+    does = f"Reads {reads[plain['conditioning']]} and writes a LoRA adapter"
     if plain["hypernet"]["variant"] == "none":
         does = "One LoRA adapter, the same whatever the description"
     return (

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from t2l import hub
-from t2l.apply import compiled, live
+from t2l.apply import compiled, hooked
 from t2l.checkpoint import load_checkpoint
 from t2l.config import LoraConfig, PromptConfig, to_plain
 from t2l.errors import ConfigError, DataError, TrainingError
@@ -454,8 +454,8 @@ class OracleTrainer:
         train = self.config.train
         saved = time.monotonic()
         layers = compiled(self.base, self.spec) if train.compile else nullcontext()
-        with live(self.base, self.spec) as hooked, layers:
-            self.losses = answer_losses(self.base, hooked, fuse=train.compile)
+        with hooked(self.base, self.spec) as hooks, layers:
+            self.losses = answer_losses(self.base, hooks, fuse=train.compile)
             if train.compile:
                 self.update = torch.compile(adamw, dynamic=False)
             while True:
@@ -739,7 +739,7 @@ def _start_from(folder: Path, spec: AdapterSpec) -> LoraTensors:
             "start from a multi-task LoRA, a checkpoint of variant 'none'"
         )
     spec.require_same_shape(loaded.spec, this="This run", that=f"train.start_from {folder}")
-    return loaded.hypernet.offset_lora()
+    return loaded.hypernet.shared_adapter()
 
 
 def _not_hooked(*_: Any) -> tuple[Tensor, Tensor]:
