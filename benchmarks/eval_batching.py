@@ -28,7 +28,7 @@ from t2l.apply import apply_adapters
 from t2l.config import LoraConfig, PromptConfig
 from t2l.eval import decode
 from t2l.lora import LoraTensors
-from t2l.prompt import render, token_ids
+from t2l.prompt import pad_id, render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
 
@@ -105,7 +105,7 @@ def main() -> None:
     pairs = [(ids, adapter) for ids in prompts for adapter in adapters]
 
     def stay(ids: list[list[int]], used: list[LoraAdapter]) -> None:
-        pad = tokenizer.pad_token_id
+        pad = pad_id(tokenizer)
         tokens, mask = decode._left_padded(ids, pad, device)
         settings = {"max_new_tokens": options.new_tokens, "do_sample": False, "pad_token_id": pad}
         with apply_adapters(base, used), torch.no_grad():

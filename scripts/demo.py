@@ -20,7 +20,7 @@ from rich.table import Table
 from t2l import TextToLora, hub
 from t2l.config import build, load_yaml
 from t2l.errors import DataError, T2LError
-from t2l.prompt import render
+from t2l.prompt import pad_on_the_left, render
 from t2l.text_to_lora import DEFAULT
 
 INPUTS = Path(__file__).with_name("demo_inputs.yaml")
@@ -95,9 +95,7 @@ def show(checkpoint: str, out: Path, max_new_tokens: int) -> None:
     generator = TextToLora.from_pretrained(checkpoint)
     base: Any = hub.load_causal_lm(generator.spec.base_model)
     tokenizer: Any = hub.load_tokenizer(generator.spec.base_model)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pad_on_the_left(tokenizer)
     loaded = time.perf_counter()
 
     # One forward pass writes all adapters; each folder appears whole or not at all.

@@ -138,3 +138,54 @@ def test_a_batch_follows_from_a_gpus_memory(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * 2**20)
     assert decode.room(model, spec) == (2**13, 1)
     assert decode.room(make_base(tiny_config), spec) == (2**13, decode.MAX_SEQUENCES)
+
+
+def test_answers_need_no_padding_token(tiny_config: Any, adapters: list[LoraAdapter]) -> None:
+    """Tokenizers such as Llama's name none. Padding is masked, so answers and likelihoods are the same."""
+    model, prompts = make_base(tiny_config), draw_prompts(random.Random(3), 6)
+    found = []
+    for tokenizer in (IDS, SimpleNamespace(**vars(IDS) | {"pad_token_id": None})):
+        words = decode.greedy(model, tokenizer, prompts, adapters[:6], max_new_tokens=5)
+        found.append((words, decode.log_likelihoods(model, tokenizer, prompts, prompts[::-1], adapters[:6])))
+    assert found[0] == found[1]
+
+
+def test_answers_do_not_depend_on_who_was_asked_before(tiny_config: Any, adapters: list[LoraAdapter]) -> None:
+    """Prompts with a shared start under adapter A, then B, then A, then none: each as a model that was just loaded."""
+    start = draw_prompts(random.Random(4), 1)[0]
+    prompts, model = [[*start, token] for token in (9, 31, 77)], make_base(tiny_config)
+    orders: list[Any] = [adapters[:1], adapters[1:2], adapters[:1], None, adapters[:3], None]
+    cold = [decode.greedy(make_base(tiny_config), IDS, prompts, used, max_new_tokens=8) for used in orders]
+    assert [decode.greedy(model, IDS, prompts, used, max_new_tokens=8) for used in orders] == cold
+    assert cold[0] != cold[1] != cold[3]
+
+
+def test_the_base_is_bit_for_bit_itself_after_adapters(tiny_config: Any, adapters: list[LoraAdapter]) -> None:
+    model, tokens = make_base(tiny_config), torch.tensor(draw_prompts(random.Random(5), 1))
+    with torch.no_grad():
+        before = model(tokens).logits
+        for used in (adapters[:1], [adapters[1]]):
+            with apply_adapters(model, used):
+                assert not torch.equal(model(tokens).logits, before)
+        assert torch.equal(model(tokens).logits, before)
+
+
+def test_beams_of_a_mixed_batch_are_those_of_each_prompt_alone(tiny_config: Any, adapters: list[LoraAdapter]) -> None:
+    """Beam search repeats every prompt; `rows` says which adapter each of the repeated ones has (PEFT #2283)."""
+    model, beams = make_base(tiny_config), 4
+    prompts = draw_prompts(random.Random(6), 3)
+    assert len(set(map(len, prompts))) == 3
+
+    def searched(prompts: list[list[int]], used: list[LoraAdapter]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[2] * (longest - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+        rows = [n for n in range(len(prompts)) for _ in range(beams)]
+        with apply_adapters(model, used, rows=rows), torch.no_grad():
+            out = model.generate(
+                tokens, attention_mask=mask, num_beams=beams, max_new_tokens=6, do_sample=False, pad_token_id=2
+            )
+        return [ids[longest:].tolist() for ids in out]
+
+    together = searched(prompts, adapters[:3])
+    assert together == [searched([ids], [adapter])[0] for ids, adapter in zip(prompts, adapters[:3], strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t2l.errors import DataError
-from t2l.tasks import Example, Task, data_dir, load_jsonl, load_sni, load_splits, require_trainable
+from t2l.tasks import Example, Task, data_dir, load_jsonl, load_sni, load_splits, read_parquet, require_trainable
 from t2l.train import dataset
 from t2l.train.config import DataConfig
 
@@ -184,3 +184,38 @@ def test_packed_tasks(tmp_path: Path) -> None:
     assert two.examples == {split: (Example("i2", "in 2", ("a", "b")),) for split in ("train", "val")}
     with pytest.raises(DataError, match="has no task task9"):
         load_sni(["task9"], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda data: data[: len(data) // 2], "is damaged or no Parquet file"),
+        (lambda data: b"", "is damaged or no Parquet file"),
+        (lambda data: data[:30] + bytes(len(data) // 3) + data[30 + len(data) // 3 :], "is damaged or no Parquet file"),
+        (lambda data: parquet(task=[1, 2], id=["a", "b"], input=["x", "y"], outputs=[["1"], ["2"]]), "has type int64"),
+        (lambda data: parquet(task=["t"], id=["a"], input=["x"], outputs=["yes"]), "has type string, expected texts"),
+        (
+            lambda data: parquet(task=["t"], id=["a"], input=["x", None][1:], outputs=[["1"]]),
+            "column input has type null",
+        ),
+        (lambda data: parquet(task=["t"] * 2, id=["a"] * 2, input=["x", None], outputs=[["1"]] * 2), "lacks 1 values"),
+        (lambda data: parquet(a=[1]), "expected are task, id, input, outputs"),
+        (None, "is missing"),
+    ],
+)
+def test_damaged_packed_files_are_named(damage: Any, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "sni_test.parquet"
+    if damage is not None:
+        path.write_bytes(damage(parquet(task=["t"] * 99, id=["a"] * 99, input=["x"] * 99, outputs=[["1"]] * 99)))
+    with pytest.raises(DataError, match=f"sni_test.parquet.*{match}"):
+        read_parquet(path, ("task", "id", "input", "outputs"))
+
+
+def parquet(**columns: Any) -> bytes:
+    """The bytes of a Parquet file."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    out = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), out, compression="none", use_dictionary=False)
+    return bytes(out.getvalue())

@@ -144,8 +144,6 @@ def _runtime(checkpoint: str, device: str) -> _Runtime:
     spec, _ = read_config(checkpoint_folder(checkpoint))
     model: Any = hub.load_causal_lm(spec.base_model, device=device)
     tokenizer: Any = hub.load_tokenizer(spec.base_model)
-    if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
     return _Runtime(model, tokenizer, TextToLora.from_pretrained(checkpoint, base=(model, tokenizer), device=device))
 
 

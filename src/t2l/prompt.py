@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from t2l.config import PromptConfig
+from t2l.errors import ConfigError
 
 
 def messages(
@@ -49,6 +50,9 @@ def render(
         text: The input.
         prompt: The checkpoint's setting.
         examples: Pairs of input and answer that the model sees before the input.
+
+    Raises:
+        ConfigError: if the tokenizer's chat template fails on these turns, or leaves the input out.
     """
     return render_turns(tokenizer, messages(description, text, prompt, examples))
 
@@ -59,10 +63,61 @@ def render_turns(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
     Args:
         tokenizer: The base model's; its chat template is used where it has one.
         turns: Objects with `role` and `content`.
+
+    Raises:
+        ConfigError: as `render`.
     """
     if tokenizer.chat_template is None:
         return (tokenizer.bos_token or "") + "".join(f"{turn['content']}\n\n" for turn in turns)
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+    rendered = _by_template(tokenizer, list(turns))
+    if turns[-1]["content"].strip() not in rendered:
+        raise ConfigError(
+            f"The chat template of {tokenizer.name_or_path or 'the base model'} leaves the input out: all inputs would "
+            f"get one prompt, {rendered[:200]!r}. Put a working chat template into the base model's folder"
+        )
+    return rendered
+
+
+def _by_template(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """Turns as the tokenizer's chat template writes them.
+
+    Templates are other people's programs and may raise anything. One that insists on a system turn gets an empty one.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:
+        try:
+            turns = [{"role": "system", "content": ""}, *turns]
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception:
+            raise ConfigError(
+                f"The chat template of {tokenizer.name_or_path or 'the base model'} fails on a user's message "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Put a working chat template into the "
+                "base model's folder, or none, to have prompts without one"
+            ) from error
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills up shorter prompts of a batch; it is masked, so any other does where there is none."""
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in named if token is not None), 0)
+
+
+def pad_on_the_left(tokenizer: Any) -> None:
+    """Prepares a tokenizer for batches of prompts, which are padded where no answer starts.
+
+    Raises:
+        ConfigError: if it has no special token at all that could stand for padding.
+    """
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        special = [tokenizer.eos_token, *tokenizer.all_special_tokens]
+        if not any(special):
+            raise ConfigError(
+                f"The tokenizer of {tokenizer.name_or_path or 'the base model'} names no padding, end or other special "
+                "token, so batches of prompts cannot be padded; give it a pad_token in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = next(filter(None, special))
 
 
 def token_ids(tokenizer: Any, rendered: list[str]) -> list[list[int]]:

@@ -18,6 +18,10 @@ from t2l.encoder import check_description
 from t2l.errors import DataError, DescriptionError
 
 SPLITS = ("train", "val", "test")
+PACKED_LISTS = ("descriptions", "outputs", "choices")
+"""Columns of packed files that hold lists of texts."""
+PACKED_OPTIONAL = ("definition", "summary", "category", "code", "lol_split")
+"""Columns of packed files that may lack values."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,47 @@ def data_dir() -> Path:
     return folder
 
 
+def read_parquet(path: Path, columns: Sequence[str]) -> Any:
+    """Some columns of a packed file, as a pyarrow table.
+
+    Raises:
+        DataError: if pyarrow or the file is missing, or the file is damaged or lacks a column.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(f"Reading {path.name} needs pyarrow: pip install 'text-to-lora[train]'") from error
+    try:
+        present = pq.read_schema(path).names
+        table = None if set(columns) - set(present) else pq.read_table(path, columns=list(columns))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; `t2l data build` makes it") from error
+    except (OSError, pa.ArrowException) as error:  # a cut-off file, or one whose middle is damaged
+        said = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged or no Parquet file ({said}); `t2l data build` makes it anew") from error
+    if table is None:
+        raise DataError(
+            f"{path} is of another kind: it has the columns {', '.join(present)}, expected are {', '.join(columns)}; "
+            "`t2l data build` makes it anew"
+        )
+    for column in columns:
+        _require_kind(path, column, table[column])
+    return table
+
+
+def _require_kind(path: Path, column: str, values: Any) -> None:
+    """Checks a packed column's type, and that nothing is missing where everything must be there."""
+    import pyarrow as pa
+
+    tests = {"texts": pa.types.is_list, "number": pa.types.is_integer, "text": pa.types.is_string}
+    expected = "texts" if column in PACKED_LISTS else "number" if column.startswith("n_") else "text"
+    if not tests[expected](values.type) and not (pa.types.is_null(values.type) and column in PACKED_OPTIONAL):
+        raise DataError(f"{path}: column {column} has type {values.type}, expected {expected}")
+    if values.null_count and column not in PACKED_OPTIONAL:
+        raise DataError(f"{path}: column {column} lacks {values.null_count} values; `t2l data build` makes it anew")
+
+
 def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: Path | None = None) -> list[Task]:
     """Reads packed Super-NaturalInstructions tasks.
 
@@ -143,26 +188,22 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
     Raises:
         DataError: if files or tasks are missing.
     """
-    try:
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError("Reading packed tasks needs pyarrow: pip install 'text-to-lora[train]'") from error
-
     folder = folder or data_dir()
     wanted = sorted(set(names))
-    rows = {row["task"]: row for row in pq.read_table(folder / "sni_tasks.parquet").to_pylist()}
+    columns = ("task", "definition", "summary", "descriptions", "category")
+    rows = {row["task"]: row for row in read_parquet(folder / "sni_tasks.parquet", columns).to_pylist()}
     unknown = [name for name in wanted if name not in rows]
     if unknown:
         raise DataError(f"{folder} has no task {', '.join(unknown[:5])}")
     examples: dict[str, dict[str, list[Example]]] = {name: defaultdict(list) for name in wanted}
     for split in splits:
-        table = pq.read_table(folder / f"sni_{split}.parquet", columns=["task", "id", "input", "outputs"])
         import pyarrow as pa
+        import pyarrow.compute as pc
 
+        parts = ("task", "id", "input", "outputs")
+        table = read_parquet(folder / f"sni_{split}.parquet", parts)
         table = table.filter(pc.is_in(table["task"], value_set=pa.array(wanted, pa.string())))
-        columns = [table[c].to_pylist() for c in ("task", "id", "input", "outputs")]
-        for task, id_, text, outputs in zip(*columns, strict=True):
+        for task, id_, text, outputs in zip(*(table[part].to_pylist() for part in parts), strict=True):
             examples[task][split].append(Example(id_, text, tuple(outputs)))
     return [
         Task(

@@ -270,13 +270,11 @@ class _Session:
 
     def _base(self) -> tuple[Any, Any]:
         from t2l import hub
+        from t2l.prompt import pad_on_the_left
 
         model: Any = hub.load_causal_lm(self.spec.base_model)
         tokenizer: Any = hub.load_tokenizer(self.spec.base_model)
-        # A batch of prompts is padded where no answer starts; the padding is masked, so any token will do.
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        pad_on_the_left(tokenizer)
         return model, tokenizer
 
     def _warn_if_other_base(self, folder: Path) -> None:

@@ -21,7 +21,7 @@ from t2l.cli.common import (
     say,
     try_writing,
 )
-from t2l.errors import CheckpointError, OutputError, T2LError
+from t2l.errors import CheckpointError, DataError, OutputError, T2LError
 
 if TYPE_CHECKING:
     from t2l.checkpoint import CheckpointConfig
@@ -164,7 +164,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "hardware": _hardware(),
         "cache": _cache(problems),
         "checkpoints": _checkpoints(problems),
-        "training_data": _training_data(),
+        "training_data": _training_data(problems),
     }
     if as_json:
         print_json(report | {"problems": problems})
@@ -254,12 +254,28 @@ def _checkpoints(problems: list[str]) -> dict[str, Any]:
     return report
 
 
-def _training_data() -> str:
+def _training_data(problems: list[str]) -> str:
     value = os.environ.get("T2L_DATA")
     if not value:
         return "T2L_DATA is not set; only training on Super-NaturalInstructions needs it"
-    present = (Path(value) / "sni_tasks.parquet").is_file()
-    return f"T2L_DATA={value}" + ("" if present else ", which holds no sni_tasks.parquet")
+    from importlib.util import find_spec
+
+    from t2l.data import packed
+
+    folder = Path(value)
+    if not (folder / packed.TASKS).is_file():
+        return f"T2L_DATA={value}, which holds no {packed.TASKS}"
+    if find_spec("pyarrow") is None:  # `_packages` has said so
+        return f"T2L_DATA={value}"
+    damaged = []
+    for name in packed.FILES:
+        try:
+            if (folder / name).is_file():
+                packed.check_schema(folder / name, name)
+        except DataError as error:
+            damaged.append(name)
+            problems.append(f"{error}; run: t2l data build")
+    return f"T2L_DATA={value}" + (f"; damaged: {', '.join(damaged)}" if damaged else "")
 
 
 def _state_of(folder: Path) -> str:

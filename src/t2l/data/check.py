@@ -12,7 +12,7 @@ from typing import Any
 
 from t2l.data import packed
 from t2l.errors import DataError
-from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits
+from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet
 
 Count = Callable[[list[str]], list[int]]
 
@@ -73,8 +73,6 @@ def check(path: str, *, count_tokens: Count | None = None, manifest: bool = Fals
 
 def _read_packed(folder: Path, report: Report) -> list[Task]:
     packed.need_pyarrow()
-    import pyarrow.parquet as pq
-
     rows = {name: packed.check_schema(folder / name, name) for name in packed.FILES if (folder / name).is_file()}
     report.totals["rows"] = rows
     absent = [name for name in packed.SNI_FILES if name not in rows]
@@ -83,7 +81,7 @@ def _read_packed(folder: Path, report: Report) -> list[Task]:
     if absent:
         report.problems.append(f"{', '.join(absent)} missing, without which tasks cannot be read")
         return []
-    table = pq.read_table(folder / packed.TASKS, columns=["task", "n_train", "n_validation", "n_test"]).to_pylist()
+    table = read_parquet(folder / packed.TASKS, ("task", "n_train", "n_validation", "n_test")).to_pylist()
     repeated = [name for name, count in Counter(row["task"] for row in table).items() if count > 1]
     if repeated:
         report.problems.append(f"{packed.TASKS} lists {_some(repeated)} more than once")
@@ -99,7 +97,7 @@ def _read_packed(folder: Path, report: Report) -> list[Task]:
         report.problems.append(f"examples are missing or too many: {_some(wrong)}")
     listed = set(found)
     for name in packed.EXAMPLES.values():
-        strangers = set(pq.read_table(folder / name, columns=["task"])["task"].unique().to_pylist()) - listed
+        strangers = set(read_parquet(folder / name, ("task",))["task"].unique().to_pylist()) - listed
         if strangers:
             report.problems.append(
                 f"{name} has examples of tasks that {packed.TASKS} does not list: {_some(strangers)}"
@@ -246,18 +244,16 @@ def _protected(folder: Path | None, report: Report) -> tuple[list[Task], dict[st
             report.warnings.append(f"leaks into held-out tasks and benchmarks were not looked for: {error}")
             return [], {}
     packed.need_pyarrow()
-    import pyarrow.parquet as pq
-
     splits = load_splits()
     held_out: dict[str, Task] = {}
     benchmarks: dict[str, list[str]] = {}
     for place in folders:
         if all((place / name).is_file() for name in packed.SNI_FILES):
-            present = set(pq.read_table(place / packed.TASKS, columns=["task"])["task"].to_pylist())
+            present = set(read_parquet(place / packed.TASKS, ("task",))["task"].to_pylist())
             wanted = (present & (splits.test | splits.validation)) - held_out.keys()
             held_out |= {task.name: task for task in load_sni(wanted, folder=place) if task.examples}
         if (place / packed.BENCHMARKS).is_file() and not benchmarks:
-            table = pq.read_table(place / packed.BENCHMARKS, columns=["benchmark", "split", "input"])
+            table = read_parquet(place / packed.BENCHMARKS, ("benchmark", "split", "input"))
             for row in table.to_pylist():
                 if row["split"] == "test":
                     benchmarks.setdefault(row["benchmark"], []).append(row["input"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2l.apply import HasLora, apply_adapters
 from t2l.errors import DataError
+from t2l.prompt import pad_id
 from t2l.spec import AdapterSpec
 
 MAX_SEQUENCES = 4096
@@ -108,7 +109,7 @@ def greedy(
     """
     assert adapters is None or len(adapters) in (1, len(prompts)), "one adapter for each prompt, or one for all"
     device = next(model.parameters()).device
-    tokens_BT, mask_BT = _left_padded(prompts, tokenizer.pad_token_id, device)
+    tokens_BT, mask_BT = _left_padded(prompts, pad_id(tokenizer), device)
     positions_BT = _positions(mask_BT)
     ends = _ends(model, tokenizer)
     cache: Any = None
@@ -162,7 +163,7 @@ def log_likelihoods(
     """
     device = next(model.parameters()).device
     both = [[*prompt, *rest] for prompt, rest in zip(prompts, continuations, strict=True)]
-    tokens_BT, mask_BT = _left_padded(both, tokenizer.pad_token_id, device)
+    tokens_BT, mask_BT = _left_padded(both, pad_id(tokenizer), device)
     kept = max(map(len, continuations))
     targets_BK, wanted_BK = tokens_BT[:, -kept:], torch.zeros(len(both), kept, dtype=torch.bool)
     for row, rest in enumerate(continuations):

@@ -23,6 +23,7 @@ from t2l.tasks import (
     load_sni,
     load_splits,
     made_up_words,
+    read_parquet,
     written_descriptions,
 )
 
@@ -340,15 +341,12 @@ def benchmark_tasks() -> list[Task]:
 
 def _benchmark_rows() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Rows of `benchmarks.parquet` by benchmark and split."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError("Reading the benchmarks needs pyarrow: pip install 'text-to-lora[eval]'") from error
     path = data_dir() / "benchmarks.parquet"
     if not path.is_file():
         raise DataError(f"{path} is missing; `t2l data build --benchmarks` makes it")
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in BENCHMARKS}
-    for row in pq.read_table(path).to_pylist():
+    columns = ("benchmark", "split", "id", "input", "choices", "answer", "code")
+    for row in read_parquet(path, columns).to_pylist():
         if row["benchmark"] in rows:
             rows[row["benchmark"]].setdefault(row["split"], []).append(row)
     for name, how in BENCHMARKS.items():

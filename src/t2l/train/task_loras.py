@@ -33,7 +33,7 @@ from t2l.io import new_folder, read_json, read_tensors
 from t2l.library import AdapterLibrary, Purpose, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, require_trainable
+from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet, require_trainable
 from t2l.train.packing import Documents, Rows, Stream, document_scores, fixed_rows, pack, tokenize_examples
 from t2l.train.running import schedule, versions
 from t2l.train.sft import answer_losses
@@ -181,9 +181,7 @@ def load_tasks(config: OracleConfig, benchmarks: Benchmarks | None = None) -> li
 
 def _paper_tasks() -> set[str]:
     """Names of the paper's training tasks, as the packed files mark them."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(data_dir() / "sni_tasks.parquet", columns=["task", "lol_split"])
+    table = read_parquet(data_dir() / "sni_tasks.parquet", ("task", "lol_split"))
     return {row["task"] for row in table.to_pylist() if row["lol_split"] == "train"}
 
 
