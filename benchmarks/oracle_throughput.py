@@ -98,7 +98,9 @@ def plain_peft(config: OracleConfig, data: TaskData, base: Any, device: torch.de
             started = time.perf_counter()
         listed = [(data.train, stream.row()) for _ in range(train.rows_per_task)]
         rows = pack(listed, **sizes, groups=[0] * len(listed)).to(device)
-        optimizer.param_groups[0]["lr"] = train.learning_rate * schedule(min(step, train.steps - 1), train)
+        optimizer.param_groups[0]["lr"] = train.learning_rate * schedule(
+            min(step, train.steps - 1), train.steps, train.warmup
+        )
         place = torch.arange(rows.tokens.shape[1], device=device)
         visible = (rows.documents[:, :, None] == rows.documents[:, None, :]) & (place[:, None] >= place)
         hidden = base.base_model(

@@ -26,7 +26,7 @@ from t2l.encoder import Encoded
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
-from t2l.train.dataset import DescriptionBank
+from t2l.train.embeddings import EmbeddingCache
 from t2l.train.reconstruction import (
     Descriptions,
     ReconConfig,
@@ -141,7 +141,7 @@ def measure(
             train=ReconTrainConfig(steps=1_000_000, adapters_per_step=per_step, compile=compiled),
         )
         texts = Descriptions(list(names), [(i,) for i in range(adapters)], list(range(adapters)), 0)
-        bank = DescriptionBank(encoder, texts.texts)
+        bank = EmbeddingCache(encoder, texts.texts)
         network = new_hypernet(hypernet, spec, encoder, targets).to(device).train()
         trainer = Trainer(config, network, targets, bank, texts, device)
         resident = steps_per_second(trainer, trainer, steps, 10)

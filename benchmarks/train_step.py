@@ -20,7 +20,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,8 +38,10 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.train.batches import Batch
 from t2l.train.config import SftConfig, TrainConfig
-from t2l.train.dataset import DescriptionBank
-from t2l.train.sft import Trainer, _checkpoint_layers, answer_losses, make_optimizer
+from t2l.train.embeddings import EmbeddingCache
+from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, checkpoint_layers
+from t2l.train.packing import PackedRows
+from t2l.train.sft import Trainer, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,15 @@ def packed_batch(shape: Shape, descriptions: int, device: torch.device) -> Batch
             start, label, number = end, label_end, number + 1
         weights[row] /= number * shape.rows
     read = torch.arange(shape.rows) % descriptions
-    fields = (tokens, positions, documents, label_positions, labels, label_documents, weights)
-    texts = (read, (read + 1) % descriptions, read)
-    return Batch(*(x.to(device) for x in (*fields, *texts, torch.zeros(shape.rows, dtype=torch.bool), torch.tensor(0))))
+    rows = PackedRows(tokens, positions, documents, label_positions, labels, label_documents, weights)
+    shown = torch.zeros(shape.rows, dtype=torch.bool)
+    return Batch(rows, read, (read + 1) % descriptions, shown, torch.tensor(0)).to(device)
 
 
 def padded_batch(packed: Batch) -> Batch:
     """The same documents, one a row."""
-    batch = Batch(*(x.cpu() for x in packed))
+    whole = packed.to(torch.device("cpu"))
+    batch = whole.rows
     places = [(row, n) for row in range(len(batch.tokens)) for n in range(int(batch.documents[row].max()) + 1)]
     lengths = [int((batch.documents[row] == n).sum()) for row, n in places]
     answers = [int((batch.label_documents[row] == n).sum()) for row, n in places]
@@ -166,9 +169,9 @@ def padded_batch(packed: Batch) -> Batch:
         label_documents[at, : answers[at]] = 0
         weights[at, : answers[at]] = batch.weights[row][label]
     rows = torch.tensor([row for row, _ in places])
-    fields = (tokens, positions, documents, label_positions, labels, label_documents, weights)
-    texts = (batch.descriptions[rows], batch.others[rows], batch.partners[rows], batch.in_prompt[rows])
-    return Batch(*(x.to(packed.tokens.device) for x in (*fields, *texts, batch.skipped)))
+    padded = PackedRows(tokens, positions, documents, label_positions, labels, label_documents, weights)
+    texts = (whole.read[rows], whole.negatives[rows], whole.in_prompt[rows])
+    return Batch(padded, *texts, whole.skipped).to(packed.read.device)
 
 
 class RandomEncoder:
@@ -186,7 +189,7 @@ class RandomEncoder:
         return Encoded(torch.randn(*mask.shape, self.embedding_size, device=self.device) * mask[..., None], mask)
 
 
-def repeated_losses(base: Any, spec: AdapterSpec, stack: ExitStack) -> Callable[..., tuple[Tensor, Tensor]]:
+def repeated_losses(base: Any, spec: AdapterSpec, stack: ExitStack) -> LossFunction:
     """The reference's way: A and B once for every token, the vocabulary for every position."""
     current: list[LoraTensors | None] = [None]
 
@@ -208,28 +211,19 @@ def repeated_losses(base: Any, spec: AdapterSpec, stack: ExitStack) -> Callable[
             module = base.get_submodule(target.path.format(layer=layer))
             stack.callback(module.register_forward_hook(hook(m, place)).remove)
 
-    def function(
-        tokens: Tensor,
-        positions: Tensor,
-        documents: Tensor,
-        label_positions: Tensor,
-        labels: Tensor,
-        a: tuple[Tensor, ...],
-        b: tuple[Tensor, ...],
-        scaling: float,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor]:
-        current[0] = LoraTensors(a, b, scaling)
+    def function(rows: PackedRows, lora: LoraTensors | None, *_: Any) -> AnswerLosses:
+        current[0] = lora
+        mask = (rows.documents >= 0).long()
         logits = base(
-            input_ids=tokens, attention_mask=(documents >= 0).long(), position_ids=positions, use_cache=False
+            input_ids=rows.tokens, attention_mask=mask, position_ids=rows.positions, use_cache=False
         ).logits.float()
-        at = label_positions[..., None].expand(-1, -1, logits.shape[-1])
+        at = rows.label_positions[..., None].expand(-1, -1, logits.shape[-1])
         # As a mean over labels at all positions, most of them ignored, would cost; here kept apart for each label.
-        places = torch.full_like(tokens, -100)
-        places.scatter_(1, label_positions.flip(1), labels.flip(1))
+        places = torch.full_like(rows.tokens, -100)
+        places.scatter_(1, rows.label_positions.flip(1), rows.labels.flip(1))
         everywhere = F.cross_entropy(logits.flatten(0, 1), places.flatten(), reduction="none", ignore_index=-100)
-        losses = everywhere.view_as(tokens).gather(1, label_positions)
-        return losses, logits.detach().gather(1, at).argmax(-1) == labels
+        losses = everywhere.view_as(rows.tokens).gather(1, rows.label_positions)
+        return AnswerLosses(losses, logits.detach().gather(1, at).argmax(-1) == rows.labels)
 
     return function
 
@@ -272,9 +266,9 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
     base = make_base(shape, device)
     spec = AdapterSpec.from_config(base.config, shape.name, LoraConfig(r=8, lora_alpha=16))
     batch = packed_batch(shape, 16, device)
-    tokens = int((batch.documents >= 0).sum())
+    tokens = int((batch.rows.documents >= 0).sum())
     rows: list[Row] = []
-    train = TrainConfig(steps=10_000, tasks_per_step=shape.rows)
+    train = TrainConfig(max_steps=10_000, tasks_per_batch=shape.rows)
     config = SftConfig(base=shape.name, encoder=EncoderConfig(kind="tokens", layers=(1,)), train=train)
     window = 128 if device.type == "cuda" else 16
     encoders = {
@@ -297,14 +291,14 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
             rows.append(Row(shape.name, name, None, 1.0, 0.0, tokens, parameters))
         print(format_row(rows[-1], rows), flush=True)
 
-    def trainer(network: Hypernet | None, write: Any, losses: Any, bank: DescriptionBank | None) -> Trainer:
+    def trainer(network: Hypernet | None, write: Any, losses: Any, bank: EmbeddingCache | None) -> Trainer:
         optimizer = make_optimizer(base if network is None else network, train)
         return Trainer(config, base, network, write, losses, bank, optimizer, device)
 
     texts = [f"{n}" for n in range(16)]
     for checkpointing in (False, True) if shape.checkpointing else (False,):
         if checkpointing:
-            _checkpoint_layers(base)
+            checkpoint_layers(base)
         suffix = " checkpoint" if checkpointing else ""
         with hooked(base, spec) as slots, compiled(base, spec) if compile_ else nullcontext():
             losses = answer_losses(base, slots, keep=checkpointing, fuse=compile_)
@@ -317,7 +311,7 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
             for kind, encoder in encoders.items():
                 network = hypernet(kind)
                 write = torch.compile(network, dynamic=False) if compile_ else network
-                bank = DescriptionBank(encoder, texts)
+                bank = EmbeddingCache(encoder, texts)
                 add(f"t2l {kind}{suffix}", trainer(network, write, losses, bank), batch)
     for layer in base.model.layers:
         layer.gradient_checkpointing = False
@@ -325,7 +319,7 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
     with ExitStack() as stack:
         network = hypernet("sentence")
         way = repeated_losses(base, spec, stack)
-        bank = DescriptionBank(encoders["sentence"], texts)
+        bank = EmbeddingCache(encoders["sentence"], texts)
         add("reference", trainer(network, network, way, bank), padded_batch(batch))
 
     import peft

@@ -1,4 +1,4 @@
-"""Writes configs/words.jsonl and configs/words-new.jsonl: tasks that differ only in the words to answer with.
+"""Writes research/configs/words.jsonl and words-new.jsonl: tasks that differ only in the words to answer with.
 
     python research/make_words.py
     python research/make_words.py --two-words 0.7 --out FOLDER
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs"
+FOLDER = Path(__file__).resolve().parent / "configs"
 KINDS = {
     "animals": "dog cat horse cow tiger lion rabbit sheep goat wolf bear fox mouse duck",
     "tools": "hammer saw drill wrench pliers screwdriver axe shovel chisel rake ladder clamp file scissors",
@@ -66,7 +66,7 @@ def tasks(prefix: str, number: int, words: Sequence[str], splits: Sequence[str],
 def labels() -> tuple[list[str], list[str]]:
     """Words to train on and new ones, none of which stands in any task for another reason."""
     taken = set(re.findall(r"[a-z]+", " ".join([*KINDS, *KINDS.values(), *FORMS, *PHRASES]).lower()))
-    texts = (FOLDER / "descriptions.jsonl").read_text(encoding="utf-8")
+    texts = (FOLDER.parents[1] / "configs" / "descriptions.jsonl").read_text(encoding="utf-8")
     words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", texts)) - taken)
     random.Random(2).shuffle(words)
     return words[:600], [*words[600:650], *PHRASES]

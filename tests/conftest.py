@@ -248,3 +248,46 @@ DESCRIPTIONS = (
     "Add the two numbers.",
     "Résumé: write a one-line summary — in German.",
 )
+
+
+@pytest.fixture(scope="session")
+def sft_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks with the same inputs: only the description says which answer is right."""
+    from sft_helpers import ANSWERS
+
+    rows = [
+        {"task": name, "description": list(texts), "input": f"Is it {n}?", "output": name, "split": split}
+        for name, texts in ANSWERS.items()
+        for split, numbers in (("train", range(30, 90)), ("val", range(20, 26)))
+        for n in numbers
+    ]
+    path = tmp_path_factory.mktemp("tasks") / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sft_config(base_folder: Path, sft_jsonl: Path) -> Any:
+    """Settings of a training of six steps on these tasks, which takes a second."""
+    from t2l.train.config import DataConfig, SftConfig, TrainConfig
+
+    return SftConfig(
+        base=str(base_folder),
+        lora=LoraConfig(r=4, lora_alpha=8),
+        encoder=EncoderConfig(kind="tokens", model="base", layers=(1, 2), max_tokens=32),
+        hypernet=HypernetConfig(width=24, head_size=16, token_blocks=1, attention_heads=4),
+        data=DataConfig(tasks=str(sft_jsonl), held_out_descriptions=1),
+        train=TrainConfig(
+            max_steps=6,
+            tasks_per_batch=4,
+            max_seq_length=96,
+            max_target_length=12,
+            description_in_prompt_prob=0.25,
+            learning_rate=5e-3,
+            shared_lora_learning_rate=5e-3,
+            logging_steps=1,
+            eval_steps=1000,
+            save_steps=3,
+            report_to="none",
+        ),
+    )

@@ -14,7 +14,7 @@ from conftest import make_hypernet
 from t2l.apply import hooked
 from t2l.config import LoraConfig
 from t2l.spec import AdapterSpec
-from t2l.train.sft import answer_losses
+from t2l.train.loss import answer_losses
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,24 +52,24 @@ def test_packed_and_reference_step_cost_the_same_loss(train_step: ModuleType) ->
     spec = AdapterSpec.from_config(base.config, "tiny", LoraConfig())
     packed = train_step.packed_batch(shape, 4, device)
     padded = train_step.padded_batch(packed)
-    assert len(padded.tokens) > len(packed.tokens)
-    assert (padded.documents >= 0).sum() == (packed.documents >= 0).sum()
+    assert len(padded.rows.tokens) > len(packed.rows.tokens)
+    assert (padded.rows.documents >= 0).sum() == (packed.rows.documents >= 0).sum()
     hypernet = make_hypernet(spec, embedding_size=8)
     states = torch.randn(4, 8)
     found = []
     for way, batch in (("packed", packed), ("reference", padded)):
-        lora = hypernet(states[batch.descriptions])
+        lora = hypernet(states[batch.read])
         with ExitStack() as stack:
             if way == "packed":
                 function = answer_losses(base, stack.enter_context(hooked(base, spec)))
             else:
                 function = train_step.repeated_losses(base, spec, stack)
-            losses, _ = function(*batch[:5], lora.a, lora.b, lora.scaling)
-        loss = (losses * batch.weights).sum()
+            losses, _ = function(batch.rows, lora)
+        loss = (losses * batch.rows.weights).sum()
         hypernet.zero_grad()
         loss.backward()
         found.append((loss, [p.grad.clone() for p in hypernet.parameters()]))
-    assert packed.weights.sum().item() == pytest.approx(1)
+    assert packed.rows.weights.sum().item() == pytest.approx(1)
     (one, grads), (other, other_grads) = found
     assert abs(one.item() - other.item()) <= 1e-4
     assert any(g.abs().max() > 1e-3 for g in grads)

@@ -445,20 +445,20 @@ def test_train_writes_a_checkpoint_that_generates(small_base: Path, tmp_path: Pa
         f"base: {small_base}\nencoder: {{kind: tokens, model: base, layers: [1, 2], max_tokens: 128}}\n"
         "hypernet: {width: 16, head_size: 16, token_blocks: 1, attention_heads: 2}\n"
         f"data: {{tasks: {tmp_path / 'tasks.jsonl'}}}\n"
-        "train: {steps: 5, tasks_per_step: 2, sequence_tokens: 96, answer_tokens: 16, log_every: 1}\n"
+        "train: {max_steps: 5, tasks_per_batch: 2, max_seq_length: 96, max_target_length: 16, logging_steps: 1}\n"
     )
     train = ("train", "sft", "--config", tmp_path / "config.yaml", "--run", tmp_path / "run", "--device", "cpu")
-    failed(t2l(*train, "--set", "train.stepz=2"), "did you mean 'steps'")
-    failed(t2l(*train, "--set", "train.steps"), "section.key=value")
+    failed(t2l(*train, "--set", "train.max_stepz=2"), "did you mean 'max_steps'")
+    failed(t2l(*train, "--set", "train.max_steps"), "section.key=value")
     assert not (tmp_path / "run").exists()
-    result = t2l(*train, "--set", "train.steps=2", "--json")
+    result = t2l(*train, "--set", "train.max_steps=2", "--json")
     assert result.exit_code == 0, result.output
     folder = Path(json.loads(result.stdout)["checkpoint"])
     assert folder == tmp_path / "run" / "checkpoint"
     assert "loss" in result.stderr
     assert t2l("generate", TASKS[0], "-o", tmp_path / "out", "--checkpoint", folder).exit_code == 0
-    failed(t2l(*train, "--set", "train.steps=2"), "not empty")
-    failed(t2l(*train, "--set", "train.steps=2", "--resume"), "is finished")
+    failed(t2l(*train, "--set", "train.max_steps=2"), "not empty")
+    failed(t2l(*train, "--set", "train.max_steps=2", "--resume"), "is finished")
     (tmp_path / "file").write_text("mine")
     failed(t2l(*train[:4], "--run", tmp_path / "file"), "Cannot write")
 

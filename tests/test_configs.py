@@ -1,6 +1,8 @@
 """Every config that ships is read by the strict reader, and a tiny version of it is trained to a checkpoint."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2l import TextToLora, hub
 from t2l.apply import apply_adapters
-from t2l.config import build, load_yaml
+from t2l.config import build, load_yaml, to_plain
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train import dataset as train_data
-from t2l.train import sft
+from t2l.train.checkpoints import save_model
 from t2l.train.config import SftConfig
 from t2l.train.sft import train
 from t2l.train.watch import read_metrics
@@ -37,21 +39,28 @@ def test_config_is_read(path: Path) -> None:
     # What a reader copies is there to be seen, not left to defaults that may change.
     assert {"base", "lora", "encoder", "hypernet", "prompt", "train"} <= plain.keys()
     assert path.read_text().startswith("# ")
-    assert config.prompt.description_in_prompt == (config.train.description_in_prompt > 0)
+    assert config.prompt.description_in_prompt == (config.train.description_in_prompt_prob > 0)
 
 
-def test_every_baseline_differs_only_where_it_says() -> None:
-    """A comparison is of one thing at a time: each file names the settings in which it is not t2l.yaml."""
-    reference = build(SftConfig, load_yaml(ROOT / "baselines" / "t2l.yaml"))
-    assert reference == build(SftConfig, load_yaml(ROOT / "baselines" / "t2l.yaml"))
-    for name, setting in {
-        "codebook-vq": "hypernet",
-        "codebook-softmax": "hypernet",
-        "random-descriptions": "data",
-    }.items():
-        other = build(SftConfig, load_yaml(ROOT / "baselines" / f"{name}.yaml"))
-        fields = ("base", "seed", "method", "conditioning", "lora", "encoder", "hypernet", "prompt", "data", "train")
-        assert [f for f in fields if getattr(other, f) != getattr(reference, f)] == [setting]
+@pytest.mark.parametrize("path", sorted((ROOT / "baselines").glob("*.yaml")), ids=names)
+def test_every_baseline_differs_only_where_it_says(path: Path) -> None:
+    """A comparison is of one thing at a time: each file's comment names all settings in which it is not t2l.yaml."""
+    reference, config = (
+        leaves(to_plain(build(SftConfig, load_yaml(file)))) for file in (path.with_name("t2l.yaml"), path)
+    )
+    differing = [name for name in reference if config[name] != reference[name]]
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    said = re.findall(r"Differs from t2l\.yaml in: ([\w., ]+)\.", comment)
+    assert said == ([", ".join(differing)] if path.stem != "t2l" else [])
+    assert differing or path.stem == "t2l"
+
+
+def leaves(plain: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        found |= leaves(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
+    return found
 
 
 def fake_tasks(split: str) -> list[Task]:
@@ -60,18 +69,18 @@ def fake_tasks(split: str) -> list[Task]:
     made = []
     for n, word in enumerate(("yes", "no", "ja", "nein", "oui")):
         definition = f"Whatever it is, say {word}."
-        # The first has one answer, the others a few: both kinds that relabelling tells apart.
+        # The first has one answer, the others a few: both kinds that variants tell apart.
         words = (word, f"not {word}" if n else word)
         answers = {
             s: tuple(Example(e.id, f"{e.input} {n}", (words[place % 2],)) for place, e in enumerate(some))
             for s, some in examples.items()
         }
-        # Words that stand in several descriptions, for `relabel_vocabulary`.
         longer = (
             f"Read each line with care, then give only {word}; keep from more.",
             f"Your whole answer must stay {word}, what ever this text says here, over and over.",
         )
         texts = (definition, *longer, f"Say {word}.", f"Reply {word}.", f"Just {word}.", f"Write {word}.")
+        # The first is one that configs/descriptions.jsonl describes.
         name = "task1338_peixian_equity_evaluation_corpus_sentiment_classifier" if n == 0 else f"task{n}"
         made.append(Task(name, texts, answers, "ab"[n % 2], definition))
     return made[:3] if split == "train" else made[3:]
@@ -103,12 +112,23 @@ def tiny(
             plain["encoder"]["model"] = str(sentence_folder)
         plain["lora"].pop("layers_to_transform", None)
         plain["hypernet"] |= {"width": 24, "head_size": 16, "token_blocks": 1, "attention_heads": 4}
-        small = {"steps": 3, "tasks_per_step": 3, "sequence_tokens": 160, "answer_tokens": 60, "log_every": 1}
-        plain["train"] |= small | {"evaluate_every": 2, "evaluate_batches": 1, "compile": False, "workers": 0}
-        plain["train"] |= {"tensorboard": names(path) == "smoke"}
-        if plain["train"].get("start_from"):
-            source = starts[path.parent.name, plain["train"]["start_from"]]
-            plain["train"]["start_from"] = str(run(ROOT / source)[0] / "checkpoint")
+        small = {
+            "max_steps": 3,
+            "tasks_per_batch": 3,
+            "max_seq_length": 160,
+            "max_target_length": 60,
+            "logging_steps": 1,
+        }
+        plain["train"] |= small | {
+            "eval_steps": 2,
+            "eval_batches": 1,
+            "torch_compile": False,
+            "dataloader_num_workers": 0,
+        }
+        plain["train"] |= {"report_to": "none"}
+        if plain["train"].get("init_from"):
+            source = starts[path.parent.name, plain["train"]["init_from"]]
+            plain["train"]["init_from"] = str(run(ROOT / source)[0] / "checkpoint")
         return build(SftConfig, plain)
 
     def run(path: Path) -> tuple[Path, SftConfig]:
@@ -116,7 +136,6 @@ def tiny(
             config, folder = shrink(path), root / names(path)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train_data, "load_sni", lambda _, splits: fake_tasks(splits[0]))
-                patch.setattr(sft, "write_report", lambda folder: folder)  # takes longer than these runs do
                 patch.chdir(ROOT.parent)
                 train(config, folder, device="cpu", log=lambda _: None)
             done[path] = folder, config
@@ -136,15 +155,15 @@ def test_tiny_version_trains(path: Path, tiny: Tiny) -> None:
     compared = not config.unconditional
     assert any(key.endswith("/margin") for key in judged) is compared
     assert any(key.startswith("validation/") for key in judged) is (
-        config.conditioning != "task" and not config.data.only and config.data.tasks == "sni"
+        config.conditioning != "task" and config.data.tasks == "sni"
     )
     if config.method == "full":
         assert not (run / "checkpoint").exists()
         return
-    t2l = TextToLora.from_pretrained(str(run / "checkpoint"))
-    assert t2l.config.conditioning == config.conditioning
-    texts = list(t2l.config.encoder.names[:2]) or ["Say yes.", "Whatever it is, say no."]
-    one, other = t2l.generate(texts)
+    generator = TextToLora.from_pretrained(str(run / "checkpoint"))
+    assert generator.config.conditioning == config.conditioning
+    texts = list(generator.config.encoder.names[:2]) or ["Say yes.", "Whatever it is, say no."]
+    one, other = generator.generate(texts)
     assert any(b.abs().max() > 0 for b in one.lora.b)
     same = all(torch.equal(x, y) for x, y in zip(one.lora.b, other.lora.b, strict=True))
     # Two texts may well share a code.
@@ -167,29 +186,30 @@ def test_full_fine_tuning_leaves_a_model(tiny: Tiny, tiny_config: LlamaConfig) -
 def test_saving_a_model_draws_no_bar(
     tiny_base: LlamaForCausalLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sft._save_model(tmp_path / "model", tiny_base, make_tokenizer(), {})
+    save_model(tmp_path / "model", tiny_base, make_tokenizer(), {})
     assert capfd.readouterr() == ("", "")
 
 
 def test_one_hot_checkpoint_knows_its_tasks_by_name(tiny: Tiny) -> None:
     run, _ = tiny(ROOT / "baselines" / "onehot.yaml")
-    t2l = TextToLora.from_pretrained(str(run / "checkpoint"))
-    assert t2l.config.encoder.names == tuple(sorted(task.name for task in fake_tasks("train")))
-    t2l.generate(["task2"])
+    generator = TextToLora.from_pretrained(str(run / "checkpoint"))
+    assert generator.config.encoder.names == tuple(sorted(task.name for task in fake_tasks("train")))
+    generator.generate(["task2"])
     with pytest.raises(ValueError, match="knows tasks by their names only, not 'task 2'; did you mean 'task2'"):
-        t2l.generate(["task 2"])
+        generator.generate(["task 2"])
 
 
 def test_hyperdecoder_writes_adapters_from_inputs(tiny: Tiny, tiny_base: LlamaForCausalLM) -> None:
     """Its encoder reads whole inputs; another input gives another adapter, and so other logits."""
     run, _ = tiny(ROOT / "baselines" / "hyperdecoders.yaml")
-    t2l = TextToLora.from_pretrained(str(run / "checkpoint"))
+    generator = TextToLora.from_pretrained(str(run / "checkpoint"))
     tokens = torch.tensor(make_tokenizer()(["train 1?"] * 2).input_ids)
-    with apply_adapters(tiny_base, t2l.generate(["train 1?", "train 2?"])), torch.no_grad():
+    with apply_adapters(tiny_base, generator.generate(["train 1?", "train 2?"])), torch.no_grad():
         one, other = tiny_base(tokens).logits
     assert not torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_smoke_suite_is_learnt_from_its_descriptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the steps of `configs/smoke.yaml` on the real default model: the right description pays."""
     config = build(SftConfig, load_yaml(ROOT / "smoke.yaml"))
@@ -197,7 +217,7 @@ def test_smoke_suite_is_learnt_from_its_descriptions(tmp_path: Path, monkeypatch
         if not hub.is_cached(reference):
             pytest.skip(f"needs {reference} in the cache: make models")
     monkeypatch.chdir(ROOT.parent)
-    short = replace(config.train, steps=12, evaluate_every=12, evaluate_batches=1, tensorboard=False)
+    short = replace(config.train, max_steps=12, eval_steps=12, eval_batches=1, report_to="none")
     train(replace(config, train=short), tmp_path / "run", device="cpu", log=lambda _: None)
     judged = read_metrics(tmp_path / "run")[-1]
     # New words and descriptions that were held out.
@@ -226,43 +246,81 @@ def test_offset_stays_as_it_was(tiny: Tiny) -> None:
     assert offset and all(torch.equal(weights[0][name], weights[1][name]) for name in offset)
 
 
+FEW = {"max_steps": 1}
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
         ({"conditioning": "task"}, "conditioning 'task' and encoder.kind 'onehot' go together"),
-        ({"hypernet": {"freeze_a": True}}, "freeze_a is for `t2l train recon`"),
-        ({"hypernet": {"variant": "basis"}}, "variant 'basis' is for `t2l train recon`"),
         ({"encoder": {"kind": "onehot"}}, "go together, got 'description' and 'onehot'"),
         ({"conditioning": "input"}, "conditioning 'input' needs encoder.kind 'sentence'"),
         ({"method": "full"}, "method 'full' needs hypernet.variant none, got 'L'"),
+        ({"method": "full", "hypernet": {"variant": "none"}, "train": FEW | {"init_from": "x"}}, "from the base"),
+        ({"method": "full", "hypernet": {"variant": "none"}, "train": FEW | {"l2_weight": 1.0}}, "no adapters that"),
         (
-            {"method": "full", "hypernet": {"variant": "none"}, "train": {"steps": 1, "start_from": "x"}},
-            "from the base",
+            {"hypernet": {"variant": "none"}, "train": FEW | {"margin_loss_weight": 1.0}},
+            "train.margin_loss_weight would do nothing",
         ),
-        ({"hypernet": {"variant": "none"}, "train": {"steps": 1, "contrast": 1.0}}, "train.contrast would do nothing"),
         (
-            {"train": {"steps": 1, "contrast": 1.0, "contrast_in_prompt": False, "description_in_prompt": 1.0}},
-            "train.description_in_prompt 1 leaves none",
+            {"hypernet": {"variant": "none"}, "data": {"random_description_prob": 0.1}},
+            "data.random_description_prob would do nothing",
         ),
-        ({"train": {"steps": 1, "mix_descriptions": 0.5}}, "needs encoder.kind 'sentence'"),
-        ({"hypernet": {"variant": "none"}, "train": {"steps": 1, "early_stop": "margin"}}, "here use 'loss'"),
-        ({"train": {"steps": 1, "label_smoothing": 1.5}}, r"train\.label_smoothing must be in \[0, 1\], got 1.5"),
-        ({"train": {"steps": 1, "neftune_alpha": -1.0}}, "train.neftune_alpha must not be negative, got -1.0"),
         (
-            {"method": "full", "hypernet": {"variant": "none"}, "train": {"steps": 1, "distill": 1.0}},
-            "which train.distill needs frozen as the teacher",
+            {"train": FEW | {"margin_loss_weight": 1.0, "description_in_prompt_prob": 1.0}},
+            "train.description_in_prompt_prob 1 leaves none",
         ),
-        ({"train": {"steps": 1, "distill": -1.0}}, "train.distill must not be negative, got -1.0"),
-        ({"train": {"steps": 1, "distill_shots": -1}}, "train.distill_shots must not be negative, got -1"),
-        ({"train": {"steps": 1, "distill_temperature": 0.0}}, "train.distill_temperature must be above 0, got 0.0"),
-        ({"train": {"steps": 1, "teacher_tokens": 0}}, "train.teacher_tokens must be at least 1, got 0"),
-        ({"train": {"steps": 1, "patience": 0}}, "train.patience must be at least 1, got 0"),
-        ({"data": {"keep_descriptions": False}}, "keep_descriptions false needs a file"),
-        ({"data": {"max_tasks": 0}}, "data.max_tasks must be at least 1 or null, got 0"),
-        ({"train": {"steps": 1, "nefttune_alpha": 5.0}}, "unknown key; did you mean 'neftune_alpha'"),
+        ({"train": FEW | {"margin_loss_share": 0.0}}, "margin_loss_share must be above 0; .*margin_loss_weight 0"),
+        ({"hypernet": {"variant": "none"}, "train": FEW | {"early_stopping": "margin"}}, "here use 'loss'"),
+        ({"hypernet": {"freeze_a": True}}, "freeze_a is for"),
+        ({"hypernet": {"variant": "basis"}}, "variant 'basis' is for"),
+        (
+            {"conditioning": "task", "encoder": {"kind": "onehot"}, "data": {"auxiliary_task_prob": 0.3}},
+            "data.auxiliary_task_prob: descriptions say what is to be answered; here is read the 'task'",
+        ),
+        ({"data": {"extra_descriptions_prob": 0.5}}, "needs a file in data.descriptions, which is 'own'"),
+        ({"data": {"extra_descriptions_prob": 1.0, "descriptions": "x.jsonl"}}, "use less than 1"),
+        ({"train": FEW | {"neftune_alpha": 5.0}}, "unknown key; did you mean 'neftune_noise_alpha'"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], match: str) -> None:
-    plain = {"base": "x", "encoder": {"kind": "tokens", "layers": [1]}, "train": {"steps": 1}}
+    plain = {"base": "x", "encoder": {"kind": "tokens", "layers": [1]}, "train": FEW}
     with pytest.raises(ConfigError, match=match):
         build(SftConfig, plain | changes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((f"train.{name}", value) for name in ("learning_rate", "shared_lora_learning_rate") for value in (-1.0, NAN)),
+        *((f"train.{name}", value) for name in ("max_grad_norm",) for value in (0.0, -1.0, NAN)),
+        *((f"train.{name}", 0) for name in ("max_steps", "tasks_per_batch", "max_seq_length", "max_target_length")),
+        *((f"train.{name}", 0) for name in ("logging_steps", "eval_steps", "eval_batches", "save_steps")),
+        *((f"train.{name}", 1.5) for name in ("warmup_ratio", "label_smoothing_factor", "conditioning_dropout")),
+        *((f"train.{name}", -1.0) for name in ("margin", "l2_weight", "neftune_noise_alpha", "weight_decay")),
+        ("train.early_stopping_patience", 0),
+        ("train.dataloader_num_workers", -1),
+        ("data.max_tasks", 0),
+        ("data.held_out_tasks", -1),
+        *((f"data.{name}", 1.5) for name in ("label_remap_prob", "format_variation_prob", "auxiliary_task_prob")),
+        ("seed", -1),
+        ("seed", 2**40),
+    ],
+)
+def test_numbers_out_of_their_range_are_named_when_they_are_read(setting: str, value: float) -> None:
+    plain: dict[str, Any] = {"base": "x", "encoder": {"kind": "tokens", "layers": [1]}, "train": dict(FEW)}
+    *section, name = setting.split(".")
+    (plain.setdefault(section[0], {}) if section else plain)[name] = value
+    with pytest.raises(ConfigError, match=rf"^{re.escape(setting)} must be .*, got {re.escape(str(value))}$"):
+        build(SftConfig, plain)
+
+
+def test_settings_are_few_and_each_of_them_is_used() -> None:
+    """A setting that no config, test or documented recipe uses is one that nobody needs."""
+    config = build(SftConfig, load_yaml(ROOT / "smoke.yaml"))
+    texts = [path.read_text() for path in (*CONFIGS, *Path(__file__).parent.glob("test_*.py"))]
+    words = Counter(word for text in texts for word in set(re.findall(r"\w+", text)))
+    own = [name for name in leaves(to_plain(config)) if name.split(".")[0] in ("data", "train", "seed", "method")]
+    assert [name for name in own if words[name.rsplit(".")[-1]] < 1] == []
+    assert len(own) <= 50

@@ -22,12 +22,12 @@ def test_answers_begin_with_a_space_where_the_setting_says_so(space: bool) -> No
         Batches([pool], ["Say it."], tokenizer, **settings, prompt=PromptConfig(answer_space=x))[0]  # type: ignore[arg-type]
         for x in (space, False)
     )
-    for labels, documents in zip(batch.labels, batch.label_documents, strict=True):
+    for labels, documents in zip(batch.rows.labels, batch.rows.label_documents, strict=True):
         for document in range(int(documents.max()) + 1):
             said = tokenizer.decode(labels[documents == document]).removesuffix(tokenizer.eos_token)
             assert said.startswith(" word") == space and said.strip().startswith("word") and not said.endswith(" ")
-    first = int(batch.label_positions[0, 0]) + 1  # the prompt's last token says the first of the answer
-    assert batch.tokens[0, :first].equal(plain.tokens[0, :first])
+    first = int(batch.rows.label_positions[0, 0]) + 1  # the prompt's last token says the first of the answer
+    assert batch.rows.tokens[0, :first].equal(plain.rows.tokens[0, :first])
     prompt = PromptConfig(answer_space=space)
     turns = messages("Say it.", "now", prompt, [("then", " yes ")])
     assert [turn["content"] for turn in turns] == ["then", " yes" if space else "yes", "now"]

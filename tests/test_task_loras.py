@@ -188,7 +188,7 @@ def test_peft_and_adamw_make_the_same_adapter(
         stream = Stream(name, task.train, tokens=TOKENS, answer_tokens=ANSWER_TOKENS, seed=5)
         store, clipped = task.train, 0
         for step in range(8):
-            optimizer.param_groups[0]["lr"] = rate * schedule(step, train)
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, train.steps, train.warmup)
             losses = []
             for document in stream.row():
                 begin, prompt, answer = (int(x[document]) for x in (store.start, store.prompt, store.answer))
@@ -242,7 +242,7 @@ def test_each_slot_is_clipped_and_stopped_on_its_own() -> None:
 def test_step_sizes_are_each_slots_own() -> None:
     train = OracleTrainConfig(steps=100, warmup=0.1, learning_rate=2.0, evaluate_every=25)
     sizes = step_sizes([[0, 50, None], [1, 51, None]], train, torch.device("cpu"))
-    expected = [[2 * schedule(t, train) for t in row] + [0.0] for row in ([0, 50], [1, 51])]
+    expected = [[2 * schedule(t, train.steps, train.warmup) for t in row] + [0.0] for row in ([0, 50], [1, 51])]
     assert torch.allclose(sizes.rate, torch.tensor(expected))
     count = torch.tensor([[1, 51], [2, 52]], dtype=torch.float64)
     assert torch.allclose(sizes.correction1[:, :2], (1 - 0.9**count).float())

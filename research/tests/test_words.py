@@ -21,7 +21,7 @@ def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
 def lines(script: ModuleType) -> dict[str, list[dict[str, Any]]]:
     files = script.files()
     for name, text in files.items():
-        assert (REPOSITORY / "configs" / name).read_text(encoding="utf-8") == text
+        assert (REPOSITORY / "research" / "configs" / name).read_text(encoding="utf-8") == text
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
 
 

@@ -1,18 +1,13 @@
-"""Batches of packed sequences: step s of a run is a pure function of (seed, s), so resuming needs no sampler state.
+"""Batches of packed rows: the batch of a step is a pure function of (seed, step), so resuming needs no sampler state.
 
-Each row of a batch is one task with one description; several of the task's examples stand in it one after
-another, kept apart by document numbers, until the row's tokens or its answer tokens are used up. What all prompts of
-a row begin with (a system message, the description) stands there once, and every document sees it: each still has the
-very states it would have alone. All shapes are static, so a compiled step compiles once. Knows tasks and tokenizers;
-knows no models.
+    sample tasks and descriptions ─▶ augment ─▶ render prompts ─▶ tokenise ─▶ pack
 
-Beside the rows may stand a teacher's: the same documents, each after the description and some other examples.
-
-Shape letters: B rows (tasks), T tokens of a row, S tokens of a teacher's row, A answer tokens of a row.
+Each row of a batch belongs to one task with one description and holds as many of the task's examples as fit.
+Knows tasks and tokenizers; knows no models. Shape letters as in `packing`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,56 +17,32 @@ from torch.utils.data import DataLoader, Dataset
 
 from t2l.config import PromptConfig
 from t2l.errors import DataError
-from t2l.prompt import render, spaced, token_ids
-from t2l.tasks import Example, Task
+from t2l.prompt import render, token_ids
+from t2l.tasks import Example
+from t2l.train.augment import Augmentation
+from t2l.train.packing import Documents, PackedRows, answer_text, pack, require_end_of_sequence
 
 CANDIDATES = 12
-"""Examples drawn for a row at a time; those that do not fit any more are left out."""
-
-SHARED = -2
-"""Document number of what all documents of a row begin with."""
-
-NO_TEACHER = torch.zeros(0)
-"""The teacher's fields of a batch without one."""
+"""Examples that are drawn for a row at a time; those that do not fit any more are left out."""
 
 
 class Batch(NamedTuple):
-    """One step's input."""
+    """The input of one step."""
 
-    tokens: Tensor
-    """(B, T)"""
-    positions: Tensor
-    """(B, T), in each document going on from the row's shared beginning."""
-    documents: Tensor
-    """(B, T) number of the document in its row, `SHARED` for what all of them begin with, -1 for padding."""
-    label_positions: Tensor
-    """(B, A) position in the row whose next token is the label."""
-    labels: Tensor
-    """(B, A)"""
-    label_documents: Tensor
-    """(B, A) document of each label, -1 for padding."""
-    weights: Tensor
-    """(B, A), summing to 1: rows weigh the same, a row's documents too, a document's tokens too."""
-    descriptions: Tensor
-    """(B,) what the row's adapter is written from, as its position in the run's list of texts to read."""
-    others: Tensor
-    """(B,) the same of another task; of the row's own where `Batches.told_apart` is false."""
-    partners: Tensor
-    """(B,) one more of the row's own task, drawn anew: the same as `descriptions` now and then."""
+    rows: PackedRows
+    """The weights of all rows sum to 1; rows weigh the same, and so do the documents of a row."""
+    read: Tensor
+    """(B,) text that each row's adapter is written from, as its position in the run's list of texts to read."""
+    negatives: Tensor
+    """(B,) a text of another task, or of the row's own task where `Batches.has_negatives` is false."""
     in_prompt: Tensor
-    """(B,) whether the row's prompts show the description."""
+    """(B,) whether the prompts of the row show the description."""
     skipped: Tensor
-    """() examples that were drawn and are too long for any row."""
-    teacher_tokens: Tensor = NO_TEACHER
-    """(B, S)"""
-    teacher_positions: Tensor = NO_TEACHER
-    """(B, S)"""
-    teacher_documents: Tensor = NO_TEACHER
-    """(B, S), numbered as in `documents`; one that does not fit is left out."""
-    teacher_label_positions: Tensor = NO_TEACHER
-    """(B, A) where the teacher's row has the same labels."""
-    teacher_weights: Tensor = NO_TEACHER
-    """(B, A) `weights`, 0 for documents that the teacher's row does not hold."""
+    """() number of examples that were drawn and are too long for any row."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        return Batch(self.rows.to(device), *(x.to(device, non_blocking=True) for x in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -81,39 +52,66 @@ class Pool:
     name: str
     examples: tuple[Example, ...]
     descriptions: tuple[int, ...]
-    """Positions in the run's list of descriptions."""
+    """Positions in the run's list of descriptions; where one stands several times, it is drawn more often."""
     reads: tuple[int, ...] = ()
-    """Where the hypernetwork reads no descriptions: positions in the run's list of texts to read, one for each
-    example or one for all."""
-    category: str | None = None
-    reword: Callable[[str], str] | None = None
-    """Makes what is answered of the examples' own answers, where that is something else."""
+    """Only where the hypernetwork reads no descriptions: positions in the run's list of texts to read, one for each
+    example, or one for all of them."""
+    augmentation: Augmentation | None = None
+    """What changes the examples' inputs or answers, in a variant of a task."""
     variants: tuple["Pool", ...] = ()
-    """The same examples with other answers, each with descriptions that say so."""
-    variant_share: float = 0.0
-    """Share of the task's rows that are of a variant."""
-    ask: Callable[[Example, str, np.random.Generator], tuple[str, str]] | None = None
-    """Makes another input and its answer of an example and one of its answers, where something else is asked."""
-    derived: tuple["Pool", ...] = ()
-    """Tasks that ask something else of the same examples, each with descriptions that say so."""
-    derived_share: float = 0.0
-    """Share of the task's rows that are of a derived one; the rest may be of a variant."""
+    """The task with other words or another form as its answers."""
+    variant_prob: float = 0.0
+    """Share of the task's rows that belong to a variant."""
+    auxiliary: tuple["Pool", ...] = ()
+    """Auxiliary tasks made of the task's examples."""
+    auxiliary_prob: float = 0.0
+    """Share of the task's rows that belong to an auxiliary task; the other rows may belong to a variant."""
 
     def pose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
-        """What is asked of an example, and one right answer to it."""
-        own = example.outputs[int(rng.integers(len(example.outputs)))]
-        if self.ask is not None:
-            return self.ask(example, own, rng)
-        return example.input, own if self.reword is None else self.reword(own)
-
-    def like(self, other: "Pool") -> bool:
-        """Whether the same is asked, and answered in the same words, as in another pool of the task."""
-        return (self.reword, self.ask) == (other.reword, other.ask)
+        """The input that an example asks here, and one right answer to it."""
+        answer = example.outputs[int(rng.integers(len(example.outputs)))]
+        if self.augmentation is None:
+            return example.input, answer
+        return self.augmentation(example, answer, rng)
 
     @property
     def readable(self) -> tuple[int, ...]:
-        """Everything the hypernetwork may read for this task."""
+        """Every text that the hypernetwork may read for this task."""
         return self.reads or self.descriptions
+
+
+@dataclass
+class _Row:
+    """A row while it is built."""
+
+    task: int
+    """Position of its task among the pools."""
+    pool: Pool
+    """The task, or a variant of it."""
+    description: int
+    """Which description the prompt shows, if it shows one."""
+    prompt: PromptConfig
+    negative: int
+    read: int = -1
+    left: list[int] = field(default_factory=list)
+    """Examples that have not been drawn yet."""
+    shared: int = 0
+    """Tokens that all of its prompts begin with."""
+    documents: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    """Tokens of prompts and answers."""
+    tokens: int = 0
+    """Tokens used so far."""
+    answer_tokens: int = 0
+
+    def put(self, prompt: list[int], answer: list[int], *, tokens: int, answer_tokens: int) -> bool:
+        """Adds a document if the row, which may have so many tokens, has room for it."""
+        length = len(prompt) + len(answer) - 1 - (self.shared if self.documents else 0)
+        if self.tokens + length > tokens or self.answer_tokens + len(answer) > answer_tokens:
+            return False
+        self.documents.append((prompt, answer))
+        self.tokens += length
+        self.answer_tokens += len(answer)
+        return True
 
 
 class Batches(Dataset):
@@ -128,16 +126,13 @@ class Batches(Dataset):
         answer_tokens: A.
         in_prompt: Share of rows whose prompt also holds the description.
         seed: Seed of the run.
-        by_category: Whether each category comes equally often, rather than each task.
         one_example: Whether a row holds a single example, because its adapter is written from that example's input.
-        teacher_tokens: S; 0 for no teacher's rows.
-        shots: Examples that a teacher's document shows before its own input, none with that input.
-        relabel_unsaid: Whether rows are of a variant or a derived task also where the prompt does not show the
-            description: not where nothing else reads it.
-        made_up: Positions of texts that describe nothing.
-        made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
-        share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
-        prompt: The run's setting; whether a prompt shows the description is drawn by `in_prompt`.
+        augment_unsaid: Whether rows are augmented also where the prompt does not show the description. Where no
+            hypernetwork reads it either, nothing would say what to answer.
+        random_texts: Positions of texts that describe nothing.
+        random_text_prob: Share of rows that read one of them, while their prompts and answers stay as they are.
+        share_beginnings: Whether the tokens that all prompts of a row begin with stand there once, or in each document.
+        prompt: How prompts are rendered; whether a prompt shows the description is drawn by `in_prompt`.
 
     Raises:
         DataError: if the tokenizer has no way to end an answer.
@@ -154,208 +149,157 @@ class Batches(Dataset):
         answer_tokens: int,
         in_prompt: float,
         seed: int,
-        by_category: bool = False,
         one_example: bool = False,
-        teacher_tokens: int = 0,
-        shots: int = 0,
-        relabel_unsaid: bool = True,
-        made_up: Sequence[int] = (),
-        made_up_share: float = 0.0,
+        augment_unsaid: bool = True,
+        random_texts: Sequence[int] = (),
+        random_text_prob: float = 0.0,
         share_beginnings: bool = True,
         prompt: PromptConfig | None = None,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
         self.rows, self.tokens, self.answer_tokens = rows, tokens, answer_tokens
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
-        self.teacher_tokens, self.shots = teacher_tokens, shots
-        self.relabel_unsaid, self.prompt = relabel_unsaid, prompt or PromptConfig()
-        self.made_up, self.made_up_share = made_up, made_up_share
+        self.augment_unsaid, self.prompt = augment_unsaid, prompt or PromptConfig()
+        self.random_texts, self.random_text_prob = random_texts, random_text_prob
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
-        self.read = [frozenset(pool.readable) for pool in self.pools]
-        self.groups = [list(range(len(self.pools)))]
-        if by_category:
-            found: dict[str, list[int]] = {}
-            for number, pool in enumerate(self.pools):
-                found.setdefault(pool.category or "", []).append(number)
-            self.groups = [found[name] for name in sorted(found)]
-        eos = tokenizer.eos_token
-        if eos is None:
-            raise DataError("The base model's tokenizer has no end-of-sequence token, so answers could not end")
-        self.eos: str = eos
+        self.eos = require_end_of_sequence(tokenizer)
+        self._own = [frozenset(pool.readable) for pool in self.pools]
+
+    @property
+    def readable(self) -> list[int]:
+        """Every text that may be read for any task, its variants and its auxiliary tasks, in order."""
+        pools = [p for pool in self.pools for p in (pool, *pool.variants, *pool.auxiliary)]
+        return sorted({text for pool in pools for text in pool.readable})
+
+    @property
+    def has_negatives(self) -> bool:
+        """Whether every task has texts that are read for other tasks and not for this one."""
+        everything = frozenset[int]().union(*self._own)
+        return all(everything - own for own in self._own)
 
     def task_of_row(self, step: int, row: int) -> int:
-        """Tasks come in shuffled order, each once before any comes again; so do categories, if they are drawn first."""
-        turn, group, stream = step * self.rows + row, self.groups[0], 0
-        if len(self.groups) > 1:
-            turn, place = divmod(turn, len(self.groups))
-            stream = int(self._shuffled(len(self.groups), 3, turn)[place])
-            group = self.groups[stream]
-        epoch, place = divmod(turn, len(group))
-        key = (1, epoch) if len(self.groups) == 1 else (4, stream, epoch)
-        return group[int(self._shuffled(len(group), *key)[place])]
+        """Tasks come in shuffled order, each once before any comes again."""
+        epoch, place = divmod(step * self.rows + row, len(self.pools))
+        return int(np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.pools))[place])
 
-    def _shuffled(self, number: int, *key: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, *key)).permutation(number)
+    def __getitem__(self, step: int) -> Batch:
+        """Builds the batch of a step.
 
-    def _other(self, task: int, rng: np.random.Generator) -> int:
-        """What may be read for another task and is not read for this one."""
+        Raises:
+            DataError: if none of the drawn examples fits into a row.
+        """
+        # Sampling, negatives, augmentation and random texts have streams of their own: each is what it would be
+        # without the others.
+        rng = self._stream(0, step)
+        rows = self._sample(step, rng)
+        self._augment(rows, self._stream(6, step))
+        self._choose_read(rows, self._stream(7, step))
+        skipped = self._fill(rows, rng)
+        if not any(row.documents for row in rows):
+            raise DataError(
+                f"Step {step}: none of the drawn examples fits into {self.tokens} tokens with {self.answer_tokens} "
+                "answer tokens; raise train.max_seq_length or train.max_target_length"
+            )
+        return Batch(
+            self._pack(rows),
+            torch.tensor([row.read for row in rows]),
+            torch.tensor([row.negative for row in rows]),
+            torch.tensor([row.prompt.description_in_prompt for row in rows]),
+            torch.tensor(skipped),
+        )
+
+    def _stream(self, number: int, step: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, number, step))
+
+    def _sample(self, step: int, rng: np.random.Generator) -> list[_Row]:
+        """Each row's task, description and negative, and whether its prompt shows the description."""
+        tasks = [self.task_of_row(step, row) for row in range(self.rows)]
+        second = self._stream(2, step)
+        negatives = [self._negative(task, second) for task in tasks]
+        descriptions = [int(rng.choice(self.pools[task].descriptions)) for task in tasks]
+        prompts = [self.prompt.with_description(bool(rng.random() < self.in_prompt)) for _ in tasks]
+        return [
+            _Row(task, self.pools[task], description, prompt, negative)
+            for task, description, prompt, negative in zip(tasks, descriptions, prompts, negatives, strict=True)
+        ]
+
+    def _negative(self, task: int, rng: np.random.Generator) -> int:
+        """A text that is read for another task and not for this one."""
         for number in rng.permutation(len(self.pools)):
-            different = [text for text in self.pools[number].readable if text not in self.read[task]]
+            different = [text for text in self.pools[number].readable if text not in self._own[task]]
             if different:
                 return int(rng.choice(different))
         return int(rng.choice(self.pools[task].readable))
 
-    @property
-    def readable(self) -> list[int]:
-        """Everything that may be read for any task, its variants and what is derived of it, in order."""
-        pools = [p for pool in self.pools for p in (pool, *pool.variants, *pool.derived)]
-        return sorted({text for pool in pools for text in pool.readable})
+    def _augment(self, rows: list[_Row], rng: np.random.Generator) -> None:
+        """Puts variants and auxiliary tasks in the place of some rows' tasks.
 
-    @property
-    def told_apart(self) -> bool:
-        """Whether for every task there is something to read that belongs to other tasks alone."""
-        everything = frozenset[int]().union(*self.read)
-        return all(everything - own for own in self.read)
-
-    def __getitem__(self, step: int) -> Batch:
-        """Builds the batch of a step."""
-        rng, second = np.random.default_rng((self.seed, 0, step)), np.random.default_rng((self.seed, 2, step))
-        answers = (self.rows, self.answer_tokens)
-        laid = _Rows(self.rows, self.tokens, self.answer_tokens)
-        labels, label_documents = np.zeros(answers, np.int64), np.full(answers, -1, np.int64)
-        weights = np.zeros(answers, np.float32)
-        tasks = [self.task_of_row(step, row) for row in range(self.rows)]
-        others = [self._other(task, second) for task in tasks]
-        partners = [int(second.choice(self.pools[task].readable)) for task in tasks]
-        used_answers, count = [0] * self.rows, [0] * self.rows
-        taught: list[_Document] = []
-        skipped = 0
-        pools = [self.pools[task] for task in tasks]
-        shown = [int(rng.choice(pool.descriptions)) for pool in pools]
-        prompts = [self.prompt.with_description(bool(rng.random() < self.in_prompt)) for _ in pools]
-        self._change(step, tasks, pools, shown, others, partners, prompts)
-        chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
-        if self.made_up:
-            third = np.random.default_rng((self.seed, 7, step))
-            chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]
-        left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
-        while left:  # a second time only for rows into which nothing drawn so far fits
-            drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
-            left = {row: picks[self.candidates :] for row, picks in left.items()}
-            examples = [pools[row].examples[pick] for row, pick in drawn]
-            posed = [pools[row].pose(e, rng) for (row, _), e in zip(drawn, examples, strict=True)]
-            rendered = [
-                render(self.tokenizer, self.texts[shown[row]], text, prompts[row])
-                for (row, _), (text, _) in zip(drawn, posed, strict=True)
-            ]
-            prompt_ids = token_ids(self.tokenizer, rendered)
-            answer_ids = token_ids(self.tokenizer, [answer_text(answer, self.eos, self.prompt) for _, answer in posed])
-            of_row: dict[int, list[list[int]]] = {row: [] for row in left}
-            for (row, _), question in zip(drawn, prompt_ids, strict=True):
-                of_row[row].append(question)
-            begun = {row: _beginning(found) if self.share_beginnings else 0 for row, found in of_row.items()}
-            for (row, pick), (text, _), question, answer in zip(drawn, posed, prompt_ids, answer_ids, strict=True):
-                length = len(question) + len(answer) - 1  # the last answer token is only ever a label
-                if length > self.tokens or len(answer) > self.answer_tokens:
-                    skipped += 1
-                    continue
-                label = used_answers[row]
-                label_end = label + len(answer)
-                more = length - (begun[row] if count[row] else 0)
-                full = laid.used[row] + more > self.tokens or label_end > self.answer_tokens
-                if full or (self.one_example and count[row]):
-                    continue
-                if self.one_example:
-                    chosen[row] = pools[row].reads[pick]
-                laid.put(row, count[row], question, answer, label, begun[row])
-                taught.append(_Document(row, count[row], int(pick), text, answer, label))
-                labels[row, label:label_end] = answer
-                label_documents[row, label:label_end] = count[row]
-                weights[row, label:label_end] = 1 / len(answer)
-                used_answers[row], count[row] = label_end, count[row] + 1
-            left = {row: picks for row, picks in left.items() if picks and not count[row]}
-        filled = np.array(count)
-        if not filled.any():
-            raise DataError(
-                f"Step {step}: none of the drawn examples fits into {self.tokens} tokens with {self.answer_tokens} "
-                "answer tokens; raise train.sequence_tokens or train.answer_tokens"
-            )
-        weights /= np.maximum(filled, 1)[:, None] * (filled > 0).sum()
-        arrays = map(torch.from_numpy, (*laid.arrays, labels, label_documents, weights))
-        texts = map(torch.tensor, (chosen, others, partners))
-        teacher = self._teacher(step, taught, pools, shown, weights) if self.teacher_tokens else [NO_TEACHER] * 5
-        shows = torch.tensor([prompt.description_in_prompt for prompt in prompts])
-        return Batch._make([*arrays, *texts, shows, torch.tensor(skipped), *teacher])
-
-    def _change(
-        self,
-        step: int,
-        tasks: Sequence[int],
-        pools: list[Pool],
-        shown: list[int],
-        others: list[int],
-        partners: list[int],
-        prompts: Sequence[PromptConfig],
-    ) -> None:
-        """Puts derived tasks and variants in the place of some rows' tasks, and their descriptions of what is shown.
-
-        In half of these rows the other description is of the same task too, but of other answers.
+        In half of these rows the negative is of the same task too, but asks for other answers.
         """
-        rng = np.random.default_rng((self.seed, 6, step))
-        for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
-            own = self.pools[task]
-            said = self.relabel_unsaid or prompt.description_in_prompt
-            if own.derived and said and rng.random() < own.derived_share:
-                changed, near = own.derived, (own, *own.derived)
-            elif own.variants and said and rng.random() < own.variant_share:
+        for row in rows:
+            own = row.pool
+            said = self.augment_unsaid or row.prompt.description_in_prompt
+            if own.auxiliary and said and rng.random() < own.auxiliary_prob:
+                changed, near = own.auxiliary, (own, *own.auxiliary)
+            elif own.variants and said and rng.random() < own.variant_prob:
                 changed = near = own.variants
             else:
                 continue
-            pools[row] = changed[int(rng.integers(len(changed)))]
-            shown[row] = int(rng.choice(pools[row].descriptions))
-            if changed is own.derived:  # what is asked here, no text of the task itself says
-                partners[row] = int(rng.choice(pools[row].descriptions))
-            unlike = [x for x in near if not x.like(pools[row])]
+            row.pool = changed[int(rng.integers(len(changed)))]
+            row.description = int(rng.choice(row.pool.descriptions))
+            if changed is own.auxiliary:
+                rng.choice(row.pool.descriptions)
+            unlike = [pool for pool in near if pool.augmentation != row.pool.augmentation]
             if unlike and rng.random() < 0.5:
-                others[row] = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
+                row.negative = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 
-    def _teacher(
-        self, step: int, documents: list["_Document"], pools: list[Pool], shown: list[int], weights: np.ndarray
-    ) -> list[Tensor]:
-        """The teacher's fields of a batch."""
-        rng = np.random.default_rng((self.seed, 5, step))
-        prompt = self.prompt.with_description(True)
-        rendered = [
-            render(
-                self.tokenizer,
-                self.texts[shown[d.row]],
-                d.input,
-                prompt,
-                examples=self._shown_before(pools[d.row], d.pick, rng),
-            )
-            for d in documents
-        ]
-        laid = _Rows(self.rows, self.teacher_tokens, self.answer_tokens)
-        fits = np.zeros_like(weights)
-        for d, question in zip(documents, token_ids(self.tokenizer, rendered), strict=True):
-            if laid.used[d.row] + len(question) + len(d.answer) - 1 <= self.teacher_tokens:
-                laid.put(d.row, d.number, question, d.answer, d.label)
-                fits[d.row, d.label : d.label + len(d.answer)] = 1
-        return list(map(torch.from_numpy, (*laid.arrays, weights * fits)))
+    def _choose_read(self, rows: list[_Row], rng: np.random.Generator) -> None:
+        """The text that each row's adapter is written from; where it is an example's input, `_fill` says which."""
+        for row in rows:
+            row.read = row.pool.reads[0] if row.pool.reads else row.description
+            if self.random_texts and rng.random() < self.random_text_prob:
+                row.read = int(rng.choice(self.random_texts))
 
-    def _shown_before(self, pool: Pool, pick: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-        """Other examples' inputs and answers, no input twice; fewer than `shots` where the task has no more."""
-        examples = pool.examples
-        inputs, found = {examples[pick].input.strip()}, list[tuple[str, str]]()
-        for number in rng.permutation(len(examples)):
-            if len(found) == self.shots:
-                break
-            other = examples[number]
-            if other.input.strip() not in inputs:
-                inputs.add(other.input.strip())
-                found.append(pool.pose(other, rng))
-        return found
+    def _fill(self, rows: list[_Row], rng: np.random.Generator) -> int:
+        """Draws examples for all rows until each has one that fits; returns how many are too long for any row."""
+        skipped = 0
+        for row in rows:
+            row.left = list(rng.permutation(len(row.pool.examples)))
+        waiting = rows
+        while waiting:  # a second time only for rows into which nothing drawn so far fits
+            drawn = [(row, int(pick)) for row in waiting for pick in row.left[: self.candidates]]
+            for row in waiting:
+                row.left = row.left[self.candidates :]
+            tokenized = self._tokenize([(row, row.pool.pose(row.pool.examples[pick], rng)) for row, pick in drawn])
+            if self.share_beginnings:
+                for row in waiting:
+                    row.shared = _beginning([p for (r, _), (p, _) in zip(drawn, tokenized, strict=True) if r is row])
+            for (row, pick), (prompt, answer) in zip(drawn, tokenized, strict=True):
+                if len(prompt) + len(answer) - 1 > self.tokens or len(answer) > self.answer_tokens:
+                    skipped += 1
+                elif not (self.one_example and row.documents):
+                    fits = row.put(prompt, answer, tokens=self.tokens, answer_tokens=self.answer_tokens)
+                    if fits and self.one_example:
+                        row.read = row.pool.reads[pick]
+            waiting = [row for row in waiting if row.left and not row.documents]
+        return skipped
+
+    def _tokenize(self, posed: Sequence[tuple[_Row, tuple[str, str]]]) -> list[tuple[list[int], list[int]]]:
+        """Renders inputs and answers; returns the tokens of each prompt and its answer."""
+        prompts = [render(self.tokenizer, self.texts[row.description], text, row.prompt) for row, (text, _) in posed]
+        answers = [answer_text(answer, self.eos, self.prompt) for _, (_, answer) in posed]
+        return list(zip(token_ids(self.tokenizer, prompts), token_ids(self.tokenizer, answers), strict=True))
+
+    def _pack(self, rows: list[_Row]) -> PackedRows:
+        """Rows that weigh the same, and whose documents weigh the same."""
+        listed = [(Documents.join(row.documents), range(len(row.documents))) for row in rows]
+        shared = [row.shared for row in rows]
+        packed = pack(listed, tokens=self.tokens, answer_tokens=self.answer_tokens, shared=shared)
+        filled = np.array([len(row.documents) for row in rows])
+        weights = packed.weights.numpy()
+        weights /= np.maximum(filled, 1)[:, None] * (filled > 0).sum()
+        return packed
 
     def loader(self, steps: range, *, workers: int, pin: bool) -> DataLoader:
         """The batches of `steps` in order, built ahead of time by worker processes."""
@@ -372,52 +316,6 @@ class Batches(Dataset):
         )
 
 
-class _Document(NamedTuple):
-    """Where a batch has a document."""
-
-    row: int
-    number: int
-    pick: int
-    """Its example's place in the task."""
-    input: str
-    """As it is posed."""
-    answer: list[int]
-    label: int
-    """Where its answer's tokens begin among the row's."""
-
-
-class _Rows:
-    """Rows that documents are laid into one after another."""
-
-    def __init__(self, rows: int, tokens: int, answer_tokens: int) -> None:
-        self.tokens, self.positions = np.zeros((rows, tokens), np.int64), np.zeros((rows, tokens), np.int64)
-        self.documents = np.full((rows, tokens), -1, np.int64)
-        self.label_positions = np.zeros((rows, answer_tokens), np.int64)
-        self.used = [0] * rows
-
-    def put(self, row: int, number: int, question: list[int], answer: list[int], label: int, begun: int = 0) -> None:
-        """Adds a document; the last answer token is only ever a label.
-
-        `begun` tokens of its prompt are those that all documents of the row begin with.
-        """
-        if begun and not self.used[row]:
-            self.tokens[row, :begun], self.positions[row, :begun] = question[:begun], np.arange(begun)
-            self.documents[row, :begun] = SHARED
-            self.used[row] = begun
-        start, own = self.used[row], question[begun:]
-        end = start + len(own) + len(answer) - 1
-        self.tokens[row, start:end] = own + answer[:-1]
-        self.positions[row, start:end] = begun + np.arange(end - start)
-        self.documents[row, start:end] = number
-        self.label_positions[row, label : label + len(answer)] = np.arange(start + len(own) - 1, end)
-        self.used[row] = end
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """As in `Batch`: tokens, positions, documents, label positions."""
-        return self.tokens, self.positions, self.documents, self.label_positions
-
-
 def _beginning(prompts: list[list[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own."""
     first, last = min(prompts), max(prompts)  # what these two share, all share
@@ -431,25 +329,3 @@ def _quiet_worker(_: int) -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-
-
-def answer_text(answer: str, eos: str, prompt: PromptConfig) -> str:
-    """An answer as it is trained on, its end included."""
-    return spaced(answer.strip(), prompt.answer_space) + eos
-
-
-def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int) -> tuple[list[Task], list[str], int]:
-    """Leaves out the descriptions that exceed the encoder's window, and the tasks that then have none.
-
-    Returns:
-        The tasks kept, the names of those left out, and how many descriptions were left out.
-    """
-    kept, lost, dropped = [], [], 0
-    for task in tasks:
-        fitting = tuple(text for text in task.descriptions if lengths[text] <= max_tokens)
-        dropped += len(task.descriptions) - len(fitting)
-        if fitting:
-            kept.append(replace(task, descriptions=fitting))
-        else:
-            lost.append(task.name)
-    return kept, lost, dropped

@@ -31,8 +31,9 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Task
 from t2l.text_to_lora import TextToLora
-from t2l.train.dataset import random_text
-from t2l.train.packing import Documents, document_scores, fixed_rows, pack, tokenize_examples
+from t2l.train.dataset import short_random_text
+from t2l.train.loss import answer_losses
+from t2l.train.packing import TaskDocuments, document_scores, fixed_rows, pack, tokenize_examples
 from t2l.train.reconstruction import (
     Descriptions,
     ReconConfig,
@@ -43,7 +44,6 @@ from t2l.train.reconstruction import (
     saved_config,
     train_reconstruction,
 )
-from t2l.train.sft import answer_losses
 from t2l.train.state import read_progress
 
 Kind = Literal["trained", "held-out", "random", "other"]
@@ -86,7 +86,7 @@ class Scored:
 
     model: Any
     spec: AdapterSpec
-    documents: dict[str, Documents]
+    documents: dict[str, TaskDocuments]
     tokens: int
     answer_tokens: int
     rows_at_once: int
@@ -116,9 +116,11 @@ class Scored:
             for start in range(0, len(listed), self.rows_at_once):
                 chunk = listed[start : start + self.rows_at_once]
                 packed = [(self.documents[name], found) for _, name, found in chunk]
-                rows = pack(packed, **sizes, groups=[0] * len(chunk)).to(device)
+                rows = pack(packed, tokens=self.tokens, answer_tokens=self.answer_tokens, groups=[0] * len(chunk)).to(
+                    device
+                )
                 used = lora.select(torch.tensor([n for n, *_ in chunk], device=device))
-                by_token = function(*rows[:5], used.a, used.b, used.scaling)
+                by_token = function(rows, used)
                 loss, hit, _ = document_scores(by_token[0], by_token[1], rows)
                 for (_, name, found), values, hits in zip(chunk, loss.float().tolist(), hit.tolist(), strict=True):
                     answers[name] |= {d: (values[i], int(hits[i])) for i, d in enumerate(found)}
@@ -238,7 +240,7 @@ def texts_for(kind: Kind, known: Descriptions, names: Sequence[str], fits: Calla
         return trained[turn:] + trained[:turn]
     made_up = []
     for name in names:
-        text = random_text(random.Random(name))
+        text = short_random_text(random.Random(name))
         while not fits(text) and " " in text:
             text = text.rpartition(" ")[0]
         made_up.append(text)

@@ -3,194 +3,140 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
+from t2l.config import (
+    Count,
+    EncoderConfig,
+    HypernetConfig,
+    LoraConfig,
+    NaturalNumber,
+    NotNegative,
+    Positive,
+    PromptConfig,
+    Seed,
+    Share,
+    check_ranges,
+)
 from t2l.errors import ConfigError
+
+KINDS_OF_DESCRIPTIONS = ("own", "definitions", "paraphrases", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on."""
+    """The tasks that are trained on, their descriptions, and how often their rows are augmented."""
 
     tasks: str = "sni"
-    """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`; or own tasks as
+    """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`. Otherwise own tasks as
     `t2l.tasks.load_own` reads them: a JSONL file, a folder of such files, or `hf:NAME`."""
-    only: tuple[str, ...] = ()
-    """Names of the training tasks that are used; none means all. Other held-out tasks are then not judged."""
     descriptions: str = "own"
-    """`own`: what comes with the tasks. `definitions`: their full definition alone, of the tasks that have one.
-    `paraphrases`: everything but it. `random`: one text of made-up words a task, always the same. Otherwise a file
-    as `t2l.tasks.load_descriptions` reads it."""
-    keep_descriptions: bool = True
-    """Whether those of a file come on top of a task's own, or in their place."""
-    file_share: float = 0.0
-    """How often a description of the file is drawn for a task that has others too; 0 draws all alike."""
-    relabel: float = 0.0
-    """Share of the rows of a task with a few short answers that have other words in their place; only the description
-    says which, see `t2l.train.relabel`."""
-    relabel_vocabulary: bool = False
-    """Draw the other words from those of the training tasks' descriptions, thousands of them, in place of a list of
-    165: so many are not learnt by heart."""
-    reform: float = 0.0
-    """Share of the rows of other tasks whose answers are of another form; only the description says which."""
-    relabel_variants: int = 6
-    """Of each task, for both."""
-    derive: float = 0.0
-    """Share of a task's rows that ask something else of its examples: whether an answer is right, or which of several;
-    see `t2l.train.derive`. The rest may be relabelled or reformed."""
-    derive_variants: int = 4
-    """Of each task."""
-    made_up: float = 0.0
-    """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
-    then does no harm."""
-    with_definition: bool = False
-    """Leave out tasks that lack a definition within the encoder's window, or any other description: runs on either
-    kind then train on the same tasks."""
-    held_out_descriptions: int = 4
-    """Paraphrases of each task that are kept for judging, where it has enough of them."""
-    hold_out: int = 0
-    """Training tasks that are taken out and judged with the validation tasks, spread evenly over categories."""
-    max_tasks: int | None = None
-    """Train on a random subset of so many tasks; a larger subset holds all of a smaller one. Null means all."""
-    seed: int = 0
-    """Of `hold_out` and `max_tasks`, apart from the run's seed: runs of several seeds train on the same tasks."""
-    by_category: bool = False
-    """Draw a category first, then one of its tasks, so that large categories weigh no more than small ones."""
-    drop_long_tasks: bool = False
-    """Leave out tasks none of whose examples fits into a row; otherwise they are an error."""
+    """`own`: the descriptions that come with the tasks. `definitions`: only their full definition; `paraphrases`: all
+    descriptions but the definition; both of these leave out tasks that do not have the two kinds, so that they train
+    on the same tasks. `random`: one fixed text of random words for each task. Otherwise a file as
+    `t2l.tasks.load_descriptions` reads it, whose descriptions come on top of the tasks' own."""
+    extra_descriptions_prob: Share = 0.0
+    """How often a description of the file is drawn for a task that has others too; 0 draws all of them alike."""
+    label_remap_prob: Share = 0.0
+    """Share of the rows of a task with a few short answers in which other words stand for these answers, as the row's
+    description says; see `t2l.train.augment.LabelRemap`."""
+    format_variation_prob: Share = 0.0
+    """Share of the rows of a task with open answers in which the answers have another form, as the row's description
+    says; see `t2l.train.augment.FormatVariation`."""
+    auxiliary_task_prob: Share = 0.0
+    """Share of a task's rows that ask something else about its examples, such as whether an answer is right; see
+    `t2l.train.augment.AnswerCheck` and `AnswerChoice`. The other rows may still be remapped or reformatted."""
+    random_description_prob: Share = 0.0
+    """Share of rows whose adapter is written from random words while prompt and answers stay as they are, so that a
+    text which describes nothing does no harm."""
+    held_out_descriptions: NaturalNumber = 4
+    """Descriptions of each task that are kept for evaluation, where the task has enough of them."""
+    held_out_tasks: NaturalNumber = 0
+    """Training tasks that are taken out and evaluated with the validation tasks, spread evenly over categories."""
+    max_tasks: Count | None = None
+    """Train on a random subset of so many tasks; a larger subset holds all of a smaller one. Null means all tasks."""
 
     def __post_init__(self) -> None:
-        for name in ("held_out_descriptions", "hold_out"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("derive", "file_share", "made_up", "reform", "relabel"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.file_share == 1:
-            raise ConfigError("data.file_share 1 leaves a task's other descriptions out; set keep_descriptions false")
-        for name in ("derive_variants", "relabel_variants"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_tasks is not None and self.max_tasks < 1:
-            raise ConfigError(f"data.max_tasks must be at least 1 or null, got {self.max_tasks}")
-        if self.descriptions in ("own", "definitions", "paraphrases", "random"):
-            if not self.keep_descriptions:
-                raise ConfigError("data.keep_descriptions false needs a file in data.descriptions to take their place")
-            if self.file_share:
-                raise ConfigError("data.file_share needs a file in data.descriptions")
-        elif self.file_share and not self.keep_descriptions:
-            raise ConfigError("data.file_share mixes a file with a task's own descriptions: keep_descriptions true")
+        check_ranges(self, "data")
+        if self.extra_descriptions_prob == 1:
+            raise ConfigError("data.extra_descriptions_prob 1 never draws a task's own descriptions; use less than 1")
+        if self.extra_descriptions_prob and self.descriptions in KINDS_OF_DESCRIPTIONS:
+            raise ConfigError(
+                "data.extra_descriptions_prob needs a file in data.descriptions, which is "
+                f"'{self.descriptions}'; name a file or leave extra_descriptions_prob out"
+            )
+
+    @property
+    def augmented(self) -> list[str]:
+        """The augmentations in use, which say in a row's description what its answers are."""
+        names = ("label_remap_prob", "format_variation_prob", "auxiliary_task_prob")
+        return [f"data.{name}" for name in names if getattr(self, name)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How it is trained."""
+    """How a run is trained, and when it is evaluated, saved and stopped."""
 
-    steps: int
-    tasks_per_step: int = 64
-    sequence_tokens: int = 384
-    """Tokens of a row; a row holds as many examples of one task as fit."""
-    answer_tokens: int = 96
-    """Answer tokens of a row."""
-    description_in_prompt: float = 0.5
+    max_steps: Count
+    tasks_per_batch: Count = 64
+    """Rows of a batch; each row belongs to one task."""
+    max_seq_length: Count = 384
+    """Tokens of a row, which holds as many examples of its task as fit."""
+    max_target_length: Count = 96
+    """Answer tokens of a row, over all of its examples."""
+    description_in_prompt_prob: Share = 0.5
     """Share of rows whose prompt also holds the description. Between 0 and 1 the checkpoint serves both ways."""
-    learning_rate: float = 5e-4
-    offset_learning_rate: float = 5e-4
-    warmup: float = 0.05
+    learning_rate: NotNegative = 5e-4
+    shared_lora_learning_rate: NotNegative = 5e-4
+    """Learning rate of the LoRA that every adapter starts from."""
+    warmup_ratio: Share = 0.05
     """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
-    weight_decay: float = 0.01
-    max_gradient_norm: float = 1.0
-    contrast: float = 0.0
-    """Weight of a hinge on the steering margin: with another task's description, and the same prompt, the answers
-    should cost `contrast_margin` more than with the right one."""
-    contrast_share: float = 1.0
-    """Share of a step's rows that the hinge compares; each of them is computed twice."""
-    contrast_margin: float = 2.0
+    weight_decay: NotNegative = 0.01
+    max_grad_norm: Positive = 1.0
+    margin_loss_weight: NotNegative = 0.0
+    """Weight of a hinge loss on the steering margin: with another task's description and the same prompt, the answers
+    should cost `margin` more than with the right one. Rows whose prompt shows the description are left out, because
+    there another text need not do harm."""
+    margin_loss_share: Share = 1.0
+    """Share of a batch's rows that the margin loss compares; each of them is computed twice."""
+    margin: NotNegative = 1.0
     """In nats per answer token."""
-    contrast_in_prompt: bool = True
-    """Whether rows whose prompt shows the description are compared too: there another text need not do harm."""
-    distill: float = 0.0
-    """Weight of the divergence KL(teacher, student) at the answers' tokens. The teacher is the frozen base with the
-    description and some examples in its prompt."""
-    distill_teacher: Literal["offset", "base"] = "offset"
-    """Whether the teacher bears the offset as it is at that step, without a description's change, or nothing: a small
-    base by itself cannot do most tasks even with examples."""
-    distill_shots: int = 3
-    """Other training examples of the task that a teacher's prompt shows."""
-    distill_temperature: float = 1.0
-    """Softens both distributions; the divergence is scaled by its square (arXiv 1503.02531)."""
-    teacher_tokens: int = 1536
-    """Tokens of a teacher's row. A document that does not fit into it is learnt from its answer alone; `taught` among
-    the numbers of a run is the share that does fit."""
-    l2: float = 0.0
-    """Weight of the mean square of the written A plus that of B (the reference: 1e-3)."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over the whole vocabulary (the reference: 0.1)."""
-    neftune_alpha: float = 0.0
-    """Uniform noise on the base's input embeddings, at most alpha / sqrt(T·E) in each of the E places of each of a
-    document's T tokens (arXiv 2310.05914; the paper: 5). T is counted for each document, not for a packed row."""
-    description_dropout: float = 0.0
-    """Share of rows whose adapter is the offset alone, as for no description at all."""
-    encoding_noise: float = 0.0
-    """Gaussian noise on what the hypernetwork reads, as a share of its root mean square."""
-    mix_descriptions: float = 0.0
-    """Share of rows that read a random blend of two descriptions of their task; sentence encoders only."""
-    start_from: str | None = None
-    """Checkpoint to start from: of a multi-task LoRA (variant `none`) the offset, of a hypernetwork everything."""
-    early_stop: Literal["off", "margin", "loss"] = "off"
-    """What decides which weights are kept, and when to stop: the steering margin on held-out tasks, or the loss on
-    them (on new examples of the trained tasks, where no task is held out)."""
-    patience: int = 3
-    """Evaluations in a row without a better one after which early stopping ends the run."""
-    compile: bool = False
+    l2_weight: NotNegative = 0.0
+    """Weight of the mean square of the written A plus that of B (the reference implementation: 1e-3)."""
+    label_smoothing_factor: Share = 0.0
+    """Share of the target that is spread over the whole vocabulary (the reference implementation: 0.1)."""
+    neftune_noise_alpha: NotNegative = 0.0
+    """Uniform noise on the base's input embeddings, at most alpha / sqrt(T·E) in each of the E numbers of each of a
+    document's T tokens (arXiv 2310.05914, where it is 5). T counts one document's tokens, not those of a packed row."""
+    conditioning_dropout: Share = 0.0
+    """Share of rows that are trained with the shared LoRA alone, as if there were no description."""
+    init_from: str | None = None
+    """Checkpoint to start from: of a multi-task LoRA (variant `none`) the shared LoRA is taken, of a hypernetwork all
+    weights."""
+    early_stopping: Literal["off", "margin", "loss"] = "off"
+    """What decides which weights are kept and when to stop: the steering margin on held-out tasks, or the loss on them
+    (on new examples of the trained tasks if no task is held out)."""
+    early_stopping_patience: Count = 3
+    """Evaluations in a row without an improvement after which early stopping ends the run."""
+    torch_compile: bool = False
     """Compile the base model layer by layer: some seconds at the start, then much faster on a GPU."""
-    bfloat16: bool | None = None
-    """Multiply in bfloat16, weights stay in float32: if null, on a GPU. On processors with AMX, true is three times
-    as fast; descriptions are then encoded so too."""
+    bf16: bool | None = None
+    """Compute products in bfloat16 while weights stay in float32; null means only on a GPU. On processors with AMX,
+    true is three times as fast; descriptions are then encoded in bfloat16 too."""
     gradient_checkpointing: bool = False
     """Compute the base's layers a second time in the backward pass: less memory, about a third more time."""
-    workers: int = 0
+    dataloader_num_workers: NaturalNumber = 0
     """Processes that build batches."""
-    log_every: int = 50
-    evaluate_every: int = 1000
-    evaluate_batches: int = 2
-    """Batches of each suite that an evaluation looks at."""
-    save_every: int = 2000
-    tensorboard: bool = True
-    """Also write event files for TensorBoard, if it is installed."""
-    tracker: Literal["none", "wandb", "trackio"] = "none"
-    """Also report to this tracker, by its own configuration; nothing of it is imported otherwise."""
+    logging_steps: Count = 50
+    eval_steps: Count = 1000
+    eval_batches: Count = 2
+    """Batches of each evaluation set that an evaluation looks at."""
+    save_steps: Count = 2000
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
+    """Where numbers are shown beside `metrics.jsonl`, which is always written."""
 
     def __post_init__(self) -> None:
-        counts = (
-            "steps",
-            "tasks_per_step",
-            "patience",
-            "teacher_tokens",
-            "log_every",
-            "evaluate_every",
-            "evaluate_batches",
-            "save_every",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.contrast_share <= 1:
-            raise ConfigError(f"train.contrast_share must be in (0, 1], got {self.contrast_share}")
-        shares = (
-            "description_in_prompt",
-            "warmup",
-            "label_smoothing",
-            "description_dropout",
-            "mix_descriptions",
-        )
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("contrast", "distill", "distill_shots", "l2", "neftune_alpha", "encoding_noise", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}")
-        if self.distill_temperature <= 0:
-            raise ConfigError(f"train.distill_temperature must be above 0, got {self.distill_temperature}")
+        check_ranges(self, "train")
+        if not self.margin_loss_share:
+            raise ConfigError("train.margin_loss_share must be above 0; train.margin_loss_weight 0 switches it off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +145,7 @@ class SftConfig:
 
     base: str
     """Model reference of the base."""
-    seed: int = 0
+    seed: Seed = 0
     method: Literal["adapters", "full"] = "adapters"
     """`full` trains the base's own weights in place of adapters, a baseline; it leaves a model folder."""
     conditioning: Literal["description", "input", "task"] = "description"
@@ -208,17 +154,42 @@ class SftConfig:
     encoder: EncoderConfig
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    """How the finished checkpoint's users render prompts."""
+    """How users of the finished checkpoint render prompts."""
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig
 
     @property
     def unconditional(self) -> bool:
-        """Whether the answers cannot depend on anything a hypernetwork reads, because there is none."""
+        """Whether the answers cannot depend on a description, because no hypernetwork reads one."""
         return self.method == "full" or self.hypernet.variant == "none"
 
     def __post_init__(self) -> None:
-        train, kind = self.train, self.encoder.kind
+        check_ranges(self)
+        self._check_conditioning()
+        self._check_method()
+        if self.unconditional:
+            self._check_unconditional()
+        if self.hypernet.freeze_a or self.hypernet.variant == "basis":
+            what = "freeze_a" if self.hypernet.freeze_a else "variant 'basis'"
+            raise ConfigError(f"hypernet.{what} is for `t2l train recon`; leave it out here")
+        train = self.train
+        if train.margin_loss_weight and train.description_in_prompt_prob == 1:
+            raise ConfigError(
+                "train.margin_loss_weight compares only rows whose prompt does not show the description; "
+                "train.description_in_prompt_prob 1 leaves none"
+            )
+        if self.hypernet.pointer and (self.encoder.model != "base" or self.encoder.layers[:1] != (0,)):
+            raise ConfigError(
+                "hypernet.pointer takes words from the base's input embeddings: encoder.model 'base' with 0 as the "
+                f"first of encoder.layers; here are '{self.encoder.model}' and {list(self.encoder.layers)}"
+            )
+        if train.early_stopping == "margin" and (self.unconditional or self.conditioning == "task"):
+            raise ConfigError(
+                "train.early_stopping 'margin' needs a hypernetwork that can read held-out tasks; here use 'loss'"
+            )
+
+    def _check_conditioning(self) -> None:
+        kind = self.encoder.kind
         if (self.conditioning == "task") != (kind == "onehot"):
             raise ConfigError(
                 f"conditioning 'task' and encoder.kind 'onehot' go together, got '{self.conditioning}' and '{kind}'"
@@ -229,43 +200,24 @@ class SftConfig:
             raise ConfigError(
                 "conditioning 'input' needs encoder.kind 'sentence': token states of every input fill any memory"
             )
-        if self.method == "full":
-            if self.hypernet.variant != "none":
-                raise ConfigError(f"method 'full' needs hypernet.variant none, got '{self.hypernet.variant}'")
-            if train.start_from:
-                raise ConfigError("method 'full' starts from the base; train.start_from names a checkpoint of adapters")
-            if train.l2:
-                raise ConfigError("method 'full' writes no adapters that train.l2 could keep small")
-            if train.distill:
-                raise ConfigError("method 'full' trains the base, which train.distill needs frozen as the teacher")
-        if (self.data.relabel or self.data.reform or self.data.derive) and self.conditioning != "description":
+        if self.data.augmented and self.conditioning != "description":
             raise ConfigError(
-                "data.relabel, reform and derive say in descriptions what to answer; "
-                f"here is read the '{self.conditioning}'"
+                f"{', '.join(self.data.augmented)}: descriptions say what is to be answered; here is read the "
+                f"'{self.conditioning}'"
             )
-        if self.data.made_up and (self.conditioning != "description" or self.unconditional):
-            raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
-        if self.unconditional:
-            reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
-            idle = [f"train.{name}" for name in reading if getattr(train, name)]
-            if idle:
-                raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
-        if self.hypernet.freeze_a or self.hypernet.variant == "basis":
-            what = "freeze_a" if self.hypernet.freeze_a else "variant 'basis'"
-            raise ConfigError(f"hypernet.{what} is for `t2l train recon`; leave it out here")
-        if train.contrast and not train.contrast_in_prompt and train.description_in_prompt == 1:
-            raise ConfigError(
-                "train.contrast_in_prompt false compares only rows whose prompt does not show the description; "
-                "train.description_in_prompt 1 leaves none"
-            )
-        if self.hypernet.pointer and (self.encoder.model != "base" or self.encoder.layers[:1] != (0,)):
-            raise ConfigError(
-                "hypernet.pointer takes words from the base's input embeddings: encoder.model 'base' with 0 as the "
-                f"first of encoder.layers; here are '{self.encoder.model}' and {list(self.encoder.layers)}"
-            )
-        if train.mix_descriptions and (kind != "sentence" or self.conditioning != "description"):
-            raise ConfigError("train.mix_descriptions needs encoder.kind 'sentence' and conditioning 'description'")
-        if train.early_stop == "margin" and (self.unconditional or self.conditioning == "task"):
-            raise ConfigError(
-                "train.early_stop 'margin' needs a hypernetwork that can read held-out tasks; here use 'loss'"
-            )
+
+    def _check_method(self) -> None:
+        if self.method == "adapters":
+            return
+        if self.hypernet.variant != "none":
+            raise ConfigError(f"method 'full' needs hypernet.variant none, got '{self.hypernet.variant}'")
+        if self.train.init_from:
+            raise ConfigError("method 'full' starts from the base; train.init_from names a checkpoint of adapters")
+        if self.train.l2_weight:
+            raise ConfigError("method 'full' writes no adapters that train.l2_weight could keep small")
+
+    def _check_unconditional(self) -> None:
+        idle = [f"train.{name}" for name in ("margin_loss_weight", "conditioning_dropout") if getattr(self.train, name)]
+        idle += ["data.random_description_prob"] * (self.data.random_description_prob > 0)
+        if idle:
+            raise ConfigError(f"No hypernetwork reads a description here, so {', '.join(idle)} would do nothing")

@@ -1,6 +1,8 @@
-"""From settings to batches: which tasks, which descriptions of them, what the hypernetwork reads, laid out in rows.
+"""From settings to batches: which tasks are trained on, with which descriptions, and what the hypernetwork reads.
 
-Knows tasks, tokenizers and encoders. Knows no base model and no hypernetwork.
+    load ─▶ filter what does not fit ─▶ hold descriptions out ─▶ augment ─▶ pools and batches ─▶ summary
+
+Knows tasks and tokenizers. Knows no base model, no encoder but its count of tokens, and no hypernetwork.
 """
 
 import random
@@ -8,14 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from t2l.encoder import Encoded, Encoder
 from t2l.errors import ConfigError, DataError
-from t2l.pace import Pace
 from t2l.prompt import render, token_ids
 from t2l.tasks import (
     Task,
@@ -29,13 +26,26 @@ from t2l.tasks import (
     require_trainable,
     written_descriptions,
 )
-from t2l.train.batches import Batches, Pool, answer_text, without_long
+from t2l.train.augment import (
+    WORDS,
+    FormatVariation,
+    LabelRemap,
+    Variant,
+    answer_variants,
+    answers_of,
+    auxiliary_tasks,
+    vocabulary,
+)
+from t2l.train.batches import Batches, Pool
 from t2l.train.config import DataConfig, SftConfig
-from t2l.train.derive import Check, Choose, derived
-from t2l.train.relabel import MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
+from t2l.train.packing import answer_text
 
-Lengths = Callable[[list[str]], list[int]]
-Change = TypeVar("Change")
+SUBSET_SEED = 0
+"""Seed of `held_out_tasks`, `max_tasks` and the augmentations, apart from the run's: runs of several seeds train on the
+same tasks."""
+
+CountTokens = Callable[[list[str]], list[int]]
+"""Counts the tokens of texts as the encoder does."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,12 @@ class RunData:
     texts: list[str]
     """What the hypernetwork reads: descriptions, inputs or names of tasks."""
     train: Batches
-    judged: dict[str, Batches]
-    """Batches for watching: tasks seen in training with new examples and descriptions, and held-out tasks."""
+    evaluation: dict[str, Batches]
+    """Batches for evaluation: tasks seen in training with new examples and descriptions, and held-out tasks."""
     summary: dict[str, Any]
+
+
+# ----------------------------------------------------------------------------------------------------- loading
 
 
 def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
@@ -62,7 +75,7 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
         require_trainable(names)
         chosen_on = splits.validation | splits.held_back
         train = load_sni(names, splits=("train", "val"))
-        # Watched with the descriptions that settings are chosen by, which are never trained on.
+        # Evaluated with the descriptions that settings are chosen by, which are never trained on.
         written = written_descriptions("choosing")
         held_out = [
             replace(task, descriptions=written.get(task.name, task.descriptions))
@@ -77,16 +90,9 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
             raise DataError(f"{config.tasks} has no task with examples of split 'train'")
         held_out = _with_descriptions(held_out, config, trained=False)
     train = _with_descriptions(train, config)
-    train, more = _take_out(train, config.hold_out, config.seed)
-    if config.only:
-        absent = sorted(set(config.only) - {task.name for task in train})
-        if absent:
-            raise DataError(
-                f"data.only names {', '.join(absent[:5])}, which {config.tasks} does not offer for training"
-            )
-        train, held_out = [task for task in train if task.name in config.only], []
+    train, more = _take_out(train, config.held_out_tasks)
     if config.max_tasks is not None and config.max_tasks < len(train):
-        order = random.Random(f"{config.seed}/max_tasks").sample(range(len(train)), len(train))
+        order = random.Random(f"{SUBSET_SEED}/max_tasks").sample(range(len(train)), len(train))
         train = [train[n] for n in sorted(order[: config.max_tasks])]
     empty = [task.name for task in train if not task.examples.get("train")]
     if empty:
@@ -95,49 +101,52 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
 
 
 def _with_descriptions(tasks: list[Task], config: DataConfig, *, trained: bool = True) -> list[Task]:
-    """Tasks with the wanted kind of descriptions; those that have none of it are left out.
-
-    Held-out tasks that a file does not describe keep their own descriptions.
-    """
-    if config.with_definition:
-        tasks = [task for task in tasks if task.definition and set(task.descriptions) - {task.definition}]
-    if config.descriptions == "own" or not tasks:
+    """Tasks with the wanted kind of descriptions; those that have none of it are left out."""
+    kind = config.descriptions
+    if kind == "own" or not tasks:
         return tasks
-    found: dict[str, tuple[str, ...]]
-    if config.descriptions == "definitions":
-        found = {task.name: (task.definition,) for task in tasks if task.definition}
-    elif config.descriptions == "paraphrases":
-        found = {task.name: tuple(x for x in task.descriptions if x != task.definition) for task in tasks}
-    elif config.descriptions == "random":
-        found = {task.name: (random_text(random.Random(f"description/{task.name}")),) for task in tasks}
-    else:
-        found = load_descriptions(Path(config.descriptions))
-        if trained and not any(task.name in found for task in tasks):
-            raise DataError(f"{config.descriptions} describes none of the tasks, such as {tasks[0].name}")
-        if config.keep_descriptions:
-            # A task's last descriptions may be held out for judging; those of a file never are.
-            both = {task.name: (*found.get(task.name, ()), *task.descriptions) for task in tasks}
-            found = {name: tuple(dict.fromkeys(texts)) for name, texts in both.items()}
-        elif not trained:
-            found = {task.name: found.get(task.name, task.descriptions) for task in tasks}
-    kept = [replace(task, descriptions=found[task.name]) for task in tasks if found.get(task.name)]
-    if not kept:
-        raise DataError(f"data.descriptions '{config.descriptions}': no task of {config.tasks} has any")
-    return kept
+    if kind == "random":
+        texts = {task.name: short_random_text(random.Random(f"description/{task.name}")) for task in tasks}
+        return [replace(task, descriptions=(texts[task.name],)) for task in tasks]
+    if kind in ("definitions", "paraphrases"):
+        both = [task for task in tasks if task.definition and set(task.descriptions) - {task.definition}]
+        if not both:
+            raise DataError(f"data.descriptions '{kind}': no task of {config.tasks} has a definition and other texts")
+        if kind == "definitions":
+            return [replace(task, descriptions=(task.definition or "",)) for task in both]
+        return [
+            replace(task, descriptions=tuple(text for text in task.descriptions if text != task.definition))
+            for task in both
+        ]
+    found = load_descriptions(Path(kind))
+    if trained and not any(task.name in found for task in tasks):
+        raise DataError(f"{kind} describes none of the tasks, such as {tasks[0].name}")
+    # A task's last descriptions may be held out for evaluation; those of a file never are, so they come first.
+    return [
+        replace(task, descriptions=tuple(dict.fromkeys((*found.get(task.name, ()), *task.descriptions))))
+        for task in tasks
+    ]
 
 
-def random_text(draw: random.Random) -> str:
-    """Made-up words in the length of a short description."""
+def short_random_text(draw: random.Random) -> str:
+    """Random words in the length of a short description."""
     return as_sentence(made_up_words(draw, words=(8, 16), letters=(2, 7)))
 
 
-def _take_out(tasks: list[Task], number: int, seed: int) -> tuple[list[Task], list[Task]]:
+def _random_texts(count_tokens: CountTokens, window: int, number: int = 512) -> list[str]:
+    """Texts of random words in any length, as far as the encoder can read them."""
+    draw = random.Random("made_up")
+    texts = [as_sentence(made_up_words(draw, words=(4, 24), letters=(2, 9))) for _ in range(number)]
+    return [text for text, length in zip(texts, count_tokens(texts), strict=True) if length <= window]
+
+
+def _take_out(tasks: list[Task], number: int) -> tuple[list[Task], list[Task]]:
     """(rest, `number` tasks): one of each category in turn, categories and their tasks in random order."""
     if not number:
         return tasks, []
     if number >= len(tasks):
-        raise DataError(f"data.hold_out is {number}, of {len(tasks)} training tasks; some must remain")
-    draw = random.Random(f"{seed}/hold_out")
+        raise DataError(f"data.held_out_tasks is {number}, of {len(tasks)} training tasks; some must remain")
+    draw = random.Random(f"{SUBSET_SEED}/hold_out")
     groups: dict[str, list[Task]] = {}
     for task in draw.sample(tasks, len(tasks)):
         groups.setdefault(task.category or "", []).append(task)
@@ -146,265 +155,98 @@ def _take_out(tasks: list[Task], number: int, seed: int) -> tuple[list[Task], li
     return [t for t in tasks if t.name not in taken], [t for t in tasks if t.name in taken]
 
 
-# ------------------------------------------------------------------------------------------------- laying out
+# --------------------------------------------------------------------------------------------------- filtering
 
 
-def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData:
-    """Loads tasks, checks that everything fits, and lays out batches.
+@dataclass
+class _Fitting:
+    """Tasks as far as encoder and rows can hold them, and what was left out."""
 
-    Args:
-        config: Settings.
-        tokenizer: The base's.
-        lengths: Counts a text's tokens as the encoder does.
+    train: list[Task]
+    held_out: list[Task]
+    descriptions_over_window: int = 0
+    without_description: list[str] | None = None
+    inputs_over_window: int = 0
+    too_long: list[str] | None = None
+
+
+def _filter(
+    train: list[Task], held_out: list[Task], config: SftConfig, tokenizer: Any, count_tokens: CountTokens
+) -> _Fitting:
+    """Leaves out descriptions and inputs that exceed the encoder's window, and tasks whose examples fit into no row.
 
     Raises:
-        DataError: if data are missing or forbidden, a task has nothing that fits, or tasks cannot be told apart where
-            the settings compare them.
-        ConfigError: if early stopping has nothing to go by.
+        DataError: if no task is left, with the numbers on both sides.
     """
     window = config.encoder.max_tokens
-    train, validation = load_tasks(config.data)
-    if config.data.with_definition:
-        train, validation = (_with_readable_definition(tasks, lengths, window) for tasks in (train, validation))
-    descriptions = sorted({text for task in (*train, *validation) for text in task.descriptions})
-    counts = dict(zip(descriptions, lengths(descriptions), strict=True))
-    train, lost, dropped = without_long(train, counts, window)
-    validation, _, _ = without_long(validation, counts, window)
+    if config.data.descriptions in ("definitions", "paraphrases"):  # both kinds train on the same tasks
+        train, held_out = (_with_readable_definition(tasks, count_tokens, window) for tasks in (train, held_out))
+    texts = sorted({text for task in (*train, *held_out) for text in task.descriptions})
+    lengths = dict(zip(texts, count_tokens(texts), strict=True))
+    train, lost, dropped = without_long(train, lengths, window)
+    held_out, _, _ = without_long(held_out, lengths, window)
     if not train:
-        raise DataError(f"No task has a description within encoder.max_tokens ({window})")
-    unread = 0
+        raise DataError(f"No task has a description within encoder.max_tokens ({window}); raise it")
+    fitting = _Fitting(train, held_out, dropped, lost)
     if config.conditioning == "input":
-        train, unread = _with_readable_inputs(train, lengths, window)
-        validation, _ = _with_readable_inputs(validation, lengths, window)
-        if not train:
+        fitting.train, fitting.inputs_over_window = _with_readable_inputs(train, count_tokens, window)
+        fitting.held_out, _ = _with_readable_inputs(held_out, count_tokens, window)
+        if not fitting.train:
             raise DataError(f"No training input is within encoder.max_tokens ({window}); raise it")
-    too_long = _too_long(train, config, tokenizer)
-    if too_long and not config.data.drop_long_tasks:
+    too_long = _too_long(fitting.train, config, tokenizer)
+    fitting.train = [task for task in fitting.train if task.name not in too_long]
+    fitting.too_long = sorted(too_long)
+    if not fitting.train:
         raise DataError(
-            f"{len(too_long)} tasks have no example within train.sequence_tokens ({config.train.sequence_tokens}) and "
-            f"train.answer_tokens ({config.train.answer_tokens}): {'; '.join(list(too_long.values())[:3])}. "
-            "Raise them, or leave these tasks out with data.drop_long_tasks"
+            f"No task has an example within train.max_seq_length ({config.train.max_seq_length}) and "
+            f"train.max_target_length ({config.train.max_target_length}): "
+            f"{'; '.join(list(too_long.values())[:3])}. Raise them"
         )
-    train = [task for task in train if task.name not in too_long]
-    if not train:
-        raise DataError("No task is left: all of them are too long")
-
-    kept = {task.name: held_out_descriptions(task, config.data.held_out_descriptions) for task in train}
-    read_in_training = [replace(task, descriptions=kept[task.name][0]) for task in train]
-    others = _variants(read_in_training, config.data, lengths, window)
-    asked = _derived(read_in_training, config.data, lengths, window)
-    descriptions = sorted(
-        {text for task in (*train, *validation) for text in task.descriptions}
-        | {text for found in others.values() for _, texts in found for text in texts}
-        | {text for found in asked.values() for _, texts in found for text in texts}
-    )
-    # After all others, whose places then do not depend on them.
-    made_up = _made_up(lengths, window) if config.data.made_up else []
-    descriptions += made_up
-    texts = _texts_to_read(config, train, validation, descriptions)
-    place, read = {text: i for i, text in enumerate(descriptions)}, {text: i for i, text in enumerate(texts)}
-    share = config.data.file_share
-    preferred = load_descriptions(Path(config.data.descriptions)) if share else {}
-
-    def pool(task: Task, split: str, allowed: Sequence[str]) -> Pool:
-        examples = task.examples[split]
-        keys = {"description": (), "task": (task.name,), "input": [e.input.strip() for e in examples]}[
-            config.conditioning
-        ]
-        reads = tuple(read[key] for key in keys)
-        return Pool(task.name, examples, tuple(place[t] for t in allowed), reads, task.category)
-
-    def training_pool(task: Task) -> Pool:
-        texts = _preferred(kept[task.name][0], preferred.get(task.name, ()), share)
-        own = pool(task, "train", texts)
-        return replace(
-            own,
-            variant_share=_variant_share(task, config.data),
-            variants=tuple(
-                replace(own, descriptions=tuple(place[text] for text in said), reword=reword)
-                for reword, said in others[task.name]
-            ),
-            derived_share=config.data.derive,
-            derived=tuple(
-                replace(own, examples=ask.examples, descriptions=tuple(place[text] for text in said), ask=ask)
-                for ask, said in asked[task.name]
-            ),
-        )
-
-    def batches(
-        pools: list[Pool],
-        *,
-        in_prompt: float,
-        seed: int,
-        by_category: bool = False,
-        teacher_tokens: int = 0,
-        made_up: Sequence[int] = (),
-    ) -> Batches:
-        return Batches(
-            pools,
-            descriptions,
-            tokenizer,
-            rows=config.train.tasks_per_step,
-            tokens=config.train.sequence_tokens,
-            answer_tokens=config.train.answer_tokens,
-            in_prompt=in_prompt,
-            seed=seed,
-            by_category=by_category,
-            one_example=config.conditioning == "input",
-            teacher_tokens=teacher_tokens,
-            shots=config.train.distill_shots,
-            relabel_unsaid=not config.unconditional,
-            made_up=made_up,
-            made_up_share=config.data.made_up,
-            # Noise on the base's embeddings is drawn for each document by its own length.
-            share_beginnings=not config.train.neftune_alpha,
-            prompt=config.prompt,
-        )
-
-    in_prompt = config.train.description_in_prompt
-    training = batches(
-        [training_pool(task) for task in train],
-        in_prompt=in_prompt,
-        seed=config.seed,
-        by_category=config.data.by_category,
-        teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
-        made_up=range(len(descriptions) - len(made_up), len(descriptions)),
-    )
-    suites = {
-        "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],
-        # A task that was never trained on has no number of its own.
-        "validation": [pool(t, "val", t.descriptions) for t in validation if t.examples.get("val")]
-        if config.conditioning != "task"
-        else [],
-    }
-    modes = [mode for mode, used in (("adapter", in_prompt < 1), ("adapter+prompt", in_prompt > 0)) if used]
-    judged = {
-        f"{name}/{mode}": batches(pools, in_prompt=float(mode != "adapter"), seed=1)
-        for name, pools in suites.items()
-        if pools
-        for mode in modes
-    }
-    _check_comparisons(config, training, judged)
-    summary = {
-        "tasks": len(train),
-        "examples": sum(len(task.examples["train"]) for task in train),
-        "descriptions": sum(len(trained) for trained, _ in kept.values()),
-        "descriptions_over_window": dropped,
-        "tasks_without_description_in_window": lost,
-        "tasks_with_variants": sum(bool(found) for found in others.values()),
-        "tasks_with_derived": sum(bool(found) for found in asked.values()),
-        "tasks_too_long": sorted(too_long),
-        "inputs_over_window": unread,
-        "held_out_tasks": [task.name for task in validation],
-    }
-    return RunData(texts, training, judged, summary)
+    return fitting
 
 
-def _variant_share(task: Task, config: DataConfig) -> float:
-    """Of its rows, those that have other answers: other words, or where it has no few short ones, another form."""
-    return config.relabel if answers_of(task) else config.reform
+def without_long(tasks: Sequence[Task], lengths: dict[str, int], max_tokens: int) -> tuple[list[Task], list[str], int]:
+    """Leaves out the descriptions that exceed the encoder's window, and the tasks that then have none.
 
-
-def _variants(
-    tasks: list[Task], config: DataConfig, lengths: Lengths, window: int
-) -> dict[str, list[tuple[Words | Form, tuple[str, ...]]]]:
-    """Variants of each task, with texts made of its descriptions."""
-    made: dict[str, list[tuple[Words | Form, tuple[str, ...]]]] = {task.name: [] for task in tasks}
-    words: tuple[str, ...] = ()
-    if config.relabel_vocabulary:
-        words = vocabulary(tasks)
-        if len(words) < 2 * MOST_ANSWERS:
-            raise DataError(
-                f"data.relabel_vocabulary: {len(words)} words of four letters or more stand in descriptions of several "
-                f"tasks; at least {2 * MOST_ANSWERS} are needed. Leave it out to draw from a list"
-            )
+    Returns:
+        The tasks kept, the names of those left out, and how many descriptions were left out.
+    """
+    kept, lost, dropped = [], [], 0
     for task in tasks:
-        if _variant_share(task, config):
-            made[task.name] = variants(task, config.relabel_variants, config.seed, words=words)
-    kinds = {type(change) for found in made.values() for change, _ in found}
-    if config.relabel and Words not in kinds:
-        raise DataError("data.relabel: no task has a few short answers that other words could take the place of")
-    if config.reform and Form not in kinds:
-        raise DataError("data.reform: every task has a few short answers, which data.relabel is for")
-    return _readable(made, lengths, window)
+        fitting = tuple(text for text in task.descriptions if lengths[text] <= max_tokens)
+        dropped += len(task.descriptions) - len(fitting)
+        if fitting:
+            kept.append(replace(task, descriptions=fitting))
+        else:
+            lost.append(task.name)
+    return kept, lost, dropped
 
 
-def _derived(
-    tasks: list[Task], config: DataConfig, lengths: Lengths, window: int
-) -> dict[str, list[tuple[Check | Choose, tuple[str, ...]]]]:
-    """What is derived of each task, with texts made of its descriptions."""
-    if not config.derive:
-        return {task.name: [] for task in tasks}
-    made = _readable({task.name: derived(task, config.derive_variants, config.seed) for task in tasks}, lengths, window)
-    if not any(made.values()):
-        raise DataError(
-            "data.derive: no task has different short answers, and descriptions that leave room for a sentence in "
-            f"encoder.max_tokens ({window})"
-        )
-    return made
+def _with_readable_definition(tasks: list[Task], count_tokens: CountTokens, window: int) -> list[Task]:
+    definitions = [task.definition for task in tasks if task.definition]
+    counts = dict(zip(definitions, count_tokens(definitions), strict=True)) if definitions else {}
+    return [task for task in tasks if counts.get(task.definition or "", 0) <= window]
 
 
-def _readable(
-    made: dict[str, list[tuple[Change, tuple[str, ...]]]], lengths: Lengths, window: int
-) -> dict[str, list[tuple[Change, tuple[str, ...]]]]:
-    """Without the texts that exceed the encoder's window, and what then has none."""
-    said = sorted({text for found in made.values() for _, texts in found for text in texts})
-    counts = dict(zip(said, lengths(said), strict=True)) if said else {}
-    fitting = {
-        name: [(change, tuple(text for text in texts if counts[text] <= window)) for change, texts in found]
-        for name, found in made.items()
-    }
-    return {name: [variant for variant in found if variant[1]] for name, found in fitting.items()}
-
-
-def _made_up(lengths: Lengths, window: int, number: int = 512) -> list[str]:
-    """Texts of made-up words that the encoder can read."""
-    draw = random.Random("made_up")
-    texts = [as_sentence(made_up_words(draw, words=(4, 24), letters=(2, 9))) for _ in range(number)]
-    return [text for text, length in zip(texts, lengths(texts), strict=True) if length <= window]
-
-
-def _preferred(texts: Sequence[str], some: Sequence[str], share: float) -> tuple[str, ...]:
-    """All of `texts`, those of `some` so often that one of them is drawn about as often as `share` says."""
-    mine = [text for text in texts if text in some]
-    rest = len(texts) - len(mine)
-    more = round(share / (1 - share) * rest / len(mine)) - 1 if mine else 0
-    return (*texts, *(mine * more))
-
-
-def _texts_to_read(config: SftConfig, train: list[Task], held_out: list[Task], descriptions: list[str]) -> list[str]:
-    if config.conditioning == "description":
-        return descriptions
-    if config.conditioning == "task":
-        return sorted(task.name for task in train)
-    examples = (e for task in (*train, *held_out) for some in task.examples.values() for e in some)
-    return sorted({example.input.strip() for example in examples})
-
-
-def _with_readable_definition(tasks: list[Task], lengths: Lengths, window: int) -> list[Task]:
-    counts = lengths([task.definition or "" for task in tasks]) if tasks else []
-    return [task for task, count in zip(tasks, counts, strict=True) if count <= window]
-
-
-def _with_readable_inputs(tasks: list[Task], lengths: Lengths, window: int) -> tuple[list[Task], int]:
+def _with_readable_inputs(tasks: list[Task], count_tokens: CountTokens, window: int) -> tuple[list[Task], int]:
     """The tasks with the examples whose input the encoder can read, and how many it cannot."""
     kept, dropped = [], 0
     for task in tasks:
         examples = {}
         for split, some in task.examples.items():
-            fits = [bool(e.input.strip()) for e in some]
-            counts = iter(lengths([e.input for e, fit in zip(some, fits, strict=True) if fit]) if any(fits) else ())
-            examples[split] = tuple(e for e, fit in zip(some, fits, strict=True) if fit and next(counts) <= window)
+            filled = [e for e in some if e.input.strip()]
+            counts = count_tokens([e.input for e in filled]) if filled else []
+            examples[split] = tuple(e for e, count in zip(filled, counts, strict=True) if count <= window)
             dropped += len(some) - len(examples[split])
-        if any(examples.values()):
+        if examples.get("train") or examples.get("val"):
             kept.append(replace(task, examples=examples))
-    return [task for task in kept if task.examples.get("train") or task.examples.get("val")], dropped
+    return kept, dropped
 
 
 def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str, str]:
     """Tasks none of whose training examples fits into a row, with the reason."""
     train, found = config.train, {}
-    prompt = config.prompt.with_description(train.description_in_prompt == 1)
+    prompt = config.prompt.with_description(train.description_in_prompt_prob == 1)
     for task in tasks:
         description = min(task.descriptions, key=len)
         shortest: tuple[int, int] | None = None
@@ -415,7 +257,7 @@ def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str,
             prompts = token_ids(tokenizer, [render(tokenizer, description, e.input, prompt) for e in some])
             answers = token_ids(tokenizer, [answer_text(e.outputs[0], tokenizer.eos_token or "", prompt) for e in some])
             sizes = [(len(p) + len(a) - 1, len(a)) for p, a in zip(prompts, answers, strict=True)]
-            if any(row <= train.sequence_tokens and answer <= train.answer_tokens for row, answer in sizes):
+            if any(row <= train.max_seq_length and answer <= train.max_target_length for row, answer in sizes):
                 break
             shortest = min([*sizes, shortest] if shortest else sizes)
         else:
@@ -426,77 +268,244 @@ def _too_long(tasks: list[Task], config: SftConfig, tokenizer: Any) -> dict[str,
     return found
 
 
-def _check_comparisons(config: SftConfig, training: Batches, judged: dict[str, Batches]) -> None:
-    """What compares tasks needs at least two that can be told apart; what stops a run needs something to go by."""
-    if config.train.contrast and not training.told_apart:
+# -------------------------------------------------------------------------------------------------- augmenting
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A task as it is trained on."""
+
+    task: Task
+    """With the descriptions that are trained on."""
+    held_out_descriptions: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    auxiliary: tuple[Variant, ...]
+
+
+def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) -> list[_Trained]:
+    """Holds descriptions out, and makes variants and auxiliary tasks of the others.
+
+    Raises:
+        DataError: if the settings ask for an augmentation that no task allows.
+    """
+    data, window = config.data, config.encoder.max_tokens
+    split = [held_out_descriptions(task, data.held_out_descriptions) for task in tasks]
+    read = [replace(task, descriptions=trained) for task, (trained, _) in zip(tasks, split, strict=True)]
+    # Thousands of words are not learnt by heart, as a short list is; but few tasks have few words in common.
+    words = vocabulary(read) if data.label_remap_prob else ()
+    words = words if len(words) > len(WORDS) else WORDS
+    variants = [answer_variants(task, SUBSET_SEED, words=words) if _variant_prob(task, data) else [] for task in read]
+    auxiliary = [auxiliary_tasks(task, SUBSET_SEED) if data.auxiliary_task_prob else [] for task in read]
+    kinds = {type(variant.augmentation) for made in variants for variant in made}
+    if data.label_remap_prob and LabelRemap not in kinds:
+        raise DataError("data.label_remap_prob: no task has a few short answers that other words could stand for")
+    if data.format_variation_prob and FormatVariation not in kinds:
+        raise DataError("data.format_variation_prob: every task has a few short answers, for data.label_remap_prob")
+    variants, auxiliary = (_readable(made, count_tokens, window) for made in (variants, auxiliary))
+    if data.auxiliary_task_prob and not any(auxiliary):
         raise DataError(
-            f"train.contrast needs two tasks or more, each with descriptions of its own, to compare; there are "
+            "data.auxiliary_task_prob: no task has different short answers, and descriptions that leave room for a "
+            f"sentence in encoder.max_tokens ({window})"
+        )
+    return [
+        _Trained(task, held_out, tuple(some), tuple(more))
+        for task, (_, held_out), some, more in zip(read, split, variants, auxiliary, strict=True)
+    ]
+
+
+def _variant_prob(task: Task, config: DataConfig) -> float:
+    """Share of the task's rows that have other answers: other words for a few short ones, or another form."""
+    return config.label_remap_prob if answers_of(task) else config.format_variation_prob
+
+
+def _readable(made: list[list[Variant]], count_tokens: CountTokens, window: int) -> list[list[Variant]]:
+    """The variants without the descriptions that exceed the encoder's window; one that then has none is left out."""
+    said = sorted({text for some in made for variant in some for text in variant.descriptions})
+    counts = dict(zip(said, count_tokens(said), strict=True)) if said else {}
+    fitting = [
+        [v._replace(descriptions=tuple(text for text in v.descriptions if counts[text] <= window)) for v in some]
+        for some in made
+    ]
+    return [[variant for variant in some if variant.descriptions] for some in fitting]
+
+
+# --------------------------------------------------------------------------------------------- pools and batches
+
+
+def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -> RunData:
+    """Loads tasks, checks that everything fits, and lays out batches.
+
+    Args:
+        config: Settings.
+        tokenizer: The base's.
+        count_tokens: Counts the tokens of texts as the encoder does.
+
+    Raises:
+        DataError: if data are missing or forbidden, nothing fits, or tasks cannot be told apart where the settings
+            compare them.
+        ConfigError: if early stopping has nothing to go by.
+    """
+    fitting = _filter(*load_tasks(config.data), config, tokenizer, count_tokens)
+    trained = _augment(fitting.train, config, count_tokens)
+    descriptions = sorted(
+        {text for task in (*fitting.train, *fitting.held_out) for text in task.descriptions}
+        | {text for task in trained for variant in (*task.variants, *task.auxiliary) for text in variant.descriptions}
+    )
+    number = len(descriptions)
+    if config.data.random_description_prob:  # after all others, whose places then do not depend on them
+        descriptions += _random_texts(count_tokens, config.encoder.max_tokens)
+    texts = _texts_to_read(config, fitting, descriptions)
+    pools = _Pools(config, texts, descriptions)
+    in_prompt = config.train.description_in_prompt_prob
+    training = _batches(
+        [pools.training(task) for task in trained],
+        descriptions,
+        tokenizer,
+        config,
+        in_prompt=in_prompt,
+        seed=config.seed,
+        random_texts=range(number, len(descriptions)),
+    )
+    suites = {
+        "seen": [pools.of(t.task, "val", t.held_out_descriptions or t.task.descriptions) for t in trained],
+        # A task that was never trained on has no number of its own.
+        "validation": [pools.of(t, "val", t.descriptions) for t in fitting.held_out]
+        if config.conditioning != "task"
+        else [],
+    }
+    modes = [mode for mode, used in (("adapter", in_prompt < 1), ("adapter+prompt", in_prompt > 0)) if used]
+    evaluation = {
+        f"{name}/{mode}": _batches(filled, descriptions, tokenizer, config, in_prompt=float(mode != "adapter"), seed=1)
+        for name, some in suites.items()
+        if (filled := [pool for pool in some if pool.examples])
+        for mode in modes
+    }
+    _check_comparisons(config, training, evaluation)
+    return RunData(texts, training, evaluation, _summary(fitting, trained))
+
+
+@dataclass
+class _Pools:
+    """Turns tasks into pools, which name texts by their places."""
+
+    config: SftConfig
+    texts: list[str]
+    descriptions: list[str]
+
+    def __post_init__(self) -> None:
+        self.place = {text: i for i, text in enumerate(self.descriptions)}
+        self.read = {text: i for i, text in enumerate(self.texts)}
+        data = self.config.data
+        self.preferred = load_descriptions(Path(data.descriptions)) if data.extra_descriptions_prob else {}
+
+    def of(self, task: Task, split: str, descriptions: Sequence[str]) -> Pool:
+        """The examples of a split with some descriptions."""
+        examples = task.examples.get(split, ())
+        keys = {"description": (), "task": (task.name,), "input": [e.input.strip() for e in examples]}
+        reads = tuple(self.read[key] for key in keys[self.config.conditioning])
+        return Pool(task.name, examples, self._places(descriptions), reads)
+
+    def training(self, trained: _Trained) -> Pool:
+        """A task that is trained on, with its variants and auxiliary tasks."""
+        task, data = trained.task, self.config.data
+        preferred = self.preferred.get(task.name, ())
+        own = self.of(task, "train", _preferred(task.descriptions, preferred, data.extra_descriptions_prob))
+
+        def variants(made: Sequence[Variant]) -> tuple[Pool, ...]:
+            return tuple(
+                replace(
+                    own, examples=v.examples, descriptions=self._places(v.descriptions), augmentation=v.augmentation
+                )
+                for v in made
+            )
+
+        return replace(
+            own,
+            variants=variants(trained.variants),
+            variant_prob=_variant_prob(task, data),
+            auxiliary=variants(trained.auxiliary),
+            auxiliary_prob=data.auxiliary_task_prob,
+        )
+
+    def _places(self, texts: Sequence[str]) -> tuple[int, ...]:
+        return tuple(self.place[text] for text in texts)
+
+
+def _preferred(texts: Sequence[str], some: Sequence[str], share: float) -> tuple[str, ...]:
+    """All of `texts`, those of `some` so often that one of them is drawn about as often as `share` says."""
+    found = [text for text in texts if text in some]
+    rest = len(texts) - len(found)
+    more = round(share / (1 - share) * rest / len(found)) - 1 if found else 0
+    return (*texts, *(found * more))
+
+
+def _batches(
+    pools: list[Pool],
+    descriptions: list[str],
+    tokenizer: Any,
+    config: SftConfig,
+    *,
+    in_prompt: float,
+    seed: int,
+    random_texts: Sequence[int] = (),
+) -> Batches:
+    return Batches(
+        pools,
+        descriptions,
+        tokenizer,
+        rows=config.train.tasks_per_batch,
+        tokens=config.train.max_seq_length,
+        answer_tokens=config.train.max_target_length,
+        in_prompt=in_prompt,
+        seed=seed,
+        one_example=config.conditioning == "input",
+        augment_unsaid=not config.unconditional,
+        random_texts=random_texts,
+        random_text_prob=config.data.random_description_prob,
+        # Noise on the base's embeddings is drawn for each document by its own length.
+        share_beginnings=not config.train.neftune_noise_alpha,
+        prompt=config.prompt,
+    )
+
+
+def _texts_to_read(config: SftConfig, fitting: _Fitting, descriptions: list[str]) -> list[str]:
+    if config.conditioning == "description":
+        return descriptions
+    if config.conditioning == "task":
+        return sorted(task.name for task in fitting.train)
+    tasks = (*fitting.train, *fitting.held_out)
+    return sorted({example.input.strip() for task in tasks for some in task.examples.values() for example in some})
+
+
+def _check_comparisons(config: SftConfig, training: Batches, evaluation: dict[str, Batches]) -> None:
+    """What compares tasks needs at least two that can be told apart; what stops a run needs something to go by."""
+    if config.train.margin_loss_weight and not training.has_negatives:
+        raise DataError(
+            "train.margin_loss_weight needs two tasks or more to compare, each with descriptions of its own; there are "
             f"{len(training.pools)}"
         )
-    if config.train.early_stop == "margin":
-        held_out = [suite for name, suite in judged.items() if name.startswith("validation/")]
-        if not held_out or not held_out[0].told_apart:
+    if config.train.early_stopping == "margin":
+        held_out = [suite for name, suite in evaluation.items() if name.startswith("validation/")]
+        if not held_out or not held_out[0].has_negatives:
             number = len(held_out[0].pools) if held_out else 0
             raise ConfigError(
-                "train.early_stop 'margin' needs two held-out tasks or more with validation examples and descriptions "
-                f"of their own; there are {number}. Set data.hold_out, or stop on 'loss'"
+                "train.early_stopping 'margin' needs two held-out tasks or more with validation examples and "
+                f"descriptions of their own; there are {number}. Set data.held_out_tasks, or stop on 'loss'"
             )
-    if config.train.early_stop == "loss" and not judged:
-        raise ConfigError("train.early_stop 'loss' needs examples of split 'val'; the data hold none")
+    if config.train.early_stopping == "loss" and not evaluation:
+        raise ConfigError("train.early_stopping 'loss' needs examples of split 'val'; the data hold none")
 
 
-# ------------------------------------------------------------------------------------------ what is read
-
-
-class DescriptionBank:
-    """Every text the hypernetwork reads in a run, encoded once; hands out padded batches of one static shape.
-
-    Without a GPU this can take longer than the steps do, so `log` hears of it every `every` seconds.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        texts: Sequence[str],
-        *,
-        chunk: int = 256,
-        log: Callable[[str], None] = lambda text: None,
-        every: float = 20.0,
-    ) -> None:
-        self.kind, self.width, self.window = encoder.kind, encoder.embedding_size, encoder.max_tokens
-        states, lengths = [], []
-        # In order of length, so that little of a chunk is padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        pace = Pace(len(texts), "texts read", log, work=sum(map(len, texts)), every=every)
-        for start in range(0, len(order), chunk):
-            part = [texts[i] for i in order[start : start + chunk]]
-            encoded = encoder.encode(part)
-            pace.add(len(part), sum(map(len, part)))
-            if encoded.mask is None:
-                states.append(encoded.states)
-            else:
-                states.append(encoded.states[encoded.mask].bfloat16())
-                lengths.append(encoded.mask.sum(1))
-        self.states = torch.cat(states)
-        place = torch.empty(len(order), dtype=torch.long)
-        place[torch.tensor(order)] = torch.arange(len(order))
-        self.place = place.to(self.states.device)
-        if lengths:
-            self.lengths = torch.cat(lengths)
-            self.starts = self.lengths.cumsum(0) - self.lengths
-
-    def __getitem__(self, index_N: Tensor) -> Encoded:
-        """Texts by their position in the run's list: (N, E), or (N, window, E) with a mask."""
-        place = self.place[index_N]
-        if self.kind == "sentence":
-            return Encoded(self.states[place])
-        offsets = torch.arange(self.window, device=place.device)
-        mask = offsets < self.lengths[place][:, None]
-        where = (self.starts[place][:, None] + offsets).clamp_max(self.states.shape[0] - 1)
-        return Encoded(self.states[where].float() * mask[..., None], mask)
-
-    def sample(self, index_N: Tensor, *, most: int = 4096) -> Tensor:
-        """Encodings of some texts, evenly spaced among those at these positions: (K, E), of tokens a row each."""
-        some = index_N[:: -(-len(index_N) // most)].to(self.place.device)
-        encoded = [self[part] for part in some.split(256)]
-        return torch.cat([e.states if e.mask is None else e.states[e.mask] for e in encoded])
+def _summary(fitting: _Fitting, trained: list[_Trained]) -> dict[str, Any]:
+    return {
+        "tasks": len(trained),
+        "examples": sum(len(t.task.examples["train"]) for t in trained),
+        "descriptions": sum(len(t.task.descriptions) for t in trained),
+        "descriptions_over_window": fitting.descriptions_over_window,
+        "tasks_without_description_in_window": fitting.without_description,
+        "tasks_with_variants": sum(bool(t.variants) for t in trained),
+        "tasks_with_auxiliary_tasks": sum(bool(t.auxiliary) for t in trained),
+        "tasks_too_long": fitting.too_long,
+        "inputs_over_window": fitting.inputs_over_window,
+        "held_out_tasks": [task.name for task in fitting.held_out],
+    }

@@ -1,13 +1,15 @@
-"""Tokenised documents of many tasks, packed into rows of one static shape; built for whole runs of steps at once.
+"""The one packer: tokenised documents are laid out in rows of one static shape.
 
-A document is a prompt with its answer. Several stand in a row one after another, kept apart by document numbers.
+A document is a prompt with its answer. Several of them stand in a row one after another, kept apart by document
+numbers. What all prompts of a row begin with may stand there once; every document then sees it, and each still has the
+very states that it would have alone. Because shapes are static, a compiled step compiles once.
 Knows tasks and tokenizers; knows no models. Shape letters: B rows, T tokens of a row, A answer tokens of a row.
 """
 
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,20 +17,22 @@ from torch import Tensor
 
 from t2l.config import PromptConfig
 from t2l.errors import DataError
-from t2l.prompt import render, token_ids
+from t2l.prompt import render, spaced, token_ids
 from t2l.tasks import Example, Task
-from t2l.train.batches import answer_text
+
+SHARED = -2
+"""Document number of the tokens that all documents of a row begin with."""
 
 
-class Rows(NamedTuple):
-    """Packed rows; the first five are what `answer_losses` reads."""
+class PackedRows(NamedTuple):
+    """Rows of documents; the first five tensors are what `t2l.train.loss.answer_losses` reads."""
 
     tokens: Tensor
     """(B, T)"""
     positions: Tensor
-    """(B, T), starting again at 0 in each document."""
+    """(B, T), in each document going on from what the row's documents share, or beginning at 0."""
     documents: Tensor
-    """(B, T) number of the document in its row, -1 for padding."""
+    """(B, T) number of the document in its row, `SHARED` for what all of them begin with, -1 for padding."""
     label_positions: Tensor
     """(B, A) position in the row whose next token is the label."""
     labels: Tensor
@@ -36,20 +40,24 @@ class Rows(NamedTuple):
     label_documents: Tensor
     """(B, A) document of each label, -1 for padding."""
     weights: Tensor
-    """(B, A), summing to 1 over the rows of a group: its documents weigh the same, a document's tokens too."""
+    """(B, A), 0 for padding: what each label's loss counts; all labels of a document count the same."""
 
-    def to(self, device: torch.device) -> "Rows":
+    def to(self, device: torch.device) -> "PackedRows":
         """The same on another device."""
-        return Rows(*(x.to(device, non_blocking=True) for x in self))
+        return PackedRows(*(x.to(device, non_blocking=True) for x in self))
 
-    def part(self, start: int, stop: int) -> "Rows":
+    def part(self, start: int, stop: int) -> "PackedRows":
         """Rows `start` to `stop` (views)."""
-        return Rows(*(x[start:stop] for x in self))
+        return PackedRows(*(x[start:stop] for x in self))
+
+    def followed_by(self, other: "PackedRows") -> "PackedRows":
+        """These rows and then the others."""
+        return PackedRows(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
 class Documents:
-    """One task's documents, end to end in one array. Those that fit into no row are left out."""
+    """Tokenised documents, end to end in one array."""
 
     pool: np.ndarray
     """Prompt and answer tokens of every document."""
@@ -59,12 +67,43 @@ class Documents:
     """(D,) prompt tokens."""
     answer: np.ndarray
     """(D,) answer tokens, the end of the sequence among them."""
+
+    @classmethod
+    def join(cls, pairs: Sequence[tuple[list[int], list[int]]], **more: Any) -> Self:
+        """Documents from the tokens of their prompts and answers."""
+        prompt = np.array([len(before) for before, _ in pairs], dtype=np.int64)
+        answer = np.array([len(after) for _, after in pairs], dtype=np.int64)
+        lengths = prompt + answer
+        pool = np.array([token for pair in pairs for part in pair for token in part], dtype=np.int64)
+        return cls(pool, np.cumsum(lengths) - lengths, prompt, answer, **more)
+
+
+@dataclass(frozen=True)
+class TaskDocuments(Documents):
+    """All documents of one task; examples that fit into no row are left out."""
+
     variants: tuple[tuple[int, ...], ...]
     """For each example its documents, one for each of its right answers."""
     ids: tuple[str, ...]
-    """For each example the id of it."""
+    """For each example its id."""
     too_long: int
     """Examples left out."""
+
+
+def require_end_of_sequence(tokenizer: Any) -> str:
+    """The token that ends an answer.
+
+    Raises:
+        DataError: if the tokenizer has none.
+    """
+    if tokenizer.eos_token is None:
+        raise DataError("The base model's tokenizer has no end-of-sequence token, so answers could not end")
+    return str(tokenizer.eos_token)
+
+
+def answer_text(answer: str, eos: str, prompt: PromptConfig) -> str:
+    """An answer as it is trained on, its end included."""
+    return spaced(answer.strip(), prompt.answer_space) + eos
 
 
 def tokenize_examples(
@@ -77,7 +116,7 @@ def tokenize_examples(
     answer_tokens: int,
     seed: int,
     first_answer: bool = False,
-) -> Documents:
+) -> TaskDocuments:
     """Renders and tokenises examples, each with one of the task's descriptions where the prompt holds one.
 
     Args:
@@ -93,41 +132,27 @@ def tokenize_examples(
     Raises:
         DataError: if the tokenizer has no end of sequence, or a description is wanted and the task has none.
     """
-    if tokenizer.eos_token is None:
-        raise DataError("The base model's tokenizer has no end-of-sequence token, so answers could not end")
+    eos = require_end_of_sequence(tokenizer)
     if prompt.description_in_prompt and not task.descriptions:
         raise DataError(f"Task {task.name} has no description to stand in its prompts")
     rng = np.random.default_rng((seed, 2, zlib.crc32(task.name.encode())))
     texts = task.descriptions or ("",)
     prompts = [render(tokenizer, texts[rng.integers(len(texts))], e.input, prompt) for e in examples]
     outputs = [example.outputs[:1] if first_answer else example.outputs for example in examples]
-    flat = [answer_text(answer, tokenizer.eos_token, prompt) for found in outputs for answer in found]
+    flat = [answer_text(answer, eos, prompt) for found in outputs for answer in found]
     prompt_ids = token_ids(tokenizer, prompts) if prompts else []
     answer_ids = iter(token_ids(tokenizer, flat) if flat else [])
-    pieces: list[list[int]] = []
-    prompt_lengths, answer_lengths, variants, ids = [], [], [], []
+    pairs: list[tuple[list[int], list[int]]] = []
+    variants, ids = [], []
     for example, before, found in zip(examples, prompt_ids, outputs, strict=True):
-        mine = []
-        for _ in found:
-            after = next(answer_ids)
-            if len(before) + len(after) - 1 <= tokens and len(after) <= answer_tokens:
-                mine.append(len(pieces))
-                pieces.append(before + after)
-                prompt_lengths.append(len(before))
-                answer_lengths.append(len(after))
-        if mine:
-            variants.append(tuple(mine))
+        answers = [next(answer_ids) for _ in found]
+        fitting = [a for a in answers if len(before) + len(a) - 1 <= tokens and len(a) <= answer_tokens]
+        if fitting:
+            variants.append(tuple(range(len(pairs), len(pairs) + len(fitting))))
             ids.append(example.id)
-    lengths = np.array(list(map(len, pieces)), dtype=np.int64)
-    return Documents(
-        pool=np.array([token for piece in pieces for token in piece], dtype=np.int64),
-        start=np.cumsum(lengths) - lengths,
-        prompt=np.array(prompt_lengths, dtype=np.int64),
-        answer=np.array(answer_lengths, dtype=np.int64),
-        variants=tuple(variants),
-        ids=tuple(ids),
-        too_long=len(examples) - len(variants),
-    )
+            pairs += [(before, after) for after in fitting]
+    too_long = len(examples) - len(variants)
+    return TaskDocuments.join(pairs, variants=tuple(variants), ids=tuple(ids), too_long=too_long)
 
 
 class Stream:
@@ -144,7 +169,7 @@ class Stream:
         seed: Of the order.
     """
 
-    def __init__(self, name: str, documents: Documents, *, tokens: int, answer_tokens: int, seed: int) -> None:
+    def __init__(self, name: str, documents: TaskDocuments, *, tokens: int, answer_tokens: int, seed: int) -> None:
         self.documents, self.tokens, self.answer_tokens = documents, tokens, answer_tokens
         self.seed = (seed, 3, zlib.crc32(name.encode()))
         self.seek(0, 0)
@@ -174,7 +199,9 @@ class Stream:
             used, answers, self.place = used + length, answers + answer, self.place + 1
 
 
-def fixed_rows(documents: Documents, *, tokens: int, answer_tokens: int, limit: int | None = None) -> list[list[int]]:
+def fixed_rows(
+    documents: TaskDocuments, *, tokens: int, answer_tokens: int, limit: int | None = None
+) -> list[list[int]]:
     """Rows that hold each example once, in order of length so that little is padding; at most `limit` rows.
 
     With a limit, examples are thinned evenly over their lengths.
@@ -198,15 +225,23 @@ def fixed_rows(documents: Documents, *, tokens: int, answer_tokens: int, limit: 
 
 
 def pack(
-    rows: Sequence[tuple[Documents, Sequence[int]]], *, tokens: int, answer_tokens: int, groups: Sequence[int]
-) -> Rows:
+    rows: Sequence[tuple[Documents, Sequence[int]]],
+    *,
+    tokens: int,
+    answer_tokens: int,
+    groups: Sequence[int] | None = None,
+    shared: Sequence[int] | None = None,
+) -> PackedRows:
     """Lays out rows of documents.
 
     Args:
         rows: For each row whose documents they are and which.
         tokens: T.
         answer_tokens: A.
-        groups: For each row the number of its group, whose weights sum to 1.
+        groups: For each row the number of its group. The weights of a group's labels sum to 1, and its documents weigh
+            the same. Without groups the weights of each document sum to 1.
+        shared: For each row the number of tokens that all of its prompts begin with and that stand in it once. Each
+            prompt must have a token of its own after them.
     """
     shape, answers = (len(rows), tokens), (len(rows), answer_tokens)
     out_tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -225,27 +260,29 @@ def pack(
         pool_start = np.cumsum(whole) - whole
         first = np.repeat(np.cumsum(counts) - counts, counts)
         number = np.arange(len(row)) - first
+        begun = np.zeros_like(row) if shared is None else np.asarray(shared)[row]
+        skipped = np.where(number > 0, begun, 0)  # the row's first document lays out what all of them share
 
-        length = whole - 1  # the last answer token is only ever a label
+        length = whole - 1 - skipped  # the last answer token is only ever a label
         start = np.cumsum(length) - length
         start_in_row = start - start[first]
         inside = np.arange(length.sum()) - np.repeat(start, length)
         where = (np.repeat(row, length), np.repeat(start_in_row, length) + inside)
-        out_tokens[where] = pool[np.repeat(pool_start, length) + inside]
-        positions[where] = inside
-        documents[where] = np.repeat(number, length)
+        out_tokens[where] = pool[np.repeat(pool_start + skipped, length) + inside]
+        positions[where] = np.repeat(skipped, length) + inside
+        is_shared = positions[where] < np.repeat(begun, length)
+        documents[where] = np.where(is_shared, SHARED, np.repeat(number, length))
 
         label_start = np.cumsum(answer) - answer
         inside = np.arange(answer.sum()) - np.repeat(label_start, answer)
         where = (np.repeat(row, answer), np.repeat(label_start - label_start[first], answer) + inside)
         labels[where] = pool[np.repeat(pool_start + prompt, answer) + inside]
-        label_positions[where] = np.repeat(start_in_row + prompt - 1, answer) + inside
+        label_positions[where] = np.repeat(start_in_row + prompt - skipped - 1, answer) + inside
         label_documents[where] = np.repeat(number, answer)
-        group = np.asarray(groups)[row]
-        per_group = np.bincount(group)
-        weights[where] = np.repeat(1 / (answer * per_group[group]), answer)
+        group = np.arange(len(row)) if groups is None else np.asarray(groups)[row]
+        weights[where] = np.repeat(1 / (answer * np.bincount(group)[group]), answer)
     arrays = (out_tokens, positions, documents, label_positions, labels, label_documents, weights)
-    return Rows(*map(torch.from_numpy, arrays))
+    return PackedRows(*map(torch.from_numpy, arrays))
 
 
 def _tokens(store: Documents, found: np.ndarray) -> np.ndarray:
@@ -255,8 +292,8 @@ def _tokens(store: Documents, found: np.ndarray) -> np.ndarray:
     return store.pool[np.repeat(store.start[found] - start, length) + np.arange(length.sum())]
 
 
-def document_scores(losses: Tensor, hits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """From (B, A) token losses and hits to documents.
+def document_scores(losses: Tensor, correct: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """From token losses, and whether each label is the model's first choice, (B, A) each, to documents.
 
     Returns:
         Each (B, A), one column a document of the row: mean loss of its answer tokens, whether all of them are the
@@ -266,6 +303,6 @@ def document_scores(losses: Tensor, hits: Tensor, rows: Rows) -> tuple[Tensor, T
     real = (rows.label_documents >= 0).to(losses.dtype)
     zeros = torch.zeros_like(losses)
     count = zeros.scatter_add(1, index, real)
-    wrong = zeros.scatter_add(1, index, real * (~hits).to(losses.dtype))
+    wrong = zeros.scatter_add(1, index, real * (~correct).to(losses.dtype))
     total = zeros.scatter_add(1, index, real * losses)
     return total / count.clamp_min(1), (wrong == 0) & (count > 0), count > 0

@@ -29,7 +29,7 @@ from t2l.library import AdapterLibrary
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Task, held_out_descriptions, require_trainable
-from t2l.train.dataset import DescriptionBank
+from t2l.train.embeddings import EmbeddingCache
 from t2l.train.running import schedule, versions
 from t2l.train.state import Progress, begin_run, first_step, load_state, save_state
 from t2l.train.watch import Watch, memory_gb
@@ -427,7 +427,7 @@ def compare(written: LoraTensors, wanted: LoraTensors) -> AdapterErrors:
 
 
 @torch.no_grad()
-def judge(hypernet: Hypernet, targets: Targets, bank: DescriptionBank, texts: Sequence[int]) -> AdapterErrors:
+def judge(hypernet: Hypernet, targets: Targets, bank: EmbeddingCache, texts: Sequence[int]) -> AdapterErrors:
     """Errors of every adapter of the library, each written from the description at its place in `texts`."""
     hypernet.eval()
     device = targets.mean.a[0].device
@@ -586,7 +586,7 @@ def train_reconstruction(
     started = time.monotonic()
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_float32_matmul_precision("high")
-    begin = first_step(config, run, resume=resume)
+    begin = first_step(to_plain(config), run, max_steps=config.train.steps, resume=resume)
     library, names = open_library(config.data)
     plain, config = to_plain(config), basis_of_library(config, len(names))
     spec, lora = library.spec, library.stack(names)
@@ -597,7 +597,7 @@ def train_reconstruction(
     else:
         encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(chosen))
     texts = choose_descriptions(library, names, config, encoder.count_tokens)
-    bank = DescriptionBank(encoder, texts.texts, log=log)
+    bank = EmbeddingCache(encoder, texts.texts, log=log)
     targets = make_targets(
         lora, names, canonical=config.data.canonical, device=chosen, freeze_a=config.hypernet.freeze_a
     )
@@ -684,7 +684,7 @@ class Trainer:
         config: ReconConfig,
         hypernet: Hypernet,
         targets: Targets,
-        bank: DescriptionBank,
+        bank: EmbeddingCache,
         texts: Descriptions,
         device: torch.device,
     ) -> None:
@@ -715,7 +715,7 @@ class Trainer:
         """One optimiser step; returns the loss, on the device."""
         train = self.config.train
         for group in self.optimizer.param_groups:
-            group["lr"] = train.learning_rate * schedule(step, train)
+            group["lr"] = train.learning_rate * schedule(step, train.steps, train.warmup)
         encoded: Encoded = self.bank[texts_n]
         loss = self.loss(encoded.states, encoded.mask, index_n)
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,26 +1,12 @@
 """What runs of any kind share: the schedule, and the versions that a result depends on. Knows no tasks."""
 
-from typing import Protocol
 
-
-class Scheduled(Protocol):
-    """Settings with a schedule."""
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-
-    @property
-    def warmup(self) -> float:
-        """Share of them over which the learning rate rises."""
-
-
-def schedule(step: int, train: Scheduled) -> float:
-    """Share of the peak learning rate at a step: linear rise, then linear fall to zero."""
-    rising = max(1, round(train.warmup * train.steps))
+def schedule(step: int, max_steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate at a step: a linear rise over the first part, then a linear fall to zero."""
+    rising = max(1, round(warmup_ratio * max_steps))
     if step < rising:
         return (step + 1) / rising
-    return max(0.0, (train.steps - step) / max(1, train.steps - rising))
+    return max(0.0, (max_steps - step) / max(1, max_steps - rising))
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2l.config import to_plain
 from t2l.errors import CheckpointError, OutputError, TrainingError
 from t2l.io import read_json, read_tensors, write_text
 
@@ -129,19 +128,19 @@ def read_facts(run: Path) -> dict[str, Any]:
     return found
 
 
-def first_step(config: Any, run: Path, *, resume: bool) -> int:
+def first_step(settings: dict[str, Any], run: Path, *, max_steps: int, resume: bool) -> int:
     """`check_run` of a run whose state is `save_state`'s; returns the step to begin with.
 
     Raises:
         TrainingError: as `check_run`, and if the run is finished.
     """
-    if not check_run(run, to_plain(config), resume=resume):
+    if not check_run(run, settings, resume=resume):
         return 0
     progress = read_progress(run)
-    over = progress.stopped or progress.step >= config.train.steps
+    over = progress.stopped or progress.step >= max_steps
     # Killed between its last step and its checkpoint, a run has the checkpoint still to write.
     if over and any((run / name).exists() for name in ("checkpoint", "model")):
-        raise TrainingError(f"{run} is finished: {progress.step} of {config.train.steps} steps are done")
+        raise TrainingError(f"{run} is finished: {progress.step} of {max_steps} steps are done")
     return progress.step
 
 

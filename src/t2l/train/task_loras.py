@@ -34,9 +34,9 @@ from t2l.library import AdapterLibrary, Purpose, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet, require_trainable
-from t2l.train.packing import Documents, Rows, Stream, document_scores, fixed_rows, pack, tokenize_examples
+from t2l.train.loss import AnswerLosses, LossFunction, answer_losses
+from t2l.train.packing import PackedRows, Stream, TaskDocuments, document_scores, fixed_rows, pack, tokenize_examples
 from t2l.train.running import schedule, versions
-from t2l.train.sft import answer_losses
 from t2l.train.state import STATE, begin_run, check_run, read_facts, write_state
 from t2l.train.watch import Watch, memory_gb
 
@@ -190,8 +190,8 @@ class TaskData:
     """One task, tokenised."""
 
     task: Task
-    train: Documents
-    validation: Documents
+    train: TaskDocuments
+    validation: TaskDocuments
 
     def facts(self) -> dict[str, Any]:
         """What the library remembers of it."""
@@ -211,7 +211,7 @@ def tokenize_tasks(tasks: Sequence[Task], config: OracleConfig, tokenizer: Any) 
     """
     train = config.train
 
-    def tokenized(task: Task, examples: Sequence[Example], *, first_answer: bool) -> Documents:
+    def tokenized(task: Task, examples: Sequence[Example], *, first_answer: bool) -> TaskDocuments:
         return tokenize_examples(
             task,
             examples,
@@ -374,7 +374,7 @@ def adamw(
 
 def step_sizes(steps: Sequence[Sequence[int | None]], train: OracleTrainConfig, device: torch.device) -> StepSizes:
     """For every step of a segment and every slot, (E, K), from the slots' own step numbers; None for an empty slot."""
-    rate = [[0.0 if t is None else schedule(t, train) for t in row] for row in steps]
+    rate = [[0.0 if t is None else schedule(t, train.steps, train.warmup) for t in row] for row in steps]
     count = torch.tensor([[1 if t is None else t + 1 for t in row] for row in steps], dtype=torch.float64)
     tables = (torch.tensor(rate) * train.learning_rate, 1 - BETAS[0] ** count, 1 - BETAS[1] ** count)
     return StepSizes(*(x.float().to(device) for x in tables))
@@ -439,12 +439,12 @@ class OracleTrainer:
         self.finished: dict[str, str] = {}
         """Name to why it ended."""
         self.update: Callable[..., None] = adamw
-        self.losses: Callable[..., tuple[Tensor, Tensor]] = _not_hooked
+        self.losses: LossFunction = _not_hooked
         self.steps = 0
         """Taken so far, each with a batch for all slots."""
         self.tokens = 0
         """Trained on so far, padding not counted."""
-        self.looks: tuple[list[str | None], list[Rows]] = ([], [])
+        self.looks: tuple[list[str | None], list[PackedRows]] = ([], [])
         """The slots' tasks, and their validation rows on the device."""
 
     def train(self, watch: Watch, *, started: float, max_minutes: float | None) -> bool:
@@ -476,7 +476,7 @@ class OracleTrainer:
                 if out_of_time:
                     return not any(self.running) and not self.waiting
 
-    def step(self, rows: Rows, sizes: StepSizes) -> Tensor:
+    def step(self, rows: PackedRows, sizes: StepSizes) -> Tensor:
         """One step of every slot; returns each slot's loss, (K,)."""
         losses, _ = self._forward(rows)
         loss_K = (losses * rows.weights).unflatten(0, (self.slots.number, -1)).sum((1, 2))
@@ -495,13 +495,13 @@ class OracleTrainer:
             )
         return loss_K.detach()
 
-    def _forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _forward(self, rows: PackedRows) -> AnswerLosses:
         repeats = rows.tokens.shape[0] // self.slots.number
         weights = self.slots.weights
         if repeats > 1:
             weights = [x[:, None].expand(-1, repeats, -1, -1, -1).flatten(0, 1) for x in weights]
         half = len(weights) // 2
-        return self.losses(*rows[:5], tuple(weights[:half]), tuple(weights[half:]), self.spec.scaling)
+        return self.losses(rows, LoraTensors(tuple(weights[:half]), tuple(weights[half:]), self.spec.scaling))
 
     # ------------------------------------------------------------------------------------------ between steps
 
@@ -538,11 +538,11 @@ class OracleTrainer:
         mask[list(slots)] = True
         return mask.to(self.device)
 
-    def _segment(self) -> tuple[Rows, StepSizes]:
+    def _segment(self) -> tuple[PackedRows, StepSizes]:
         """Rows and step sizes of all steps until the next look, on the device."""
         train = self.config.train
         steps: list[list[int | None]] = []
-        listed: list[tuple[Documents, Sequence[int]]] = []
+        listed: list[tuple[TaskDocuments, Sequence[int]]] = []
         groups: list[int] = []
         nothing = next(iter(self.data.values())).train
         for e in range(train.evaluate_every):
@@ -556,7 +556,7 @@ class OracleTrainer:
         self.tokens += int((rows.documents >= 0).sum())
         return rows.to(self.device), step_sizes(steps, train, self.device)
 
-    def _validation_rows(self) -> list[Rows]:
+    def _validation_rows(self) -> list[PackedRows]:
         """Every slot's validation rows as batches of the training step's shape; laid out anew only for other tasks."""
         names = [None if running is None else running.data.task.name for running in self.running]
         if names == self.looks[0]:
@@ -577,7 +577,10 @@ class OracleTrainer:
                 for store, found in zip(stores, chosen, strict=True)
                 for i in places
             ]
-            batches.append(pack(listed, **sizes, groups=[0] * len(listed)).to(self.device))
+            rows = pack(
+                listed, tokens=train.sequence_tokens, answer_tokens=train.answer_tokens, groups=[0] * len(listed)
+            )
+            batches.append(rows.to(self.device))
         self.looks = (names, batches)
         return batches
 
@@ -588,8 +591,8 @@ class OracleTrainer:
         """
         total = torch.zeros(3, self.slots.number, device=self.device)
         for rows in self._validation_rows():
-            losses, hits = self._forward(rows)
-            loss, right, there = document_scores(losses.detach(), hits, rows)
+            losses, correct = self._forward(rows)
+            loss, right, there = document_scores(losses.detach(), correct, rows)
             for i, x in enumerate((loss * there, right, there)):
                 total[i] += x.float().unflatten(0, (self.slots.number, -1)).sum((1, 2))
         return total[0] / total[2].clamp_min(1), total[1] / total[2].clamp_min(1)
@@ -740,7 +743,7 @@ def _start_from(folder: Path, spec: AdapterSpec) -> LoraTensors:
     return loaded.hypernet.shared_adapter()
 
 
-def _not_hooked(*_: Any) -> tuple[Tensor, Tensor]:
+def _not_hooked(*_: Any) -> AnswerLosses:
     raise AssertionError("the base is hooked in `train`")
 
 

@@ -154,4 +154,4 @@ def _tracker(name: Literal["none", "wandb", "trackio"]) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"train.tracker is {name}, which is not installed: pip install {name}") from error
+        raise ConfigError(f"train.report_to is {name}, which is not installed: pip install {name}") from error

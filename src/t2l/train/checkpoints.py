@@ -1,0 +1,112 @@
+"""Checkpoints that a training starts from, and what it says of the one that it leaves. Knows folders and settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from t2l import hub
+from t2l.checkpoint import CheckpointConfig, load_checkpoint
+from t2l.config import to_plain
+from t2l.encoder import encoder_revision
+from t2l.errors import ConfigError
+from t2l.hypernet import Hypernet
+from t2l.io import new_folder, sha256
+from t2l.spec import AdapterSpec
+from t2l.train.config import SftConfig
+from t2l.train.state import differences
+
+
+def initialize(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec) -> dict[str, str]:
+    """Copies the weights of `train.init_from`: of a multi-task LoRA the shared LoRA, of a hypernetwork everything.
+
+    Returns:
+        Which checkpoint it was, without its place on this machine.
+
+    Raises:
+        ConfigError: if the checkpoint's weights would mean something else in this run, naming every difference.
+    """
+    folder = Path(config.train.init_from or "")
+    loaded = load_checkpoint(folder)
+    whole, theirs = loaded.hypernet.head is not None, loaded.config.encoder_revision
+    before, now = _shape(loaded.spec), _shape(spec)
+    if whole:
+        ours = encoder_revision(config.encoder, config.base)
+        before |= _network(loaded.config, loaded.spec.base_model, theirs if theirs != ours else "")
+        now |= _network(config, spec.base_model, ours if theirs != ours else "")
+    found = differences(before, now, words=("is", "here"))
+    if found:
+        raise ConfigError(f"train.init_from: {folder} does not fit this run: {'; '.join(found)}. Use its settings")
+    if not whole:
+        hypernet.load_shared_lora(loaded.hypernet.shared_adapter())
+    else:
+        try:
+            hypernet.load_state_dict(loaded.hypernet.state_dict(), strict=True)
+        except RuntimeError as error:  # one-hot: other tasks
+            raise ConfigError(f"train.init_from: {folder} is a hypernetwork of another shape. {error}") from error
+    return {"name": folder.resolve().name, "weights_sha256": loaded.config.weights_sha256}
+
+
+def _shape(spec: AdapterSpec) -> dict[str, Any]:
+    """What two adapters must have in common for their tensors to mean the same."""
+    return {
+        "spec": {
+            "num_layers": spec.num_layers,
+            "layers": list(spec.layers),
+            "targets": [f"{t.name} {t.in_features} x {t.out_features}" for t in spec.targets],
+            "rank": spec.rank,
+            "scaling": spec.scaling,
+        }
+    }
+
+
+def _network(config: SftConfig | CheckpointConfig, base: str, revision: str) -> dict[str, Any]:
+    """What two hypernetworks must have in common for their weights to mean the same."""
+    model = base if config.encoder.model == "base" else config.encoder.model
+    sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
+    return {
+        "conditioning": config.conditioning,
+        "encoder": {
+            "kind": config.encoder.kind,
+            "layers": list(config.encoder.layers),
+            "revision": revision and f"{revision} ({model})",
+        },
+        "hypernet": {n: getattr(config.hypernet, n) for n in ("variant", "pointer", "normalize_inputs", *sizes)},
+    }
+
+
+def portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any]:
+    """The settings as they are published: without paths of this machine."""
+    plain = to_plain(config)
+    plain["train"]["init_from"] = origin
+    for key in ("tasks", "descriptions"):
+        if not plain["data"][key].startswith("hf:"):
+            plain["data"][key] = Path(plain["data"][key]).name
+    return plain
+
+
+def save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, Any]) -> Path:
+    """The trained base as a model folder that any tool reads."""
+    with new_folder(folder, overwrite=True) as temporary:
+        with hub.quiet_transformers():
+            base.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        weights_sha256 = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
+        record = provenance | {"weights_sha256": weights_sha256}
+        (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
+    """The model card of a trained checkpoint."""
+    targets = ", ".join(t.name for t in spec.targets)
+    plain = provenance["settings"]
+    reads = {"description": "a task description", "input": "an input", "task": "the name of a trained task"}
+    does = f"Reads {reads[plain['conditioning']]} and writes a LoRA adapter"
+    if plain["hypernet"]["variant"] == "none":
+        does = "One LoRA adapter, the same whatever the description"
+    return (
+        f"# Text-to-LoRA hypernetwork for {spec.base_model}\n\n"
+        f"{does}: rank {spec.rank}, alpha {spec.alpha:g}, targets {targets}.\n\n"
+        f"Trained for {provenance['steps']} of {provenance['planned_steps']} steps on "
+        f"{provenance['data']['tasks']} tasks, seed {provenance['seed']}. All settings stand in `config.json`.\n"
+    )
