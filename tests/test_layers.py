@@ -149,6 +149,11 @@ def test_the_repository_stays_small() -> None:
 
 
 def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    # Reads tensors and runs nothing; whoever calls it so has to check what it read.
+    restricted = {
+        call.func for call in calls if any(ast.unparse(word) == "weights_only=True" for word in call.keywords)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
@@ -157,7 +162,7 @@ def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield node.lineno, f"imports {name}"
         elif isinstance(node, ast.ExceptHandler) and node.type is None:
             yield node.lineno, "bare except"
-        elif isinstance(node, ast.Attribute) and node.attr == "load":
+        elif isinstance(node, ast.Attribute) and node.attr == "load" and node not in restricted:
             if isinstance(node.value, ast.Name) and node.value.id == "torch":
                 yield node.lineno, "torch.load"
         elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):

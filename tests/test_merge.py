@@ -43,7 +43,7 @@ def make_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
 
 def make_adapter(base: Path, seed: int = 0, size: float = 0.1, **lora: Any) -> LoraAdapter:
     config = make_config()
-    spec = AdapterSpec.from_config(config, str(base), LoraConfig(**({"rank": 4, "alpha": 8} | lora)))
+    spec = AdapterSpec.from_config(config, str(base), LoraConfig(**({"r": 4, "lora_alpha": 8} | lora)))
     return LoraAdapter(random_lora(spec, seed, size), spec, "Add the two numbers.", {})
 
 
@@ -55,7 +55,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_merged_model_computes_what_the_adapter_does(tied: bool, make_model: Any, tmp_path: Path) -> None:
     base = make_model(tie_word_embeddings=tied)
-    adapter = make_adapter(base, targets=("all-linear",))
+    adapter = make_adapter(base, target_modules=("all-linear",))
     assert merge_into_folder(adapter, tmp_path / "merged", card="A model.\n") == 3 * 7
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values())
@@ -109,7 +109,7 @@ def test_a_merge_that_changes_nothing_is_refused(size: float, dtype: Any, make_m
 def test_merging_for_another_base_is_refused(make_model: Any, tmp_path: Path) -> None:
     base = make_model(intermediate_size=40)
     with pytest.raises(SpecMismatchError, match="is 32 x 48"):
-        merge_into_folder(make_adapter(base, targets=("up_proj",)), tmp_path / "merged")
+        merge_into_folder(make_adapter(base, target_modules=("up_proj",)), tmp_path / "merged")
 
 
 # ------------------------------------------------------------------------------------------- any PEFT folder
@@ -143,7 +143,7 @@ def test_folders_that_peft_wrote_are_read_as_peft_reads_them(rslora: bool, make_
 
 def test_what_is_written_is_read_again(make_model: Any, tmp_path: Path) -> None:
     base = make_model()
-    adapter = make_adapter(base, targets=("v_proj", "q_proj"))
+    adapter = make_adapter(base, target_modules=("v_proj", "q_proj"))
     adapter.save(tmp_path / "adapter")
     lora, spec = open_adapter(tmp_path / "adapter")
     order = [t.name for t in spec.targets]

@@ -108,6 +108,9 @@ class EncoderConfig:
     stands for the input embeddings."""
     max_tokens: Size = 128
     """Window: a longer description is refused, never cut."""
+    full_stop: bool = False
+    """`sentence` only: whether a description that ends with a letter is read with a full stop, as the authors'
+    checkpoints read it."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "encoder")
@@ -121,10 +124,11 @@ class EncoderConfig:
 class HypernetConfig:
     """Shape of the hypernetwork; the defaults are the paper's (section 4 and the reference's command)."""
 
-    variant: Literal["L", "M", "S", "basis", "none"] = "L"
+    variant: Literal["L", "M", "S", "basis", "none", "published-M", "published-S"] = "L"
     """Head: `L` writes A and B at once, `M` one of them at a time, `S` one rank at a time. `basis`, which only
     reconstruction takes and the paper does not have, mixes `head_size` adapters that all descriptions share. `none`
-    reads no description: what is left is the shared LoRA alone, which is a multi-task LoRA."""
+    reads no description: what is left is the shared LoRA alone, which is a multi-task LoRA. `published-M` and
+    `published-S` are laid out as the authors' checkpoints are, which `t2l import sakana` reads."""
     freeze_a: bool = False
     """Whether the head writes B alone, as in LoRA-FA (arXiv 2308.03303), and the shared LoRA's A is every adapter's.
     Only reconstruction takes it. ΔW is then linear in what is written, and on square modules half of an adapter is left

@@ -126,17 +126,23 @@ class SentenceEncoder:
         max_tokens: Window.
         pooling: `mean`, `cls` or `lasttoken`.
         normalize: Whether vectors are scaled to length 1.
+        full_stop: Whether a text that ends with a letter gets a full stop.
     """
 
     kind: Literal["sentence", "tokens"] = "sentence"
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_tokens: int, pooling: str, normalize: bool) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_tokens: int, pooling: str, normalize: bool, full_stop: bool = False
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_tokens, self.pooling, self.normalize = max_tokens, pooling, normalize
+        self.full_stop = full_stop
         self.embedding_size = int(model.config.hidden_size)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_tokens: int, device: str | torch.device = "cpu") -> "SentenceEncoder":
+    def from_folder(
+        cls, folder: Path, *, max_tokens: int, full_stop: bool = False, device: str | torch.device = "cpu"
+    ) -> "SentenceEncoder":
         """Reads a sentence-transformers folder, or a plain encoder folder as mean pooling.
 
         Raises:
@@ -148,12 +154,12 @@ class SentenceEncoder:
         if own is not None and max_tokens > own:
             raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
         model, tokenizer = hub.load_backbone(str(folder), device=device), hub.load_tokenizer(str(folder))
-        return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
+        return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize, full_stop=full_stop)
 
     @torch.no_grad()
     def encode(self, descriptions: Sequence[str]) -> Encoded:
         """Pooled vectors, (N, E)."""
-        ids = _in_window(self.tokenizer, descriptions, self.max_tokens)
+        ids = _in_window(self.tokenizer, self._ended(descriptions), self.max_tokens)
         tokens, mask = _pad(ids, next(self.model.parameters()).device)
         states = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
         if self.pooling == "mean":
@@ -167,7 +173,14 @@ class SentenceEncoder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, special tokens included."""
-        return [len(row) for row in _tokenize(self.tokenizer, texts)]
+        return [len(row) for row in _tokenize(self.tokenizer, self._ended(texts))]
+
+    def _ended(self, texts: Sequence[str]) -> list[str]:
+        """The texts, with full stops where they are asked for."""
+        if not self.full_stop:
+            return list(texts)
+        checked = [check_description(text) for text in texts]
+        return [f"{text}." if text[-1].isalpha() else text for text in checked]
 
 
 class TokenEncoder:
@@ -299,7 +312,10 @@ def load_encoder(
     if config.kind == "onehot":
         return OneHotEncoder(config.names, device=device)
     if config.kind == "sentence":
-        return SentenceEncoder.from_folder(hub.resolve(config.model), max_tokens=config.max_tokens, device=device)
+        folder = hub.resolve(config.model)
+        return SentenceEncoder.from_folder(
+            folder, max_tokens=config.max_tokens, full_stop=config.full_stop, device=device
+        )
     if config.model != "base":
         model, tokenizer = hub.load_backbone(config.model, device=device), hub.load_tokenizer(config.model)
     else:

@@ -540,6 +540,12 @@ class _Head(nn.Module):
             change_b.append(b.unflatten(-1, (o, self.rank)))
         return change_a, change_b
 
+    def cut(self, written: Sequence[Tensor]) -> Changes:
+        """What is written of A and of B, (N, L, P, R, max(I, O)) for each target, cut to each part's size."""
+        change_a = [parts[:, :, 0, :, :i] for parts, (i, _) in zip(written, self.sizes, strict=True) if i]
+        change_b = [parts[:, :, -1, :, :o].mT for parts, (_, o) in zip(written, self.sizes, strict=True)]
+        return change_a, change_b
+
 
 class HeadL(_Head):
     """A and B of a target and layer from one matrix: (D → R·(I + O))."""
@@ -598,13 +604,33 @@ class HeadS(_Head):
         even, odd = x[..., 0::2], x[..., 1::2]
         turned = torch.cat([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
         x_NLMPRD = self.features(turned)
-        change_a, change_b = [], []
-        for m, (i, o) in enumerate(self.sizes):
-            parts = self.write[m](x_NLMPRD[:, :, m])
-            if i:
-                change_a.append(parts[:, :, 0, :, :i])
-            change_b.append(parts[:, :, -1, :, :o].mT)
-        return change_a, change_b
+        return self.cut([matrix(x_NLMPRD[:, :, m]) for m, matrix in enumerate(self.write)])
+
+
+class PublishedHeadM(HeadM):
+    """M as the authors' checkpoints have it: every rank has a stretch of max(I, O) numbers, and both parts are cut off
+    its beginning. (`HeadM` takes the first R·I and R·O numbers, which leaves no gaps.)"""
+
+    def forward(self, features_NLMH: Tensor) -> Changes:
+        """Features to changes of A and B."""
+        x_NLMPD = self.features(self.parts(features_NLMH))
+        # Contiguous: a matrix that meets a view is repeated for every row of it, which took ten times as long.
+        rows = [x.contiguous() for x in x_NLMPD.unbind(2)]
+        written = [matrix(x).unflatten(-1, (self.rank, -1)) for matrix, x in zip(self.write, rows, strict=True)]
+        return self.cut(written)
+
+
+class PublishedHeadS(HeadS):
+    """S as the authors' checkpoints have it: the second residual block runs before a rank's angle turns the features,
+    and once more after it, and the angle turns number i of the first half with number i of the second."""
+
+    def forward(self, features_NLMH: Tensor) -> Changes:
+        """Features to changes of A and B."""
+        x = self.block(self.parts(features_NLMH))[..., None, :]
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+        x_NLMPRD = self.features(turned)
+        return self.cut([matrix(x_NLMPRD[:, :, m]) for m, matrix in enumerate(self.write)])
 
 
 class HeadBasis(_Head):
@@ -649,7 +675,14 @@ class HeadBasis(_Head):
             matrix.weight.copy_(flat.mT)  # type: ignore[operator]
 
 
-HEADS: dict[str, type[HeadL | HeadM | HeadS | HeadBasis]] = {"L": HeadL, "M": HeadM, "S": HeadS, "basis": HeadBasis}
+HEADS: dict[str, type[HeadL | HeadM | HeadS | HeadBasis]] = {
+    "L": HeadL,
+    "M": HeadM,
+    "S": HeadS,
+    "basis": HeadBasis,
+    "published-M": PublishedHeadM,
+    "published-S": PublishedHeadS,
+}
 
 
 def _rotary(positions: int, width: int) -> tuple[Tensor, Tensor]:
