@@ -27,8 +27,8 @@ from t2l import hub
 from t2l.config import LoraConfig, build, load_yaml
 from t2l.io import read_json
 from t2l.spec import AdapterSpec
+from t2l.train.loop import schedule
 from t2l.train.packing import Stream, pack
-from t2l.train.running import schedule
 from t2l.train.task_loras import (
     OracleConfig,
     OracleDataConfig,

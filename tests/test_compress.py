@@ -39,13 +39,12 @@ from t2l.train.compress import (
     texts_for,
 )
 from t2l.train.reconstruction import (
-    ReconConfig,
-    ReconDataConfig,
-    ReconTrainConfig,
-    choose_descriptions,
-    compare,
+    ReconstructionConfig,
+    ReconstructionTrainConfig,
     saved_config,
 )
+from t2l.train.reconstruction_data import ReconstructionDataConfig, choose_descriptions, names_as_texts
+from t2l.train.reconstruction_losses import compare
 
 NAMES = ("add", "bark", "count", "dance")
 
@@ -92,12 +91,14 @@ def tasks() -> list[Task]:
 
 
 @pytest.fixture(scope="module")
-def config(library: AdapterLibrary, sentence_folder: Path) -> ReconConfig:
-    return ReconConfig(
+def config(library: AdapterLibrary, sentence_folder: Path) -> ReconstructionConfig:
+    return ReconstructionConfig(
         encoder=EncoderConfig(kind="sentence", model=str(sentence_folder), max_tokens=60),
         hypernet=HypernetConfig(width=24, head_size=16, dropout=0.0),
-        data=ReconDataConfig(library=str(library.folder), held_out_descriptions=1),
-        train=ReconTrainConfig(steps=20, adapters_per_step=4, log_every=5, save_every=10, tensorboard=False),
+        data=ReconstructionDataConfig(library=str(library.folder), held_out_descriptions=1),
+        train=ReconstructionTrainConfig(
+            max_steps=20, adapters_per_batch=4, logging_steps=5, save_steps=10, report_to="none"
+        ),
     )
 
 
@@ -186,7 +187,7 @@ def test_recovered_share() -> None:
 # -------------------------------------------------------------------------------------------------- what is read
 
 
-def test_texts_are_of_their_kind(library: AdapterLibrary, config: ReconConfig) -> None:
+def test_texts_are_of_their_kind(library: AdapterLibrary, config: ReconstructionConfig) -> None:
     """Descriptions that the network was not trained on because they are too long are not read either."""
     long = save_library(
         Path(library.folder).parent / "long",
@@ -194,7 +195,9 @@ def test_texts_are_of_their_kind(library: AdapterLibrary, config: ReconConfig) -
         library.spec,
         {name: {"descriptions": ["x" * 90, *library.index[name]["descriptions"]]} for name in NAMES},
     )
-    known = choose_descriptions(long, NAMES, config, lambda texts: [len(text) for text in texts])
+    known = choose_descriptions(
+        long, NAMES, config.data, max_tokens=60, count_tokens=lambda texts: [len(text) for text in texts]
+    )
 
     def fits(text: str) -> bool:
         return len(text) <= 30
@@ -205,7 +208,7 @@ def test_texts_are_of_their_kind(library: AdapterLibrary, config: ReconConfig) -
     assert sorted(found["other"]) == sorted(found["trained"])
     assert all(x != y for x, y in zip(found["other"], found["trained"], strict=True))
     assert len(set(found["random"])) == 4 and all(5 < len(text) <= 30 for text in found["random"])
-    onehot = choose_descriptions(library, NAMES, replace(config, encoder=EncoderConfig(kind="onehot")), len)
+    onehot = names_as_texts(NAMES)
     assert texts_for("trained", onehot, NAMES, fits) == list(NAMES)
 
 
@@ -215,7 +218,7 @@ def test_subsets_are_nested(library: AdapterLibrary) -> None:
         subset(library, 5)
 
 
-def test_the_head_fits_a_quarter(library: AdapterLibrary, config: ReconConfig) -> None:
+def test_the_head_fits_a_quarter(library: AdapterLibrary, config: ReconstructionConfig) -> None:
     """Larger libraries get larger heads, each under its share where the smallest is."""
     heads = []
     for number in (1, 200, 2000, 20000):
@@ -224,7 +227,7 @@ def test_the_head_fits_a_quarter(library: AdapterLibrary, config: ReconConfig) -
     assert heads[0] == 128 and heads[-1] == 2048 and heads == sorted(heads) and len(set(heads)) > 2
 
 
-def test_a_basis_fits_a_quarter_too(library: AdapterLibrary, config: ReconConfig) -> None:
+def test_a_basis_fits_a_quarter_too(library: AdapterLibrary, config: ReconstructionConfig) -> None:
     """To the last adapter that it mixes; of few adapters it mixes all that tell them apart."""
     basis = replace(config, hypernet=replace(config.hypernet, variant="basis"))
 
@@ -246,7 +249,7 @@ def test_a_basis_fits_a_quarter_too(library: AdapterLibrary, config: ReconConfig
 def compressed(
     library: AdapterLibrary,
     tasks: list[Task],
-    config: ReconConfig,
+    config: ReconstructionConfig,
     tiny_base: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
@@ -280,7 +283,7 @@ def test_one_a_of_all_is_counted_once(
     library: AdapterLibrary,
     shared: AdapterLibrary,
     tasks: list[Task],
-    config: ReconConfig,
+    config: ReconstructionConfig,
     tiny_base: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -363,7 +366,7 @@ def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, An
 
 
 def test_compressing_goes_on_where_time_ran_out(
-    library: AdapterLibrary, config: ReconConfig, compressed: tuple[Path, dict[str, Any]], tmp_path: Path
+    library: AdapterLibrary, config: ReconstructionConfig, compressed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """The checkpoint is the one of a compression that was not interrupted."""
     out = tmp_path / "out"
@@ -408,7 +411,7 @@ def oracle_files(base_folder: Path, sentence_folder: Path, tmp_path_factory: pyt
     recon = {
         "encoder": {"kind": "sentence", "model": str(sentence_folder), "max_tokens": 60},
         "hypernet": {"width": 24, "head_size": 16, "dropout": 0.0},
-        "train": {"steps": 15, "log_every": 5},
+        "train": {"max_steps": 15, "logging_steps": 5},
     }
     (folder / "oracle.yaml").write_text(json.dumps(oracle))  # JSON is YAML
     (folder / "recon.yaml").write_text(json.dumps(recon))
@@ -449,7 +452,9 @@ def test_from_tasks_to_a_checkpoint_on_the_command_line(oracle_files: Path, base
     assert again.exit_code == 1 and "exists already" in again.stderr
 
     onehot = ["--set", "encoder={kind: onehot}", "--set", f"data.library={library.folder}"]
-    done = t2l("train", "recon", "--config", way / "recon.yaml", "--run", way / "one-hot", *onehot, "--device", "cpu")
+    done = t2l(
+        "train", "reconstruction", "--config", way / "recon.yaml", "--run", way / "one-hot", *onehot, "--device", "cpu"
+    )
     assert done.exit_code == 0, done.output
     done = t2l(
         "library", "judge", library.folder, way / "small", way / "one-hot" / "checkpoint", "-o", way / "judged",
@@ -477,7 +482,7 @@ def test_without_a_file_one_a_makes_a_basis(
     library: AdapterLibrary, shared: AdapterLibrary, sentence_folder: Path, tmp_path: Path
 ) -> None:
     """Of adapters that share A all differences fit; others get variant L."""
-    quick = [f"encoder.model={sentence_folder}", "encoder.max_tokens=60", "train.steps=2", "hypernet.width=24"]
+    quick = [f"encoder.model={sentence_folder}", "encoder.max_tokens=60", "train.max_steps=2", "hypernet.width=24"]
     options = [word for setting in quick for word in ("--set", setting)]
     found = {}
     for name, of in (("own", library), ("one", shared)):

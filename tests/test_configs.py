@@ -21,11 +21,11 @@ from t2l.tasks import Example, Task
 from t2l.train import dataset as train_data
 from t2l.train.checkpoints import save_model
 from t2l.train.config import SftConfig
+from t2l.train.metrics import read_metrics
 from t2l.train.sft import train
-from t2l.train.watch import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("oracle", "recon"))  # of sft
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("oracle", "reconstruction"))
 
 
 def names(path: Path) -> str:

@@ -14,7 +14,7 @@ from t2l.train.reconstruction import ReconConfig
 from t2l.train.task_loras import OracleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = [*sorted((ROOT / "configs/oracle").glob("*.yaml")), *sorted((ROOT / "configs/recon").glob("*.yaml"))]
+CONFIGS = [*sorted((ROOT / "configs/oracle").glob("*.yaml")), *sorted((ROOT / "configs/reconstruction").glob("*.yaml"))]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -19,27 +19,32 @@ from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import load_splits
-from t2l.train import reconstruction
+from t2l.train import reconstruction, reconstruction_losses
 from t2l.train.reconstruction import (
-    Draws,
-    ReconConfig,
-    ReconDataConfig,
-    ReconLossConfig,
-    ReconTrainConfig,
+    ReconstructionConfig,
+    ReconstructionTrainConfig,
+    new_hypernet,
+    train_reconstruction,
+)
+from t2l.train.reconstruction_data import (
+    AdapterSampler,
+    ReconstructionDataConfig,
+    choose_descriptions,
+    open_library,
+)
+from t2l.train.reconstruction_losses import (
+    ReconstructionLossConfig,
     angular_loss,
     compare,
     components,
     delta_loss,
     factor_loss,
     make_targets,
-    new_hypernet,
-    open_library,
     principal_directions,
-    reconstruction_losses,
     spectral_loss,
     square_loss,
-    train_reconstruction,
 )
+from t2l.train.reconstruction_losses import reconstruction_losses as reconstruction_losses_of
 
 NAMES = ("add", "bark", "count", "dance", "echo", "fold")
 CPU = torch.device("cpu")
@@ -80,25 +85,25 @@ def library(spec: AdapterSpec, tmp_path_factory: pytest.TempPathFactory) -> Adap
 
 
 @pytest.fixture(scope="module")
-def config(library: AdapterLibrary, sentence_folder: Path) -> ReconConfig:
-    return ReconConfig(
+def config(library: AdapterLibrary, sentence_folder: Path) -> ReconstructionConfig:
+    return ReconstructionConfig(
         encoder=EncoderConfig(kind="sentence", model=str(sentence_folder), max_tokens=60),
         hypernet=HypernetConfig(width=24, head_size=16, dropout=0.0),
         prompt=PromptConfig(description_in_prompt=True),
-        data=ReconDataConfig(library=str(library.folder), held_out_descriptions=2),
-        train=ReconTrainConfig(
-            steps=12,
-            adapters_per_step=4,
+        data=ReconstructionDataConfig(library=str(library.folder), held_out_descriptions=2),
+        train=ReconstructionTrainConfig(
+            max_steps=12,
+            adapters_per_batch=4,
             learning_rate=5e-3,
-            log_every=3,
-            evaluate_every=6,
-            save_every=6,
-            tensorboard=False,
+            logging_steps=3,
+            eval_steps=6,
+            save_steps=6,
+            report_to="none",
         ),
     )
 
 
-def changed(config: ReconConfig, **changes: Any) -> ReconConfig:
+def changed(config: ReconstructionConfig, **changes: Any) -> ReconstructionConfig:
     return replace(config, train=replace(config.train, **changes))
 
 
@@ -106,7 +111,7 @@ def quiet(_: str) -> None:
     pass
 
 
-def run(config: ReconConfig, folder: Path, **options: Any) -> Path:
+def run(config: ReconstructionConfig, folder: Path, **options: Any) -> Path:
     return train_reconstruction(config, folder, device="cpu", log=quiet, **options)
 
 
@@ -292,7 +297,7 @@ def test_components_of_adapters_that_share_a_lose_least_of_their_product(spec: A
 
 
 def test_a_basis_stays_and_is_no_larger_than_the_library(
-    config: ReconConfig, library: AdapterLibrary, tmp_path: Path
+    config: ReconstructionConfig, library: AdapterLibrary, tmp_path: Path
 ) -> None:
     """Six adapters that are mixtures of three: five components at most, of which the last two are nothing."""
     hypernet = replace(config.hypernet, variant="basis", head_size=40)
@@ -308,15 +313,15 @@ def test_a_basis_stays_and_is_no_larger_than_the_library(
 def test_draws_are_a_function_of_seed_and_step() -> None:
     """Each adapter once before any again, with its own descriptions only, wherever one begins."""
     own = [(0, 1, 2), (3,), (4, 5), (6, 7), (8,)]
-    adapters, texts = Draws(own, per_step=2, seed=1).steps(0, 20)
+    adapters, texts = AdapterSampler(own, per_batch=2, seed=1).steps(0, 20)
     flat = adapters.flatten().tolist()
     assert all(sorted(flat[i : i + 5]) == list(range(5)) for i in range(0, 40, 5))
     assert all(t in own[n] for n, t in zip(flat, texts.flatten().tolist(), strict=True))
     assert set(texts.flatten().tolist()) == set(range(9))
-    later = Draws(own, per_step=2, seed=1).steps(7, 20)
+    later = AdapterSampler(own, per_batch=2, seed=1).steps(7, 20)
     assert torch.equal(later[0], adapters[7:]) and torch.equal(later[1], texts[7:])
-    assert not torch.equal(Draws(own, per_step=2, seed=2).steps(0, 20)[0], adapters)
-    everyone, _ = Draws(own, per_step=9, seed=1).steps(0, 3)
+    assert not torch.equal(AdapterSampler(own, per_batch=2, seed=2).steps(0, 20)[0], adapters)
+    everyone, _ = AdapterSampler(own, per_batch=9, seed=1).steps(0, 3)
     assert everyone.shape == (3, 5) and all(sorted(row) == list(range(5)) for row in everyone.tolist())
 
 
@@ -340,7 +345,7 @@ def test_a_library_is_reconstructed(
     loss: dict[str, float],
     limit: float,
     steps: int,
-    config: ReconConfig,
+    config: ReconstructionConfig,
     library: AdapterLibrary,
     tmp_path: Path,
 ) -> None:
@@ -348,11 +353,13 @@ def test_a_library_is_reconstructed(
 
     L, M and S have twice the steps that tell the texts apart on one kind of CPU: rounding decides when they do.
     """
-    learning = changed(config, steps=steps, adapters_per_step=6, log_every=100, evaluate_every=2000, save_every=2000)
+    learning = changed(
+        config, max_steps=steps, adapters_per_batch=6, logging_steps=100, eval_steps=2000, save_steps=2000
+    )
     learning = replace(
         learning,
         hypernet=replace(config.hypernet, variant=variant, width=32, head_size=48),
-        loss=ReconLossConfig(**loss),
+        loss=ReconstructionLossConfig(**loss),
     )
     folder = run(learning, tmp_path / "run")
     t2l = TextToLora.from_pretrained(str(folder))
@@ -379,13 +386,15 @@ def shared(library: AdapterLibrary, tmp_path_factory: pytest.TempPathFactory) ->
     return save_library(tmp_path_factory.mktemp("library") / "shared", lora, library.spec, library.index)
 
 
-def of(config: ReconConfig, library: AdapterLibrary, freeze_a: bool, loss: dict[str, float]) -> ReconConfig:
+def of(
+    config: ReconstructionConfig, library: AdapterLibrary, freeze_a: bool, loss: dict[str, float]
+) -> ReconstructionConfig:
     """The same for another library."""
     return replace(
         config,
         hypernet=replace(config.hypernet, freeze_a=freeze_a, width=32, head_size=48),
         data=replace(config.data, library=str(library.folder)),
-        loss=ReconLossConfig(**loss),
+        loss=ReconstructionLossConfig(**loss),
     )
 
 
@@ -397,7 +406,7 @@ def written_by(folder: Path, library: AdapterLibrary) -> LoraTensors:
 LOSSES = {"factors": {}, "all": {"delta": 1.0, "angular": 1.0, "spectral": 0.1}}
 
 
-def test_squares_of_a_basis_are_the_same_from_its_shares(config: ReconConfig, shared: AdapterLibrary) -> None:
+def test_squares_of_a_basis_are_the_same_from_its_shares(config: ReconstructionConfig, shared: AdapterLibrary) -> None:
     """Loss and gradient, with components too few for the library, and with ones that are nothing."""
     lora = shared.stack()
     for number in (2, 5):
@@ -410,7 +419,9 @@ def test_squares_of_a_basis_are_the_same_from_its_shares(config: ReconConfig, sh
         states = torch.eye(6)[[1, 2, 3, 0]]
         found = []
         for squares in ({"squares": 2.0}, {"squares": 2.0, "spectral": 1e-30}):  # a trifle: written in full
-            loss = reconstruction_losses(net, targets, ReconLossConfig(factors=0.0, **squares))(states, None, index)
+            loss = reconstruction_losses_of(net, targets, ReconstructionLossConfig(factors=0.0, **squares))(
+                states, None, index
+            )
             learnt = [p for p in net.parameters() if p.requires_grad and p.dim() > 1]
             found.append((loss, *torch.autograd.grad(loss, learnt, allow_unused=True)))
         assert found[0][0] > 1
@@ -422,10 +433,12 @@ def test_squares_of_a_basis_are_the_same_from_its_shares(config: ReconConfig, sh
 
 @pytest.mark.parametrize(("loss", "steps"), [("factors", 1000), pytest.param("all", 1200, marks=pytest.mark.slow)])
 def test_adapters_that_have_one_a_are_written_by_their_b(
-    loss: str, steps: int, config: ReconConfig, shared: AdapterLibrary, tmp_path: Path
+    loss: str, steps: int, config: ReconstructionConfig, shared: AdapterLibrary, tmp_path: Path
 ) -> None:
     """Each with exactly that A, as a checkpoint saves it, and all but no error."""
-    learning = changed(config, steps=steps, adapters_per_step=6, log_every=200, evaluate_every=1000, save_every=1000)
+    learning = changed(
+        config, max_steps=steps, adapters_per_batch=6, logging_steps=200, eval_steps=1000, save_steps=1000
+    )
     folder = run(of(learning, shared, True, LOSSES[loss]), tmp_path / "run")
     written, wanted = written_by(folder, shared), shared.stack()
     assert all(torch.equal(x, y.half().float()) for x, y in zip(written.a, wanted.a, strict=True))
@@ -434,7 +447,7 @@ def test_adapters_that_have_one_a_are_written_by_their_b(
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_an_a_without_deviation_is_no_division_by_zero(
-    loss: str, config: ReconConfig, shared: AdapterLibrary, tmp_path: Path
+    loss: str, config: ReconstructionConfig, shared: AdapterLibrary, tmp_path: Path
 ) -> None:
     """Where A is written too, it still is the one of all."""
     written = written_by(run(of(config, shared, False, LOSSES[loss]), tmp_path / "run"), shared)
@@ -458,7 +471,7 @@ def test_targets_of_one_a_are_it_and_no_z_scores(shared: AdapterLibrary) -> None
     assert not any(x.any() for x in (*both.z.a, *both.deviation.a))
 
 
-def test_adapters_with_different_a_cannot_be_written_by_b(config: ReconConfig, tmp_path: Path) -> None:
+def test_adapters_with_different_a_cannot_be_written_by_b(config: ReconstructionConfig, tmp_path: Path) -> None:
     alone = replace(config, hypernet=replace(config.hypernet, freeze_a=True))
     with pytest.raises(DataError, match=r"those of [qv]_proj by up to [0-9.]+ of its largest.*train\.train_a false"):
         run(alone, tmp_path / "run")
@@ -467,7 +480,7 @@ def test_adapters_with_different_a_cannot_be_written_by_b(config: ReconConfig, t
         replace(alone, data=replace(config.data, canonical=True))
 
 
-def test_token_encoders_condition_too(config: ReconConfig, tmp_path: Path) -> None:
+def test_token_encoders_condition_too(config: ReconstructionConfig, tmp_path: Path) -> None:
     tokens = replace(
         config,
         encoder=EncoderConfig(kind="tokens", model="base", layers=(1, 3), max_tokens=60),
@@ -480,14 +493,16 @@ def test_token_encoders_condition_too(config: ReconConfig, tmp_path: Path) -> No
     assert adapter.lora.a[0].isfinite().all()
 
 
-def test_one_hot_conditioning_knows_names(config: ReconConfig, library: AdapterLibrary, tmp_path: Path) -> None:
+def test_one_hot_conditioning_knows_names(
+    config: ReconstructionConfig, library: AdapterLibrary, tmp_path: Path
+) -> None:
     """Descriptions are neither needed nor understood."""
     bare = save_library(tmp_path / "bare", library.stack(), library.spec, {name: {} for name in NAMES})
     onehot = replace(
-        changed(config, steps=300, adapters_per_step=6, log_every=100),
+        changed(config, max_steps=300, adapters_per_batch=6, logging_steps=100),
         encoder=EncoderConfig(kind="onehot"),
         hypernet=replace(config.hypernet, width=32, head_size=48),
-        data=ReconDataConfig(library=str(bare.folder)),
+        data=ReconstructionDataConfig(library=str(bare.folder)),
     )
     t2l = TextToLora.from_pretrained(str(run(onehot, tmp_path / "run")))
     assert (t2l.config.conditioning, t2l.config.encoder.names) == ("task", NAMES)
@@ -497,27 +512,25 @@ def test_one_hot_conditioning_knows_names(config: ReconConfig, library: AdapterL
         t2l.generate(["Do add, 1 times."])
 
 
-def test_held_out_descriptions_are_not_trained_on(config: ReconConfig, library: AdapterLibrary) -> None:
-    from t2l.train.reconstruction import choose_descriptions
-
+def test_held_out_descriptions_are_not_trained_on(config: ReconstructionConfig, library: AdapterLibrary) -> None:
     def lengths(texts: list[str]) -> list[int]:
         return [len(text) for text in texts]
 
-    chosen = choose_descriptions(library, NAMES, config, lengths)
+    chosen = choose_descriptions(library, NAMES, config.data, max_tokens=60, count_tokens=lengths)
     for name, mine, other in zip(NAMES, chosen.trained, chosen.held_out, strict=True):
         assert [chosen.texts[i] for i in mine] == library.index[name]["descriptions"][:4]
         assert chosen.texts[other] == library.index[name]["descriptions"][4]
-    one = replace(config, data=replace(config.data, descriptions=1))
-    assert all(len(mine) == 1 for mine in choose_descriptions(library, NAMES, one, lengths).trained)
+    one = choose_descriptions(library, NAMES, replace(config.data, descriptions=1), max_tokens=60, count_tokens=lengths)
+    assert all(len(mine) == 1 for mine in one.trained)
 
 
 @pytest.mark.parametrize("variant", ["L", "basis"])
-def test_stopped_and_resumed_is_uninterrupted(variant: str, config: ReconConfig, tmp_path: Path) -> None:
+def test_stopped_and_resumed_is_uninterrupted(variant: str, config: ReconstructionConfig, tmp_path: Path) -> None:
     """Bit for bit, dropout and random columns included, also from a state older than the last step."""
     config = replace(
         config,
         hypernet=replace(config.hypernet, variant=variant, dropout=0.1),
-        loss=ReconLossConfig(factors=1.0, delta=0.5, columns=4),
+        loss=ReconstructionLossConfig(factors=1.0, delta=0.5, columns=4),
     )
     whole = run(config, tmp_path / "whole")
     run(config, tmp_path / "parts", max_minutes=0.0)
@@ -535,12 +548,12 @@ def test_stopped_and_resumed_is_uninterrupted(variant: str, config: ReconConfig,
     assert (parts / "hypernet.safetensors").read_bytes() == (whole / "hypernet.safetensors").read_bytes()
     with pytest.raises(TrainingError, match="is finished: 12 of 12"):
         run(config, tmp_path / "parts", resume=True)
-    with pytest.raises(TrainingError, match=r"train\.steps was 12, is 13"):
-        run(changed(config, steps=13), tmp_path / "parts", resume=True)
+    with pytest.raises(TrainingError, match=r"train\.max_steps was 12, is 13"):
+        run(changed(config, max_steps=13), tmp_path / "parts", resume=True)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
-    config: ReconConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ReconstructionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
     calls = 0
@@ -556,7 +569,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
             trainers.append([x.clone() for x in self.parameters])
             return super().step(step, index_n, texts_n)
 
-    monkeypatch.setattr(reconstruction, "factor_loss", spoiled)
+    monkeypatch.setattr(reconstruction_losses, "factor_loss", spoiled)
     monkeypatch.setattr(reconstruction, "Trainer", Watched)
     with pytest.raises(TrainingError, match="between steps 6 and 9 was not finite"):
         run(config, tmp_path / "run")
@@ -568,15 +581,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
 # -------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_libraries_that_may_not_be_trained_on(config: ReconConfig, spec: AdapterSpec, tmp_path: Path) -> None:
+def test_libraries_that_may_not_be_trained_on(config: ReconstructionConfig, spec: AdapterSpec, tmp_path: Path) -> None:
     one = stacked(spec, 1)
     save_library(tmp_path / "judging", one, spec, {"x": {"descriptions": ["y"]}}, purpose="judging")
     with pytest.raises(DataError, match="was trained for judging only"):
-        open_library(ReconDataConfig(library=str(tmp_path / "judging")))
+        open_library(ReconstructionDataConfig(library=str(tmp_path / "judging")))
     name = min(load_splits().test)
     save_library(tmp_path / "test", one, spec, {name: {"descriptions": ["y"]}})
     with pytest.raises(DataError, match="zero-shot test task"):
-        run(replace(config, data=ReconDataConfig(library=str(tmp_path / "test"))), tmp_path / "run")
+        run(replace(config, data=ReconstructionDataConfig(library=str(tmp_path / "test"))), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -589,14 +602,14 @@ def test_libraries_that_may_not_be_trained_on(config: ReconConfig, spec: Adapter
     ],
 )
 def test_adapters_without_a_usable_description_are_named(
-    facts: dict[str, Any], message: str, config: ReconConfig, spec: AdapterSpec, tmp_path: Path
+    facts: dict[str, Any], message: str, config: ReconstructionConfig, spec: AdapterSpec, tmp_path: Path
 ) -> None:
     save_library(tmp_path / "bare", stacked(spec, 1), spec, {"x": facts})
     with pytest.raises(DataError, match=message):
-        run(replace(config, data=ReconDataConfig(library=str(tmp_path / "bare"))), tmp_path / "run")
+        run(replace(config, data=ReconstructionDataConfig(library=str(tmp_path / "bare"))), tmp_path / "run")
 
 
-def test_settings_that_do_not_go_together(config: ReconConfig) -> None:
+def test_settings_that_do_not_go_together(config: ReconstructionConfig) -> None:
     for change, message in (
         ({"variant": "none"}, "reads no description"),
         ({"normalize_inputs": True}, "hypernet.normalize_inputs has no place"),
@@ -604,24 +617,24 @@ def test_settings_that_do_not_go_together(config: ReconConfig) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             replace(config, hypernet=replace(config.hypernet, **change))
-    with pytest.raises(ConfigError, match="one must be positive"):
-        ReconLossConfig(factors=0.0)
-    with pytest.raises(ConfigError, match="must not be negative"):
-        ReconLossConfig(delta=-1.0)
+    with pytest.raises(ConfigError, match="all weights are 0"):
+        ReconstructionLossConfig(factors=0.0)
+    with pytest.raises(ConfigError, match=r"loss\.delta must be at least 0"):
+        ReconstructionLossConfig(delta=-1.0)
 
 
 @pytest.mark.slow
-def test_compiled_is_the_same(config: ReconConfig, tmp_path: Path) -> None:
+def test_compiled_is_the_same(config: ReconstructionConfig, tmp_path: Path) -> None:
     """One graph for all steps, for every loss at once that draws nothing at random."""
     config = replace(
         config,
         hypernet=replace(config.hypernet, variant="S"),
-        loss=ReconLossConfig(factors=1.0, angular=1.0, spectral=0.1),
+        loss=ReconstructionLossConfig(factors=1.0, angular=1.0, spectral=0.1),
     )
     plain = run(config, tmp_path / "plain")
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = run(changed(config, compile=True), tmp_path / "compiled")
+        compiled = run(changed(config, torch_compile=True), tmp_path / "compiled")
     one, other = (
         TextToLora.from_pretrained(str(folder)).generate(["Do add, 1 times."])[0].lora for folder in (plain, compiled)
     )

@@ -27,8 +27,8 @@ from t2l.train.batches import Batch
 from t2l.train.config import SftConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.monitor import require_finite, require_learning
+from t2l.train.resume import read_progress
 from t2l.train.sft import Trainer, train
-from t2l.train.state import read_progress
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from t2l.library import AdapterLibrary
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, load_splits
 from t2l.train import task_loras
+from t2l.train.loop import schedule
 from t2l.train.packing import Stream
-from t2l.train.running import schedule
 from t2l.train.task_loras import (
     BROKEN,
     OracleConfig,

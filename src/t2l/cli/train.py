@@ -1,4 +1,4 @@
-"""`t2l train sft`, `t2l train oracle` and `t2l train recon`."""
+"""`t2l train sft`, `t2l train oracle` and `t2l train reconstruction`."""
 
 import sys
 import time
@@ -110,8 +110,8 @@ def train_oracle(
     _finish("library", library.folder, started, as_json=as_json, adapters=len(library.names))
 
 
-@train_app.command("recon")
-def train_recon(
+@train_app.command("reconstruction")
+def train_reconstruction_command(
     config: ConfigOption,
     run_folder: RunOption,
     overrides: SetOption = None,
@@ -125,10 +125,10 @@ def train_recon(
 
     started = time.perf_counter()
     plain = _read(config, overrides, run_folder, resume=resume)
-    from t2l.train.reconstruction import ReconConfig, train_reconstruction
+    from t2l.train.reconstruction import ReconstructionConfig, train_reconstruction
 
     folder = train_reconstruction(
-        build(ReconConfig, plain, where=str(config)),
+        build(ReconstructionConfig, plain, where=str(config)),
         run_folder,
         resume=resume,
         max_minutes=max_minutes,

@@ -13,7 +13,7 @@ from t2l.hypernet import Hypernet
 from t2l.io import new_folder, sha256
 from t2l.spec import AdapterSpec
 from t2l.train.config import SftConfig
-from t2l.train.state import differences
+from t2l.train.resume import differences
 
 
 def initialize(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec) -> dict[str, str]:

@@ -35,16 +35,15 @@ from t2l.train.dataset import short_random_text
 from t2l.train.loss import answer_losses
 from t2l.train.packing import TaskDocuments, document_scores, fixed_rows, pack, tokenize_examples
 from t2l.train.reconstruction import (
-    Descriptions,
-    ReconConfig,
+    ReconstructionConfig,
     basis_of_library,
-    choose_descriptions,
-    compare,
-    principal_directions,
+    read_descriptions,
     saved_config,
     train_reconstruction,
 )
-from t2l.train.state import read_progress
+from t2l.train.reconstruction_data import Descriptions
+from t2l.train.reconstruction_losses import compare, principal_directions
+from t2l.train.resume import read_progress
 
 Kind = Literal["trained", "held-out", "random", "other"]
 KINDS: tuple[Kind, ...] = ("trained", "held-out", "random", "other")
@@ -313,9 +312,9 @@ def judge_network(
     if training.get("library_sha256") != library.checksum or not isinstance(names, list):
         raise DataError(f"{folder} was not trained to reconstruct {library.folder}; its training names another library")
     wanted = library.stack(names)
-    config = build(ReconConfig, training["settings"], where=f"settings of {folder}")
+    config = build(ReconstructionConfig, training["settings"], where=f"settings of {folder}")
 
-    known = choose_descriptions(library, names, config, t2l.encoder.count_tokens)
+    known = read_descriptions(config, library, names, t2l.encoder)
     if config.conditioning == "task":
         kinds = [kind for kind in kinds if kind in ("trained", "other")]
 
@@ -594,8 +593,8 @@ def read_scores(path: Path) -> list[Scores]:
 
 
 def fitting_head(
-    config: ReconConfig, spec: AdapterSpec, number: int, embedding_size: int, *, share: float
-) -> ReconConfig:
+    config: ReconstructionConfig, spec: AdapterSpec, number: int, embedding_size: int, *, share: float
+) -> ReconstructionConfig:
     """The settings with the largest head whose network stays under a share of the adapters' own parameters.
 
     Args:
@@ -639,7 +638,7 @@ def subset(library: AdapterLibrary, number: int) -> tuple[str, ...]:
 def compress(
     library: AdapterLibrary,
     out: Path,
-    points: Mapping[str, ReconConfig],
+    points: Mapping[str, ReconstructionConfig],
     *,
     tasks: Sequence[Task] = (),
     base: tuple[Any, Any] | None = None,
@@ -679,16 +678,17 @@ def compress(
     for label, config in points.items():
         run = runs / label
         done = read_progress(run).step if (run / "state.safetensors").exists() else 0
-        if done >= config.train.steps and (run / "checkpoint").exists():
+        if done >= config.train.max_steps and (run / "checkpoint").exists():
             continue
         left = None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - started) / 60)
         log(f"network “{label}”: {len(config.data.adapters) or len(library.names)} adapters")
         resume = (run / "config.json").exists()
         train_reconstruction(config, run, resume=resume, max_minutes=left, device=device, log=log)
         done = read_progress(run).step
-        if done < config.train.steps:
+        if done < config.train.max_steps:
             raise TrainingError(
-                f"Time ran out at step {done} of {config.train.steps} of network “{label}”; the same command goes on"
+                f"Time ran out at step {done} of {config.train.max_steps} of network “{label}”; "
+                "the same command goes on"
             )
     scored = None
     if tasks:

@@ -17,6 +17,7 @@ from t2l.config import (
     check_ranges,
 )
 from t2l.errors import ConfigError
+from t2l.train.metrics import ReportTo
 
 KINDS_OF_DESCRIPTIONS = ("own", "definitions", "paraphrases", "random")
 
@@ -130,7 +131,7 @@ class TrainConfig:
     eval_batches: Count = 2
     """Batches of each evaluation set that an evaluation looks at."""
     save_steps: Count = 2000
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
+    report_to: ReportTo = "tensorboard"
     """Where numbers are shown beside `metrics.jsonl`, which is always written."""
 
     def __post_init__(self) -> None:
@@ -171,7 +172,7 @@ class SftConfig:
             self._check_unconditional()
         if self.hypernet.freeze_a or self.hypernet.variant == "basis":
             what = "freeze_a" if self.hypernet.freeze_a else "variant 'basis'"
-            raise ConfigError(f"hypernet.{what} is for `t2l train recon`; leave it out here")
+            raise ConfigError(f"hypernet.{what} is for `t2l train reconstruction`; leave it out here")
         train = self.train
         if train.margin_loss_weight and train.description_in_prompt_prob == 1:
             raise ConfigError(

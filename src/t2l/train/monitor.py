@@ -12,7 +12,7 @@ from t2l.errors import TrainingError
 from t2l.train.batches import Batch
 from t2l.train.config import SftConfig
 from t2l.train.dataset import RunData
-from t2l.train.watch import memory_gb
+from t2l.train.metrics import memory_gb
 
 
 class StepMonitor:

@@ -4,7 +4,7 @@
 
 After section 3.3 of Text-to-LoRA (arXiv 2506.06105). This file holds the step, the evaluation and the run: set up, fit,
 evaluate, save. The settings stand in `config`, the data in `dataset` and `batches`, the loss in `loss`, the state a run
-goes on from in `state`. The same loop trains the baselines: a multi-task LoRA (`hypernet.variant: none`), adapters
+goes on from in `resume`. The same loop trains the baselines: a multi-task LoRA (`hypernet.variant: none`), adapters
 written from inputs or task names (`conditioning`), the base's own weights (`method: full`).
 """
 
@@ -34,12 +34,13 @@ from t2l.train.checkpoints import card, initialize, portable, save_model
 from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.embeddings import EmbeddingCache
+from t2l.train.loop import StopRequest, schedule
 from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, checkpoint_layers, neftune_noise, require_packable
+from t2l.train.metrics import MetricLogger
 from t2l.train.monitor import StepMonitor
 from t2l.train.packing import PackedRows
-from t2l.train.running import schedule, versions
-from t2l.train.state import Progress, begin_run, first_step, load_state, put_back, save_state, weights
-from t2l.train.watch import Watch
+from t2l.train.resume import Progress, begin_run, first_step, load_state, restore_weights, save_state, weights
+from t2l.versions import versions
 
 COMMITMENT = 0.25
 """Weight of a VQ codebook's commitment loss (arXiv 1711.00937)."""
@@ -234,10 +235,10 @@ def _keep_best(trainer: Trainer, progress: Progress, report: dict[str, float]) -
     found = [value for key, value in report.items() if key.startswith(suite) and key.endswith(f"/{metric}")]
     value = sum(found) / len(found) * (1 if metric == "margin" else -1)
     if progress.best and not value > progress.best_value:
-        progress.worse += 1
-        progress.stopped = progress.worse >= train.early_stopping_patience
+        progress.patience_count += 1
+        progress.stopped = progress.patience_count >= train.early_stopping_patience
         return
-    progress.best_step, progress.best_value, progress.worse = progress.step, value, 0
+    progress.best_step, progress.best_value, progress.patience_count = progress.step, value, 0
     progress.best = {name: x.detach().to("cpu", copy=True) for name, x in weights(trainer.trained).items()}
 
 
@@ -283,18 +284,20 @@ def train(
     elif begin:
         progress = load_state(run, session.trained, session.optimizer)
         log(f"resumed at step {begin} of {config.train.max_steps}")
-    report_to = config.train.report_to
-    watch = Watch(
+    logger = MetricLogger(
         run,
         to_plain(config),
         steps=config.train.max_steps,
         first_step=begin,
-        tensorboard=report_to == "tensorboard",
-        tracker="none" if report_to == "tensorboard" else report_to,
+        report_to=config.train.report_to,
         bar=bar,
         log=log,
     )
-    fit(session, run, progress, watch, started, max_minutes)
+    with logger, StopRequest(max_minutes, started=started) as stop:
+        fit(session, run, progress, logger, stop)
+    if stop.interrupted:
+        log(f"interrupted: the state after step {progress.step} is saved; go on with --resume")
+    stop.raise_if_interrupted()
     return save(session, run, progress, log)
 
 
@@ -366,41 +369,38 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
     return Session(config, device, tokenizer, base, encoder, data, cache, spec, hypernet, origin, optimizer)
 
 
-def fit(
-    session: Session, run: Path, progress: Progress, watch: Watch, started: float, max_minutes: float | None
-) -> None:
+def fit(session: Session, run: Path, progress: Progress, logger: MetricLogger, stop: StopRequest) -> None:
     """Trains on from where `progress` stands, and evaluates, logs and saves on the way."""
     train, data, device = session.config.train, session.data, session.device
     if progress.stopped:
         return
     hypernet, first = session.hypernet, progress.step
     layers = compiled(session.base, session.spec) if train.torch_compile else nullcontext()
-    with hooked(session.base, session.spec) as slots, watch, layers:
+    with hooked(session.base, session.spec) as slots, layers:
         losses = answer_losses(session.base, slots, keep=train.gradient_checkpointing, fuse=train.torch_compile)
         write = torch.compile(hypernet, dynamic=False) if train.torch_compile and hypernet is not None else hypernet
         trainer = Trainer(
             session.config, session.base, hypernet, write, losses, session.cache, session.optimizer, device
         )
         vocabulary = session.base.config.get_text_config().vocab_size
-        monitor = StepMonitor(session.config, data, device, vocabulary=vocabulary, started=started)
+        monitor = StepMonitor(session.config, data, device, vocabulary=vocabulary, started=stop.started)
         steps, workers = range(first, train.max_steps), train.dataloader_num_workers
         for step, batch in enumerate(data.train.loader(steps, workers=workers, pin=device.type == "cuda"), start=first):
             monitor.add(batch, *trainer.step(batch.to(device), step))
             progress.step = step + 1
-            watch.step(progress.step)
-            out_of_time = max_minutes is not None and time.monotonic() - started > 60 * max_minutes
-            last = out_of_time or progress.step == train.max_steps
+            logger.step(progress.step)
+            last = bool(stop) or progress.step == train.max_steps
             planned = progress.step % train.eval_steps == 0 or progress.step == train.max_steps
             if progress.step % train.logging_steps == 0 or last:
-                watch.record(monitor.close(progress.step))
+                logger.record(monitor.close(progress.step))
                 monitor.require_learning(progress.step)
             saving = progress.step % train.save_steps == 0 or last
             if planned or saving:
                 monitor.settle(progress.step)
             with monitor.paused():
-                if planned or last:
+                if planned or (last and not stop.interrupted):
                     report = evaluate(trainer, data)
-                    watch.record({"step": progress.step, **report})
+                    logger.record({"step": progress.step, **report})
                     # One that only a time budget brought about must not count, or the resumed run were another.
                     if train.early_stopping != "off" and planned:
                         _keep_best(trainer, progress, report)
@@ -414,7 +414,7 @@ def save(session: Session, run: Path, progress: Progress, log: Callable[[str], N
     """Writes the weights that the run keeps as a checkpoint, or as a model folder; returns that folder."""
     config = session.config
     if progress.best:
-        put_back(session.trained, progress.best, run)
+        restore_weights(session.trained, progress.best, run)
     provenance = {
         "seed": config.seed,
         "steps": progress.best_step if progress.best else progress.step,

@@ -34,11 +34,12 @@ from t2l.library import AdapterLibrary, Purpose, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet, require_trainable
+from t2l.train.loop import schedule
 from t2l.train.loss import AnswerLosses, LossFunction, answer_losses
+from t2l.train.metrics import MetricLogger, memory_gb
 from t2l.train.packing import PackedRows, Stream, TaskDocuments, document_scores, fixed_rows, pack, tokenize_examples
-from t2l.train.running import schedule, versions
-from t2l.train.state import STATE, begin_run, check_run, read_facts, write_state
-from t2l.train.watch import Watch, memory_gb
+from t2l.train.resume import STATE, begin_run, check_run, read_facts, write_state
+from t2l.versions import versions
 
 BROKEN = "a gradient that was not finite"
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -447,7 +448,7 @@ class OracleTrainer:
         self.looks: tuple[list[str | None], list[PackedRows]] = ([], [])
         """The slots' tasks, and their validation rows on the device."""
 
-    def train(self, watch: Watch, *, started: float, max_minutes: float | None) -> bool:
+    def train(self, watch: MetricLogger, *, started: float, max_minutes: float | None) -> bool:
         """Trains until all tasks are done or time is up; returns whether all are done."""
         train = self.config.train
         saved = time.monotonic()
@@ -795,13 +796,12 @@ def train_oracles(
         trainer.load(read_facts(run))
         log(f"resumed: {len(trainer.finished)} of {len(data)} done")
     log(f"ready after {time.monotonic() - started:.0f} s: {trainer.slots.number} adapters at once")
-    watch = Watch(
+    watch = MetricLogger(
         run,
         plain,
         steps=0,
         first_step=trainer.steps,
-        tensorboard=config.train.tensorboard,
-        tracker=config.train.tracker,
+        report_to="tensorboard" if config.train.tensorboard else config.train.tracker,
         bar=False,
         log=log,
     )

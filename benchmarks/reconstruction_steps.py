@@ -1,6 +1,6 @@
 """Reconstruction steps per second: targets resident on the device against loading them from disk at every step.
 
-    python benchmarks/recon_steps.py --adapters 364 --steps 400
+    python benchmarks/reconstruction_steps.py --adapters 364 --steps 400
 
 Random adapters of SmolLM2-135M's shape; the network and its optimiser are the same in both ways. Loading reads the
 step's adapters from their PEFT files, already in the page cache, and z-scores them. Prints JSON. `--tiny` runs on a
@@ -28,16 +28,14 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.reconstruction import (
-    Descriptions,
-    ReconConfig,
-    ReconDataConfig,
-    ReconTrainConfig,
-    Targets,
+    ReconstructionConfig,
+    ReconstructionDataConfig,
+    ReconstructionTrainConfig,
     Trainer,
-    factor_loss,
-    make_targets,
     new_hypernet,
 )
+from t2l.train.reconstruction_data import names_as_texts
+from t2l.train.reconstruction_losses import Targets, factor_loss, make_targets
 
 
 class RandomEncoder:
@@ -134,20 +132,27 @@ def measure(
         names = library.names
         targets: Targets = make_targets(library.stack(), names, canonical=False, device=device)
         encoder = RandomEncoder(device)
-        config = ReconConfig(
+        config = ReconstructionConfig(
             encoder=EncoderConfig(kind="sentence", model="random"),
             hypernet=hypernet,
-            data=ReconDataConfig(library="random"),
-            train=ReconTrainConfig(steps=1_000_000, adapters_per_step=per_step, compile=compiled),
+            data=ReconstructionDataConfig(library="random"),
+            train=ReconstructionTrainConfig(max_steps=1_000_000, adapters_per_batch=per_step, torch_compile=compiled),
         )
-        texts = Descriptions(list(names), [(i,) for i in range(adapters)], list(range(adapters)), 0)
+        texts = names_as_texts(names)
         bank = EmbeddingCache(encoder, texts.texts)
         network = new_hypernet(hypernet, spec, encoder, targets).to(device).train()
-        trainer = Trainer(config, network, targets, bank, texts, device)
+        trainer = Trainer(config, library, encoder, network, targets, bank, texts, device)
         resident = steps_per_second(trainer, trainer, steps, 10)
         peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
         plain = Trainer(
-            replace(config, train=replace(config.train, compile=False)), network, targets, bank, texts, device
+            replace(config, train=replace(config.train, torch_compile=False)),
+            library,
+            encoder,
+            network,
+            targets,
+            bank,
+            texts,
+            device,
         )
         loading = steps_per_second(FromDisk(plain, folders, spec), plain, max(3, steps // 20), 2)
     return {

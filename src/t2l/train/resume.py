@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l.errors import CheckpointError, OutputError, TrainingError
-from t2l.io import read_json, read_tensors, write_text
+from t2l.io import read_json, read_tensors
 
 STATE = "state.safetensors"
 
@@ -24,13 +24,13 @@ class Progress:
     """How far a run is."""
 
     step: int = 0
-    """Steps done."""
+    """How many steps are done."""
     best_step: int = 0
-    """Step after which the best weights were seen; 0 if none are kept."""
+    """The step after which the best weights were seen; 0 if none are kept."""
     best_value: float = 0.0
-    """What they were chosen by, the higher the better."""
-    worse: int = 0
-    """Evaluations since then."""
+    """The value that the best weights were chosen by; higher is better."""
+    patience_count: int = 0
+    """How many evaluations there were since the best weights were seen."""
     stopped: bool = False
     """Whether early stopping has ended the run."""
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -44,8 +44,8 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: saved[name] for name in own}
 
 
-def put_back(module: nn.Module, values: dict[str, Tensor], where: Path) -> None:
-    """Copies `weights` of the same module into it.
+def restore_weights(module: nn.Module, values: dict[str, Tensor], where: Path) -> None:
+    """Copies values that `weights` gave for the same module back into it.
 
     Raises:
         CheckpointError: if names or shapes differ.
@@ -73,7 +73,7 @@ def check_run(run: Path, settings: dict[str, Any], *, resume: bool) -> bool:
     """
     if not resume:
         if run.exists() and any(run.iterdir()):
-            raise TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
+            raise _occupied(run)
         return False
     if not (run / "config.json").exists():
         raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
@@ -82,15 +82,32 @@ def check_run(run: Path, settings: dict[str, Any], *, resume: bool) -> bool:
         raise TrainingError(
             f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
         )
-    for leftover in run.glob(f".{STATE}.*"):
-        leftover.unlink(missing_ok=True)
+    for leftover in (*run.glob(f".{STATE}.*"), *run.rglob(".tmp*")):  # of a process that was killed while it wrote
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
     return (run / STATE).exists()  # not if it was killed before it saved anything
 
 
+def _occupied(run: Path) -> TrainingError:
+    return TrainingError(f"{run} is not empty; choose another folder, or go on with --resume")
+
+
 def begin_run(run: Path, settings: dict[str, Any]) -> None:
-    """Makes a new run's folder and writes its settings down."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / "config.json", json.dumps(settings, indent=2) + "\n")
+    """Claims a new run's folder by writing its settings down, which only one of several processes can do.
+
+    Raises:
+        TrainingError: if another run has begun in it since `check_run`.
+        OutputError: if the folder cannot be written.
+    """
+    path = run / "config.json"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:  # "x" fails where the file exists: the claim is atomic
+            file.write(json.dumps(settings, indent=2) + "\n")
+    except FileExistsError as error:
+        raise _occupied(run) from error
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}") from error
 
 
 def write_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -99,6 +116,7 @@ def write_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     Raises:
         OutputError: if it cannot be written; the state before it stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = run / f".{STATE}.{os.getpid()}"
@@ -106,8 +124,8 @@ def write_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     try:
         save_file(plain, temporary, metadata={"facts": json.dumps(dict(facts))})
         os.replace(temporary, run / STATE)
-    except OSError as error:
-        raise OutputError(f"Cannot write {run / STATE}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise OutputError(f"Cannot write {run / STATE}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -148,7 +166,7 @@ def differences(
     before: dict[str, Any], now: dict[str, Any], where: str = "", *, words: tuple[str, str] = ("was", "is")
 ) -> list[str]:
     """Each setting that differs between two nested mappings, with both values."""
-    found = []
+    found: list[str] = []
     for key in before.keys() | now.keys():
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -189,7 +207,7 @@ def load_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
     for name, value in read_tensors(run / STATE).items():
         group, _, rest = name.partition("/")
         groups[group][rest] = value
-    put_back(module, groups["weight"], run / STATE)
+    restore_weights(module, groups["weight"], run / STATE)
     progress.best = groups["best"]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in groups["optimizer"].items():

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: metrics.jsonl, TensorBoard, a tracker by name, a progress bar on a terminal.
+"""What a run shows while it runs: metrics.jsonl, TensorBoard or a tracker, a progress bar on a terminal.
 
 Knows rows of numbers. Knows no models; trackers are imported only where the settings name one.
 """
@@ -14,22 +14,23 @@ from typing import Any, Literal
 
 import torch
 
-from t2l.errors import ConfigError
+from t2l.errors import ConfigError, OutputError
 from t2l.io import write_text
 
 METRICS = "metrics.jsonl"
+ReportTo = Literal["none", "tensorboard", "wandb", "trackio"]
+"""Where a run's numbers also go; metrics.jsonl always has them."""
 
 
-class Watch(AbstractContextManager["Watch"]):
-    """Takes rows of numbers and passes them on.
+class MetricLogger(AbstractContextManager["MetricLogger"]):
+    """Takes a run's rows of numbers and passes them on.
 
     Args:
         run: The run's folder; `metrics.jsonl` and `tensorboard/` go there.
         settings: The run's settings, for the tracker.
         steps: Steps of the whole run.
         first_step: Steps done before; later rows of an interrupted run are dropped, for they come again.
-        tensorboard: Whether to write event files, if TensorBoard is installed.
-        tracker: Name of the tracker to report to.
+        report_to: TensorBoard (event files, if it is installed), or the tracker to report to as well.
         bar: Whether to draw a progress bar on standard error in place of a line for each row of numbers.
         log: Where lines go.
 
@@ -44,22 +45,21 @@ class Watch(AbstractContextManager["Watch"]):
         *,
         steps: int,
         first_step: int,
-        tensorboard: bool,
-        tracker: Literal["none", "wandb", "trackio"],
+        report_to: ReportTo,
         bar: bool,
         log: Callable[[str], None],
     ) -> None:
         self.path, self.log = run / METRICS, log
         kept = [row for row in read_metrics(run) if row["step"] <= first_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.tracker = _tracker(tracker)
+        self.tracker = _tracker(report_to) if report_to in ("wandb", "trackio") else None
         if self.tracker is not None:
             self.tracker.init(project="t2l", name=run.name, config=settings)
-        self.events = _tensorboard(run / "tensorboard", first_step, log) if tensorboard else None
+        self.events = _tensorboard(run / "tensorboard", first_step, log) if report_to == "tensorboard" else None
         self.facts: dict[str, Any] = {}
         self.bar = _bar(steps, first_step) if bar else None
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "MetricLogger":
         if self.bar is not None:
             self.bar.start()
             self.log = self.bar.console.print
@@ -77,8 +77,11 @@ class Watch(AbstractContextManager["Watch"]):
 
     def record(self, row: dict[str, Any]) -> None:
         """One row of numbers, its `step` among them."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OutputError(f"Cannot write {self.path}: {error.strerror or error}") from error
         numbers = {key: value for key, value in row.items() if key != "step"}
         if self.events is not None:
             for key, value in numbers.items():
@@ -148,9 +151,7 @@ def _tensorboard(folder: Path, first_step: int, log: Callable[[str], None]) -> A
     return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
 
-def _tracker(name: Literal["none", "wandb", "trackio"]) -> Any:
-    if name == "none":
-        return None
+def _tracker(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,0 +1,75 @@
+"""What the loops of all three trainers share: the learning rate's schedule and the reasons to stop before the end.
+
+Knows steps and clocks. Knows no models and no files.
+"""
+
+import math
+import signal
+import threading
+import time
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+def schedule(step: int, max_steps: int, warmup_ratio: float) -> float:
+    """Returns the share of the peak learning rate at a step: a linear rise, then a linear fall to zero.
+
+    Args:
+        step: Number of the step, from 0.
+        max_steps: Steps of the whole run.
+        warmup_ratio: Share of them over which the learning rate rises.
+    """
+    rising = max(1, round(warmup_ratio * max_steps))
+    if step < rising:
+        return (step + 1) / rising
+    return max(0.0, (max_steps - step) / max(1, max_steps - rising))
+
+
+class StopRequest(AbstractContextManager["StopRequest"]):
+    """Says when a run has to save its state and stop: when its time is up, or when somebody pressed Ctrl-C.
+
+    While it is entered, the first Ctrl-C only asks: the loop ends its step, saves, and calls `raise_if_interrupted`. A
+    second one raises KeyboardInterrupt at once. In a thread other than the main one, where Python allows no signal
+    handlers, only the time counts.
+
+    Args:
+        max_minutes: Wall time after which to stop; None for no limit.
+        started: `time.monotonic()` when the run began, if that was before this call.
+    """
+
+    def __init__(self, max_minutes: float | None = None, *, started: float | None = None) -> None:
+        self.started = time.monotonic() if started is None else started
+        self.max_minutes = math.inf if max_minutes is None else max_minutes
+        self.interrupted = False
+        self._before: Any = None
+
+    @property
+    def minutes(self) -> float:
+        """Minutes since the run began."""
+        return (time.monotonic() - self.started) / 60
+
+    def __bool__(self) -> bool:
+        """Whether the run has to stop now."""
+        return self.interrupted or self.minutes > self.max_minutes
+
+    def raise_if_interrupted(self) -> None:
+        """Raises KeyboardInterrupt if that is why the run stopped; called once its state is saved."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
