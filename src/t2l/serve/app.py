@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,6 +30,7 @@ from t2l.serve.metrics import Metrics
 from t2l.serve.openai import EventStream, Json, Kind, Reply, Run, error_body, error_object, status_of
 from t2l.serve.schema import AdapterRequest, ChatRequest, CompletionRequest
 from t2l.serve.service import Service
+from t2l.serve.snippets import snippets
 from t2l.serve.store import Entry
 
 STATIC = Path(__file__).parent / "static"
@@ -45,7 +47,7 @@ def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics
         guard: Who may ask; this machine's own programs and pages, if absent.
         metrics: What counts; the engine should tell it of answers that end.
     """
-    metrics = metrics or Metrics()
+    metrics, guard = metrics or Metrics(), guard or Guard()
     metrics.watch(service.engine, service.store)
 
     @asynccontextmanager
@@ -55,10 +57,10 @@ def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics
         service.store.close()
 
     app = FastAPI(title="t2l", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(GuardMiddleware, guard=guard or Guard(), on_request=metrics.request)
+    app.add_middleware(GuardMiddleware, guard=guard, on_request=metrics.request)
     _handle_errors(app)
     _serve_completions(app, service)
-    _serve_adapters(app, service)
+    _serve_adapters(app, service, token=guard.token is not None)
     _serve_files(app)
 
     @app.get("/healthz")
@@ -143,7 +145,7 @@ async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
 # ---------------------------------------------------------------------------------------------------------- adapters
 
 
-def _serve_adapters(app: FastAPI, service: Service) -> None:
+def _serve_adapters(app: FastAPI, service: Service, *, token: bool) -> None:
     @app.post("/v1/adapters")
     async def create(body: AdapterRequest) -> Json:
         entry, new = await service.create(body.description)
@@ -158,6 +160,19 @@ def _serve_adapters(app: FastAPI, service: Service) -> None:
     @app.get("/v1/adapters/{name}")
     async def about(name: str) -> Json:
         return Json(_about(service, await asyncio.to_thread(service.store.entry, name), norms=True))
+
+    @app.get("/v1/adapters/{name}/snippets")
+    async def programs(name: str, request: Request, text: Annotated[str, Query(max_length=20_000)]) -> Json:
+        entry = await asyncio.to_thread(service.store.entry, name)
+        found = snippets(
+            entry,
+            url=str(request.base_url).rstrip("/"),
+            text=text,
+            in_prompt=service.generator.prompt.description_in_prompt,
+            base_model=service.base_model,
+            token=token,
+        )
+        return Json({"object": "list", "data": [asdict(snippet) for snippet in found]})
 
     @app.delete("/v1/adapters/{name}")
     async def delete(name: str) -> Json:
