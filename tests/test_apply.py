@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_base, make_config, random_lora
+from conftest import SMALL, make_base, make_config, random_lora
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from t2l.apply import apply_adapters, compiled, hooked
 from t2l.config import LoraConfig
@@ -251,3 +251,31 @@ def test_compiled_layers_share_one_graph(grad: bool, monkeypatch: pytest.MonkeyP
 
     assert graphs(3) == graphs(5) > 0
     assert graphs(5, layers=(2, 4)) > 0, "layers without an adapter must not run the graph of those with one"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "target"),
+    [
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "fc1"),
+        (
+            "qwen2_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            | {"shared_expert_intermediate_size": 16},
+            "shared_expert.down_proj",
+        ),
+    ],
+)
+def test_modules_that_get_all_tokens_in_one_row_are_named(kind: str, sizes: dict[str, int], target: str) -> None:
+    """One adapter acts there as anywhere; one for each sequence cannot, and the message does not ask for it."""
+    config = AutoConfig.for_model(kind, **(SMALL | {"max_position_embeddings": 64} | sizes))
+    base = AutoModelForCausalLM.from_config(config).eval()
+    adapters = [make_adapter(config, seed, target_modules=(target,)) for seed in (1, 2)]
+    tokens = torch.tensor([[0, 17, 93, 240, 5], [0, 8, 200, 41, 12]])
+    with torch.no_grad():
+        plain = base(tokens).logits
+        with apply_adapters(base, adapters[0]):
+            assert not torch.equal(base(tokens).logits, plain)
+        message = rf"{target} gets the tokens of all sequences in one row"
+        with pytest.raises(AdapterNotAppliedError, match=message), apply_adapters(base, adapters):
+            base(tokens)
+        assert torch.equal(base(tokens).logits, plain)

@@ -5,7 +5,7 @@ Knows modules and tensors. Knows no tasks and no training.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -76,11 +76,12 @@ def hooked(model: nn.Module, spec: AdapterSpec) -> Iterator[AdapterHooks]:
         depth += 1
     attribute = f"_t2l_lora_{depth}"
     slots = AdapterHooks(modules, attribute)
+    paths = {id(module): spec.targets[m].path.format(layer=spec.layers[n]) for m, n, module in modules}
     handles = []
     try:
         slots.lora = None
         for _, _, module in modules:
-            handles.append(module.register_forward_hook(_hook(attribute)))
+            handles.append(module.register_forward_hook(_hook(attribute, paths)))
         yield slots
     finally:
         for handle in handles:
@@ -186,8 +187,13 @@ def target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, 
     return modules
 
 
-def _hook(attribute: str) -> Any:
-    """The hook of all modules at one depth of nesting."""
+def _hook(attribute: str, paths: Mapping[int, str]) -> Any:
+    """The hook of all modules at one depth of nesting.
+
+    Args:
+        attribute: Where a module carries its A and B.
+        paths: The modules' names by `id`, for errors.
+    """
 
     def add_lora(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         lora = getattr(module, attribute)
@@ -197,7 +203,13 @@ def _hook(attribute: str) -> Any:
         a, b = (part.to(x.dtype) for part in lora)
         if a.dim() == 2:  # one adapter for all
             return output + (x @ a) @ b
-        if x.dim() != 3 or x.shape[0] != a.shape[0]:
+        if x.dim() != 3:
+            raise AdapterNotAppliedError(
+                f"{paths[id(module)]} gets the tokens of all sequences in one row, {tuple(x.shape)}, so it cannot give "
+                f"each sequence its own of {a.shape[0]} adapters. Apply one adapter at a time to this model, or use "
+                "adapters without this target"
+            )
+        if x.shape[0] != a.shape[0]:
             raise AdapterNotAppliedError(
                 f"{a.shape[0]} adapters for a batch of {x.shape[0]} sequences: give one adapter, one per sequence, or "
                 "`rows` that says which sequence uses which"
