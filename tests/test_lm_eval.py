@@ -173,6 +173,12 @@ def test_words_are_those_of_peft(
         assert sample["resps"][0][0] == wanted
 
 
+def test_a_model_that_thinks_first_can_be_told_not_to(checkpoint: Path) -> None:
+    lm = T2LLM(checkpoint=str(checkpoint), description=DESCRIPTION, device="cpu", enable_thinking=False)
+    lm.tokenizer.chat_template = "{{ messages[0].content }}{% if not enable_thinking %}<think></think>{% endif %}"
+    assert lm.apply_chat_template([{"role": "user", "content": "text"}]).endswith("text<think></think>")
+
+
 def test_the_model_is_left_as_it_was(checkpoint: Path) -> None:
     lm = T2LLM(checkpoint=str(checkpoint), description=DESCRIPTION, device="cpu")
     assert not any(module._forward_hooks for module in lm.model.modules())

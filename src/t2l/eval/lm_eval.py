@@ -42,6 +42,8 @@ class T2LLM(HFLM):
         batch_size: As the harness has it, `auto` included.
         max_batch_size: Limit of `auto`.
         max_length: Window of the model, if not its own.
+        enable_thinking: What the base's chat template is told. False for models that think first, such as Qwen3: the
+            likelihood of an answer right after the prompt is otherwise that of a model that expected to think.
 
     Raises:
         ConfigError: if it is not clear which adapter is meant, or a value is none of those above.
@@ -61,6 +63,7 @@ class T2LLM(HFLM):
         batch_size: int | str | None = 1,
         max_batch_size: int | None = 64,
         max_length: int | None = None,
+        enable_thinking: bool | None = None,
     ) -> None:
         _check(description, adapter, description_in_prompt, dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,10 +82,10 @@ class T2LLM(HFLM):
             in_prompt = bool(description_in_prompt)
             self._facts["adapter"] = adapter
         else:
-            t2l = _load(checkpoint, reference, (model, tokenizer), device)
-            prompt = t2l.prompt.with_description(description_in_prompt)
+            generator = _load(checkpoint, reference, (model, tokenizer), device)
+            prompt = generator.prompt.with_description(description_in_prompt)
             in_prompt = prompt.description_in_prompt
-            (self._adapter,) = t2l.generate([str(description)])
+            (self._adapter,) = generator.generate([str(description)])
             self._facts |= {"adapter": adapter_name(self._adapter), **self._adapter.provenance}
         self._before = f"{check_description(str(description))}\n\n" if in_prompt else ""
         self._templated = False
@@ -94,6 +97,7 @@ class T2LLM(HFLM):
             batch_size=batch_size,
             max_batch_size=max_batch_size,
             max_length=max_length,
+            enable_thinking=enable_thinking,
         )
         with self._adapted():
             change = float((_some_logits(model, tokenizer) - plain).abs().max())
