@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from t2l.errors import SandboxError
-from t2l.eval import sandbox
+from t2l.eval import _jail, sandbox
 from t2l.eval.code import extract_code, humaneval_program, mbpp_program
 
 REFUSED = sandbox.available()
@@ -314,16 +314,70 @@ def test_no_network() -> None:
         except OSError as error: print(error)
         try: socket.socket(socket.AF_UNIX).connect({name!r})
         except OSError as error: print(error)
-        print([name for _, name in socket.if_nameindex()])
         """
         outcome = run(code)
         assert outcome.output.splitlines() == [
-            "[Errno 101] Network is unreachable",
+            "[Errno 97] Address family not supported by protocol",
             "[Errno 111] Connection refused",
-            "['lo']",
         ]
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+@isolated
+def test_sockets_reach_nothing_but_the_program_itself() -> None:
+    """AF_VSOCK reaches the machine's host, AF_ALG the kernel's keys, AF_NETLINK its settings: all families but one."""
+    code = """
+    import asyncio, socket
+    opened = []
+    for family in range(64):
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
+            try: socket.socket(family, kind).close()
+            except OSError: continue
+            opened.append(socket.AddressFamily(family).name)
+    print(set(opened))
+    async def work(): return await asyncio.sleep(0, "asyncio works")  # its loop wakes itself by a pair of sockets
+    print(asyncio.run(work()))
+    """
+    assert run(code).output.splitlines() == ["{'AF_UNIX'}", "asyncio works"]
+
+
+@isolated
+def test_calls_that_no_namespace_covers_are_refused() -> None:
+    """Each is asked for with arguments that would do nothing, so that only the filter can give this answer."""
+    column = _jail.machine()[1]
+    numbers = {name: calls[column] for name, calls in _jail.DENIED.items()}
+    numbers["another set of numbers"] = 0x4000_0000 + 39
+    code = f"""
+    import ctypes, errno
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name, number in {numbers}.items():
+        ctypes.set_errno(0)
+        if libc.syscall(number, -1, -1, -1, -1, -1, -1) != -1 or ctypes.get_errno() != errno.EPERM:
+            print(name, errno.errorcode.get(ctypes.get_errno()))
+    """
+    assert run(code) == sandbox.Outcome(True, "ran to its end", "")
+
+
+@isolated
+def test_keys_of_the_caller_are_hidden() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    column = _jail.machine()[1]
+    add, keyctl = _jail.DENIED["add_key"][column], _jail.KEYCTL[column]
+    key = libc.syscall(add, b"user", b"t2l-test", b"secret", 6, -3)  # -3 is the session's keyring
+    if key == -1:
+        pytest.skip(f"no keyrings here: {os.strerror(ctypes.get_errno())}")
+    code = f"""
+    import ctypes
+    libc = ctypes.CDLL(None)
+    print(libc.syscall({keyctl}, 10, -3, b"user", b"t2l-test", 0), libc.syscall({keyctl}, 11, {key}, None, 0))
+    print(*(libc.syscall({add}, b"user", b"t2l-left", b"x", 1, keyring) for keyring in (-3, -4)))
+    """
+    try:
+        assert run(code).output == "-1 -1\n-1 -1\n"
+        assert libc.syscall(keyctl, 10, -3, b"user", b"t2l-left", 0) == -1
+    finally:
+        libc.syscall(keyctl, 9, key, -3)
 
 
 @isolated

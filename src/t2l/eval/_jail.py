@@ -11,10 +11,12 @@ the kernel kill everything inside; and the program, which gets a fresh interpret
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -28,8 +30,33 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x1000_0000, 0x2000_0000, 0x4000_000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x4_0000
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, SYS_MOUNT_SETATTR = 1, 2, 442  # one number on every architecture we know of
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 CAPABILITY_VERSION_3 = 0x2008_0522
+
+# linux/audit.h: the machines whose system calls are known here, and their places in the table below.
+MACHINES = {"x86_64": (0xC000_003E, 0), "aarch64": (0xC000_00B7, 1)}
+SOCKET, SOCKETPAIR, KEYCTL = (41, 198), (53, 199), (250, 219)
+DENIED: dict[str, tuple[int, ...]] = {
+    # Keyrings belong to a user, not to a namespace.
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": KEYCTL,
+    # Memory that no limit counts: System V segments and queues, files in memory.
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    # The machine's log, other processes, tracing, and rings that make system calls without being filtered.
+    "syslog": (103, 116), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "kcmp": (312, 272), "pidfd_getfd": (438, 438), "perf_event_open": (298, 241), "bpf": (321, 280),
+    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427), "fanotify_init": (300, 262),
+    # Namespaces, mounts and files by handle, all of which would need a privilege that is gone.
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
+    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "quotactl": (179, 60), "quotactl_fd": (443, 443),
+    # The whole machine: modules, kernels, clocks, swap, accounting.
+    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294), "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89),
+    "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
+}  # fmt: skip
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -81,6 +108,8 @@ def give_up(error: Exception) -> NoReturn:
 def start(wanted: dict[str, Any]) -> int:
     """Enters new namespaces and starts their init; returns its PID, with which everything inside dies."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A session keyring of its own. Where the system forbids the call, it is forbidden inside as well.
+    libc.syscall(KEYCTL[machine()[1]], 1, None)
     as_root = os.geteuid() == 0
     uid, gid = (NOBODY, NOBODY) if as_root else (os.geteuid(), os.getegid())
     if as_root:
@@ -145,6 +174,7 @@ def run_init(wanted: dict[str, Any], uid: int, gid: int, alive: int) -> NoReturn
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    filter_system_calls()
     if os.read(alive, 1) != b".":
         os._exit(1)
     os.close(alive)
@@ -231,6 +261,47 @@ def drop_privileges(uid: int, gid: int) -> None:
         os.setresuid(uid, uid, uid)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     check(libc.capset(header, (ctypes.c_uint32 * 6)()), "dropping capabilities")
+
+
+def machine() -> tuple[int, int]:
+    """The machine's number in linux/audit.h and its column in the tables of system calls."""
+    name = os.uname().machine
+    if name not in MACHINES:
+        raise JailError(f"the system calls of {name} are not known; {' and '.join(MACHINES)} are")
+    return MACHINES[name]
+
+
+def filter_system_calls() -> None:
+    """Refuses what no namespace covers, in this process and all that it starts; see seccomp(2).
+
+    Sockets are of the family AF_UNIX, which cannot leave the sandbox: others, such as AF_VSOCK, know no namespace.
+    """
+    number, column = machine()
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # linux/bpf_common.h
+    allow, kill, refuse = 0x7FFF_0000, 0x8000_0000, 0x0005_0000  # linux/seccomp.h
+    denied = [numbers[column] for numbers in DENIED.values()]
+    sockets = [SOCKET[column], SOCKETPAIR[column]]
+    tests = len(denied) + len(sockets)
+    # A jump counts the instructions that are left out. The ends stand behind the tests: allow, refuse, sockets.
+    program = [
+        (load, 0, 0, 4),  # the machine: a call in another's way has other numbers
+        (equal, 1, 0, number),
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),  # the call
+        (at_least, tests + 1, 0, 0x4000_0000),  # x86_64 has a second set of numbers there
+        *((equal, tests - place, 0, call) for place, call in enumerate(denied)),
+        *((equal, len(sockets) - place + 1, 0, call) for place, call in enumerate(sockets)),
+        (give, 0, 0, allow),
+        (give, 0, 0, refuse | errno.EPERM),
+        (load, 0, 0, 16),  # the lower half of the first argument, a socket's family
+        (equal, 0, 1, 1),
+        (give, 0, 0, allow),
+        (give, 0, 0, refuse | errno.EAFNOSUPPORT),
+    ]
+    packed = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    header = struct.pack("@HP", len(program), ctypes.addressof(packed))
+    done = libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.c_char_p(header), 0, 0)
+    check(done, "filtering system calls")
 
 
 def limit(wanted: dict[str, Any]) -> None:

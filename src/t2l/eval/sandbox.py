@@ -60,9 +60,10 @@ def available() -> str | None:
 def run_python(code: str, *, timeout: float = 10.0, memory_bytes: int = 512 << 20, allow: bool = False) -> Outcome:
     """Runs a program in the sandbox until it ends or a limit ends it; then every process it started is dead.
 
-    It has no network, sees no process but its own, and no file but Python's and the system's shared libraries
-    (read-only). It writes in an empty folder in memory only, which is its working directory. Its environment holds a
-    fixed hash seed, its input is empty. It runs without any privilege, under another user id if the caller is root.
+    It has no network (no socket but AF_UNIX opens) and none of the caller's keyrings, sees no process but its own, and
+    no file but Python's and the system's shared libraries (read-only). It writes in an empty folder in memory only,
+    which is its working directory. Its environment holds a fixed hash seed, its input is empty. It runs without any
+    privilege, under another user id if the caller is root.
 
     Not hidden: the interpreter's path, its version and library, the kernel's version, the number of processors, the
     machine's load and the clock. Memory is limited for each of at most 8 processes, not for all together. The token
@@ -74,6 +75,9 @@ def run_python(code: str, *, timeout: float = 10.0, memory_bytes: int = 512 << 2
         timeout: Seconds on the clock.
         memory_bytes: Address space of each process.
         allow: Whether the user agreed to run code that a model wrote.
+
+    Returns:
+        How it ended, and what it printed.
 
     Raises:
         SandboxError: if `allow` is false, or the sandbox cannot be built here; nothing was run then.
