@@ -218,7 +218,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[T2LError], str]] = {
     "no spec": (remove("spec.json"), CheckpointError, "spec.json cannot be read"),
     "config is a list": (write_file("config.json", "[]"), CheckpointError, "must hold a JSON object, got list"),
     "config is cut": (write_file("config.json", '{"format_version": 1'), CheckpointError, "cannot be read as JSON"),
-    "spec is cut": (write_file("spec.json", "{"), CheckpointError, "spec.json is not valid JSON"),
+    "spec is cut": (write_file("spec.json", "{"), CheckpointError, "spec.json cannot be read as JSON"),
 }
 
 

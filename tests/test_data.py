@@ -19,9 +19,9 @@ from t2l.errors import ConfigError, DataError, DownloadError, OutputError
 from t2l.tasks import Example, Task, load_descriptions, load_own, load_sni, load_splits
 
 datasets = pytest.importorskip("datasets")
-pq = pytest.importorskip("pyarrow.parquet")
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
-from t2l.data import build, check, describe, packed  # noqa: E402
+from t2l.data import build, check, convert, describe, fetching, packed  # noqa: E402
 
 DATA = Path(os.environ.get("T2L_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 NAMES = ("task900_colours", "task901_sums", "task902_sides")
@@ -184,7 +184,7 @@ def part(*arguments):
     global count
     count += 1
     if count == 3:
-        (arguments[0].parent / ".half").write_bytes(b"half a part")
+        (arguments[0].parent / ".half.t2l-abcd0123").write_bytes(b"half a part")
         os.kill(os.getpid(), signal.SIGKILL)
     real(*arguments)
 build._make_part = part
@@ -271,11 +271,11 @@ def test_a_rate_limit_that_stays_is_named_and_parts_are_kept(
 
 @pytest.mark.parametrize("error", [limited(403), ValueError("bad"), limited(404)])
 def test_what_waiting_does_not_help_is_not_tried_again(error: Exception) -> None:
-    def load() -> build.Fetched:
+    def load() -> fetching.Fetched:
         raise error
 
     with pytest.raises(DownloadError, match="Cannot load this: "):
-        build.patiently(load, "this", say=lambda _: None, sleep=lambda _: pytest.fail("slept"))
+        fetching.patiently(load, "this", say=lambda _: None, sleep=lambda _: pytest.fail("slept"))
 
 
 def test_wrong_layouts_are_named(source: str, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_repeats_are_merged_and_the_tested_one_stays(tmp_path: Path) -> None:
     for split, found in rows.items():
         lines = [{"input": prompt(text), "output": out, "id": f"{split}{i}"} for i, (text, out) in enumerate(found)]
         write_jsonl(tmp_path / "task960_repeats" / f"{split}.jsonl", lines)
-    row, examples = build.convert_task("task960_repeats", build._fetch_local(tmp_path / "task960_repeats"))
+    row, examples = convert.convert_task("task960_repeats", fetching._fetch_local(tmp_path / "task960_repeats"))
     assert [(e["split"], e["input"], e["outputs"]) for e in examples] == [
         ("train", "mine", ["b", "c"]),
         ("test", "same", ["f"]),
@@ -331,7 +331,7 @@ def test_repeats_are_merged_and_the_tested_one_stays(tmp_path: Path) -> None:
 
 def test_samples_are_the_same_everywhere(tmp_path: Path) -> None:
     write_task(tmp_path, "task970_many", train=620)
-    _, examples = build.convert_task("task970_many", build._fetch_local(tmp_path / "task970_many"))
+    _, examples = convert.convert_task("task970_many", fetching._fetch_local(tmp_path / "task970_many"))
     kept = [e["id"] for e in examples if e["split"] == "train"]
     assert len(kept) == 500
     assert kept == sorted(kept, key=lambda name: int(name.partition("-")[2]))
@@ -342,7 +342,7 @@ def test_only_what_is_asked_for_is_fetched(source: str, tmp_path: Path, monkeypa
     asked: list[str] = []
     real = build.fetch
 
-    def fetch(dataset: str, *rest: Any) -> build.Fetched:
+    def fetch(dataset: str, *rest: Any) -> fetching.Fetched:
         asked.append(dataset)
         return real(dataset, *rest)
 
@@ -574,6 +574,31 @@ def test_a_spoilt_packed_folder_is_found(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "cannot be read as Parquet" in result.stderr
     undescribed = packed_folder(tmp_path / "undescribed", {TRAIN[0]: {"train": some("a")}}, definition=None)
     assert any("no description" in warning for warning in check.check(str(undescribed)).warnings)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "zeros in the middle"])
+def test_damaged_packed_files_are_named_with_the_way_out(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever reads them, and by `t2l doctor`, which looks at heads and ends alone."""
+    folder = packed_folder(tmp_path / "data", {TRAIN[0]: {"train": some("a"), "test": some("b")}})
+    monkeypatch.setenv("T2L_DATA", str(folder))
+    for name in (packed.TASKS, *packed.EXAMPLES.values()):
+        path = folder / name
+        whole = path.read_bytes()
+        if damage == "foreign":
+            pq.write_table(pa.table({"a": [1]}), path)
+        else:
+            half = len(whole) // 2
+            zeros = whole[:4] + bytes(half) + whole[4 + half :]
+            path.write_bytes({"empty": b"", "cut": whole[:half]}.get(damage, zeros))
+        with pytest.raises(DataError, match=rf"{name} (is damaged|is of another kind).*"):
+            load_sni([TRAIN[0]])
+        if damage != "zeros in the middle":
+            result = t2l("doctor")
+            assert result.exit_code == 1 and str(path) in result.stderr
+        path.write_bytes(whole)
+    assert load_sni([TRAIN[0]])
 
 
 def test_tokens_are_counted(base_folder: Path, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_json_is_read_strictly(tiny_config: Any) -> None:
     ):
         with pytest.raises(error, match=match):
             AdapterSpec.from_json(json.dumps(plain | change))
-    with pytest.raises(CheckpointError, match="here is not valid JSON"):
+    with pytest.raises(CheckpointError, match="here cannot be read as JSON"):
         AdapterSpec.from_json("{", where="here")
 
 

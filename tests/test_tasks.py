@@ -113,7 +113,7 @@ def test_signs_that_look_like_line_ends_stay_in_their_text(sign: str, tmp_path: 
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ('{"task": "x"', "is not valid JSON"),
+        ('{"task": "x"', "cannot be read as JSON"),
         ("[1]", "must be an object"),
         ({"task": "x", "input": "y"}, r"missing keys \['description', 'output'\], unknown keys \[\]"),
         (GOOD | {"outputs": ["x"]}, r"unknown keys \['outputs'\]"),

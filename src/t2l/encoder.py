@@ -5,7 +5,6 @@ Shape letters as in `spec.py`.
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from t2l import hub
 from t2l.config import EncoderConfig
-from t2l.errors import CheckpointError, ConfigError, DescriptionError
+from t2l.errors import ConfigError, DescriptionError
+from t2l.io import parse_json
 
 MAX_BYTES = 32_768
 """A description beyond this is refused before it is tokenised."""
@@ -326,10 +326,7 @@ def load_encoder(
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    data = parse_json(path.read_bytes(), path)
     return data if isinstance(data, dict) else {"modules": data}
 
 

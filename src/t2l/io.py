@@ -166,7 +166,7 @@ def write_text(path: Path, text: str) -> None:
 def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
     """A file or folder beside `path`, locked as long as this process lives, so that leftovers are told from work."""
     prefix = f".{path.name}.t2l-"
-    _sweep(path.parent, prefix)
+    sweep(path.parent, path.name)
     while True:
         if folder:
             temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
@@ -189,9 +189,14 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
         _unlock(lock)
 
 
-def _sweep(folder: Path, prefix: str) -> None:
-    """Removes what processes that were killed left in a folder. Whatever a living one writes is locked by it."""
-    known = re.compile(re.escape(prefix) + r"[a-z0-9_]{8}")
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what processes that were killed left in a folder. Whatever a living one writes is locked by it.
+
+    Args:
+        folder: Where to look; what is in its folders stays.
+        name: Of the file or folder that was to be written; None means any.
+    """
+    known = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.t2l-[a-z0-9_]{{8}}")
     for entry in os.scandir(folder):
         if not known.fullmatch(entry.name):
             continue

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from t2l.config import LoraConfig, build
-from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
+from t2l.errors import ConfigError, SpecMismatchError
+from t2l.io import parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -128,11 +129,7 @@ class AdapterSpec:
             CheckpointError: if the text is not JSON.
             ConfigError: if keys are unknown, missing or of the wrong type.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{where} is not valid JSON: {error}") from error
-        return build(cls, data, where=where)
+        return build(cls, parse_json(text, where), where=where)
 
     def require_same_shape(self, other: "AdapterSpec", *, this: str, that: str) -> None:
         """Raises if two specs describe adapters that cannot stand in for each other.

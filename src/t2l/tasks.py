@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from t2l.encoder import check_description
 from t2l.errors import DataError, DescriptionError
+from t2l.io import parse_json
 
 SPLITS = ("train", "val", "test")
 PACKED_LISTS = ("descriptions", "outputs", "choices")
@@ -296,11 +297,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
         raise DataError(f"Cannot read tasks from {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number} is not valid JSON: {error}") from error
-            yield f"{path}:{number}", number, row
+            yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", DataError)
 
 
 def _hub_rows(reference: str) -> Iterator[tuple[str, str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from t2l.data import packed
 from t2l.errors import DataError
-from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet
+from t2l.tasks import SPLITS, Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet
 
 Count = Callable[[list[str]], list[int]]
 
@@ -72,7 +72,6 @@ def check(path: str, *, count_tokens: Count | None = None, manifest: bool = Fals
 
 
 def _read_packed(folder: Path, report: Report) -> list[Task]:
-    packed.need_pyarrow()
     rows = {name: packed.check_schema(folder / name, name) for name in packed.FILES if (folder / name).is_file()}
     report.totals["rows"] = rows
     absent = [name for name in packed.SNI_FILES if name not in rows]
@@ -97,7 +96,7 @@ def _read_packed(folder: Path, report: Report) -> list[Task]:
         report.problems.append(f"examples are missing or too many: {_some(wrong)}")
     listed = set(found)
     for name in packed.EXAMPLES.values():
-        strangers = set(read_parquet(folder / name, ("task",))["task"].unique().to_pylist()) - listed
+        strangers = set(read_parquet(folder / name, ["task"])["task"].unique().to_pylist()) - listed
         if strangers:
             report.problems.append(
                 f"{name} has examples of tasks that {packed.TASKS} does not list: {_some(strangers)}"
@@ -140,87 +139,96 @@ def _lengths(texts: Sequence[str], count: Count | None) -> dict[str, Any]:
     return found if count is None else {**found, "tokens": figures(count(list(texts)))}
 
 
+@dataclass
+class _Counts:
+    """What is wrong with examples, task by task."""
+
+    blank: list[str] = field(default_factory=list)
+    no_input: list[str] = field(default_factory=list)
+    repeated: Counter[str] = field(default_factory=Counter)
+    conflicting: Counter[str] = field(default_factory=Counter)
+    train_in_test: Counter[str] = field(default_factory=Counter)
+    train_in_validation: Counter[str] = field(default_factory=Counter)
+
+    def add(self, task: Task, examples: Sequence[Example]) -> None:
+        """Looks at a task's examples."""
+        self.blank += [f"{task.name} {e.id}" for e in examples if not all(o.strip() for o in e.outputs or ("",))]
+        self.no_input += [f"{task.name} {e.id}" for e in examples if not e.input.strip()]
+        for found in task.examples.values():
+            answers: dict[str, set[tuple[str, ...]]] = {}
+            for example in found:
+                known = answers.setdefault(example.input, set())
+                if example.outputs in known:
+                    self.repeated[task.name] += 1
+                elif known:
+                    self.conflicting[task.name] += 1
+                known.add(example.outputs)
+        trained = {example.input for example in task.examples.get("train", ())}
+        for split, counter in (("test", self.train_in_test), ("val", self.train_in_validation)):
+            if shared := trained & {example.input for example in task.examples.get(split, ())}:
+                counter[task.name] += len(shared)
+
+
 def _check_tasks(tasks: Sequence[Task], report: Report, count: Count | None) -> None:
     texts: dict[str, list[str]] = {"input": [], "output": [], "description": []}
-    blank, undescribed, unlabelled, no_train = [], [], [], []
-    inside, conflicts, into_test, into_val = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    counts = _Counts()
     for task in tasks:
         examples = [example for of_split in task.examples.values() for example in of_split]
+        first = [len(e.outputs[0]) if e.outputs else 0 for e in examples]
         report.tasks[task.name] = entry = {
             "descriptions": len(task.descriptions),
             "examples": {split: len(found) for split, found in task.examples.items()},
             "mean_input_characters": round(mean(len(e.input) for e in examples), 1) if examples else None,
-            "mean_output_characters": round(mean(len(e.outputs[0]) if e.outputs else 0 for e in examples), 1)
-            if examples
-            else None,
+            "mean_output_characters": round(mean(first), 1) if examples else None,
         }
         texts["input"] += [e.input for e in examples]
         texts["output"] += [text for e in examples for text in e.outputs]
         texts["description"] += task.descriptions
-        if not task.descriptions:
-            undescribed.append(task.name)
-        if not task.examples.get("train"):
-            no_train.append(task.name)
-        blank += [f"{task.name} {e.id}" for e in examples if not e.outputs or not all(o.strip() for o in e.outputs)]
-        unlabelled += [f"{task.name} {e.id}" for e in examples if not e.input.strip()]
-        _count_repeats(task, inside, conflicts, into_test, into_val)
+        counts.add(task, examples)
         if labels := _labels(examples):
             entry["labels"] = labels
             if len(labels) == 1:
                 report.warnings.append(f"{task.name}: every answer is “{next(iter(labels))}”")
-    splits = ("train", "val", "test")
     report.totals |= {
         "tasks": len(tasks),
-        "tasks_with": {split: sum(bool(t.examples.get(split)) for t in tasks) for split in splits},
-        "examples": {split: sum(len(t.examples.get(split, ())) for t in tasks) for split in splits},
+        "tasks_with": {split: sum(bool(t.examples.get(split)) for t in tasks) for split in SPLITS},
+        "examples": {split: sum(len(t.examples.get(split, ())) for t in tasks) for split in SPLITS},
         "descriptions": len(texts["description"]),
         "lengths": {kind: _lengths(found, count) for kind, found in texts.items()},
         "repeats": {
-            "inside_a_split": inside.total(),
-            "same_input_other_answer": conflicts.total(),
-            "train_inputs_in_own_test": into_test.total(),
-            "train_inputs_in_own_validation": into_val.total(),
+            "inside_a_split": counts.repeated.total(),
+            "same_input_other_answer": counts.conflicting.total(),
+            "train_inputs_in_own_test": counts.train_in_test.total(),
+            "train_inputs_in_own_validation": counts.train_in_validation.total(),
         },
     }
-    if blank:
-        report.problems.append(f"{len(blank)} examples have no or a blank answer: {_some(blank)}")
-    if into_test:
+    _report_tasks(tasks, counts, report)
+
+
+def _report_tasks(tasks: Sequence[Task], counts: _Counts, report: Report) -> None:
+    """Says what was counted: what training must not meet is a problem, the rest a warning."""
+    if counts.blank:
+        report.problems.append(f"{len(counts.blank)} examples have no or a blank answer: {_some(counts.blank)}")
+    if found := counts.train_in_test:
         report.problems.append(
-            f"{into_test.total()} training inputs stand in the test examples of their own task: {_some(into_test)}"
+            f"{found.total()} training inputs stand in the test examples of their own task: {_some(found)}"
         )
-    for what, found in (
-        ("tasks have no description, without which no adapter can be written", undescribed),
-        ("tasks have no training examples and are only watched", no_train if report.kind == "own tasks" else []),
-        ("examples have a blank input", unlabelled),
+    undescribed = [task.name for task in tasks if not task.descriptions]
+    untrained = [task.name for task in tasks if report.kind == "own tasks" and not task.examples.get("train")]
+    for what, names, number in (
+        ("tasks have no description, without which no adapter can be written", undescribed, len(undescribed)),
+        ("tasks have no training examples and are only watched", untrained, len(untrained)),
+        ("examples have a blank input", counts.no_input, len(counts.no_input)),
+        ("examples repeat another of their split word for word", counts.repeated, counts.repeated.total()),
+        ("examples give an input again with another answer", counts.conflicting, counts.conflicting.total()),
+        (
+            "training inputs stand in the validation examples of their own task",
+            counts.train_in_validation,
+            counts.train_in_validation.total(),
+        ),
     ):
-        if found:
-            report.warnings.append(f"{len(found)} {what}: {_some(found)}")
-    for what, counted in (
-        ("examples repeat another of their split word for word", inside),
-        ("examples give an input again with another answer", conflicts),
-        ("training inputs stand in the validation examples of their own task", into_val),
-    ):
-        if counted:
-            report.warnings.append(f"{counted.total()} {what}: {_some(counted)}")
-
-
-def _count_repeats(
-    task: Task, inside: Counter[str], conflicts: Counter[str], into_test: Counter[str], into_val: Counter[str]
-) -> None:
-    for found in task.examples.values():
-        answers: dict[str, set[tuple[str, ...]]] = {}
-        for example in found:
-            known = answers.setdefault(example.input, set())
-            if example.outputs in known:
-                inside[task.name] += 1
-            elif known:
-                conflicts[task.name] += 1
-            known.add(example.outputs)
-    trained = {example.input for example in task.examples.get("train", ())}
-    for split, counter in (("test", into_test), ("val", into_val)):
-        shared = trained & {example.input for example in task.examples.get(split, ())}
-        if shared:
-            counter[task.name] += len(shared)
+        if number:
+            report.warnings.append(f"{number} {what}: {_some(names)}")
 
 
 def _labels(examples: Sequence[Example]) -> dict[str, int]:
@@ -243,13 +251,12 @@ def _protected(folder: Path | None, report: Report) -> tuple[list[Task], dict[st
         if folder is None:
             report.warnings.append(f"leaks into held-out tasks and benchmarks were not looked for: {error}")
             return [], {}
-    packed.need_pyarrow()
     splits = load_splits()
     held_out: dict[str, Task] = {}
     benchmarks: dict[str, list[str]] = {}
     for place in folders:
         if all((place / name).is_file() for name in packed.SNI_FILES):
-            present = set(read_parquet(place / packed.TASKS, ("task",))["task"].to_pylist())
+            present = set(read_parquet(place / packed.TASKS, ["task"])["task"].to_pylist())
             wanted = (present & (splits.test | splits.validation)) - held_out.keys()
             held_out |= {task.name: task for task in load_sni(wanted, folder=place) if task.examples}
         if (place / packed.BENCHMARKS).is_file() and not benchmarks:
@@ -291,51 +298,48 @@ def _check_leaks(
         for name, inputs in benchmarks.items():
             yield from ((BENCHMARK + name, text, False) for text in inputs)
 
-    others = [HELD_OUT + task.name for task in held_out] + [BENCHMARK + name for name in benchmarks]
-    # Whole inputs that are the same, whatever task they are in; short ones ("yes", "3 + 4") may be so by chance.
-    whole = {normalise(example.input) for task in trained for s in used for example in task.examples.get(s, ())}
     inputs_of = {HELD_OUT + t.name: [e.input for found in t.examples.values() for e in found] for t in held_out}
     inputs_of |= {BENCHMARK + name: list(inputs) for name, inputs in benchmarks.items()}
+    # Whole inputs that are the same, whatever task they are in; short ones ("yes", "3 + 4") may be so by chance.
+    whole = {normalise(example.input) for task in trained for s in used for example in task.examples.get(s, ())}
     same = {name: sum(normalise(text) in whole for text in inputs) for name, inputs in inputs_of.items()}
-    leaks = {}
-    queries = [*others, *(t.name for t in trained)] if own else others
+    report.totals["inputs_also_in_training"] = {name: count for name, count in same.items() if count}
+    queries = [*inputs_of, *(t.name for t in trained)] if own else list(inputs_of)
     overlap = Overlap(build_corpus(triples()), queries)
+    leaks = {}
     for task in trained:
-        for other in others:
-            there = overlap.share(task.name, other) if own else 0.0
-            back = overlap.share(other, task.name)
-            if there or back:
-                leaks[task.name, other] = (there, back)
+        for other in inputs_of:
+            shares = (overlap.share(task.name, other) if own else 0.0, overlap.share(other, task.name))
+            if any(shares):
+                leaks[task.name, other] = shares
     report.totals["leaks"] = [
         {"task": task, "into": other, "share_of_task": round(there, 4), "share_of_other": round(back, 4)}
         for (task, other), (there, back) in sorted(leaks.items(), key=lambda item: -max(item[1]))
     ]
-    report.totals["inputs_also_in_training"] = {name: count for name, count in same.items() if count}
+    _report_leaks(leaks, report, MAX_SHARED)
+
+
+def _report_leaks(leaks: Mapping[tuple[str, str], tuple[float, float]], report: Report, most: float) -> None:
+    """Says which tasks share inputs; more than `most` of them with a test task or benchmark is a problem."""
+    test = load_splits().test
     serious: dict[str, list[str]] = {"test": [], "validation": [], "benchmark": []}
     slight: Counter[str] = Counter()
     for (task_name, other), shares in leaks.items():
-        kind = "test" if other.removeprefix(HELD_OUT) in splits.test else "validation"
+        kind = "test" if other.removeprefix(HELD_OUT) in test else "validation"
         if other.startswith(BENCHMARK):
             kind = "benchmark"
-        if max(shares) > MAX_SHARED:
+        if max(shares) > most:
             serious[kind].append(f"{task_name} and {other} ({max(shares):.1%})")
         else:
             slight[kind] += 1
-    for kind in ("test", "benchmark"):
-        if serious[kind]:
-            report.problems.append(
-                f"training tasks share more than {MAX_SHARED:.0%} of the inputs with a {kind} task: "
-                f"{_some(serious[kind])}"
-            )
-    if serious["validation"]:
-        # The paper's own training tasks share inputs with its validation tasks: settings chosen there look too good.
-        report.warnings.append(
-            f"training tasks share more than {MAX_SHARED:.0%} of the inputs with a validation task: "
-            f"{_some(serious['validation'])}"
-        )
+    for kind, pairs in serious.items():
+        if pairs:
+            # The paper's own training tasks share inputs with its validation tasks: settings look too good there.
+            found = report.warnings if kind == "validation" else report.problems
+            found.append(f"training tasks share more than {most:.0%} of the inputs with a {kind} task: {_some(pairs)}")
     for kind, number in slight.items():
         report.warnings.append(
-            f"{number} pairs of a training task and a {kind} task share inputs, up to {MAX_SHARED:.0%} of them"
+            f"{number} pairs of a training task and a {kind} task share inputs, up to {most:.0%} of them"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from t2l.encoder import check_description
 from t2l.endpoint import Endpoint, Say, call, choice, short
 from t2l.errors import DataError, DescriptionError, DownloadError, OutputError
+from t2l.io import parse_json
 from t2l.tasks import Task, load_descriptions
 
 TEMPERATURE = 1.0
@@ -64,8 +65,8 @@ def read_answer(content: str, known: Sequence[str]) -> list[str]:
     """
     start, end = content.find("["), content.rfind("]")
     try:
-        found = json.loads(content[start : end + 1])
-    except ValueError as error:
+        found = parse_json(content[start : end + 1], "the answer", DataError)
+    except DataError as error:
         raise DataError(f"the answer holds no JSON list: “{' '.join(content.split())[:120]}”") from error
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise DataError("the answer is no JSON list of texts")

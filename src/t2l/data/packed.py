@@ -1,6 +1,8 @@
 """The packed files: names, schemas, the manifest with their checksums. Knows files only."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,27 +78,45 @@ def check_schema(path: Path, name: str) -> int:
     Raises:
         DataError: naming the file, the column and both types.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-    with file:
-        found, expected = file.schema_arrow, schema(name)
-        missing = [column for column in expected.names if column not in found.names]
-        unknown = [column for column in found.names if column not in expected.names]
-        if missing or unknown:
+    with _reading(path), pq.ParquetFile(path) as file:
+        found, rows = file.schema_arrow, int(file.metadata.num_rows)
+    expected = schema(name)
+    missing = [column for column in expected.names if column not in found.names]
+    unknown = [column for column in found.names if column not in expected.names]
+    if missing or unknown:
+        raise DataError(
+            f"{path}: missing columns {missing}, unknown columns {unknown}; expected {', '.join(expected.names)}"
+        )
+    for field in expected:
+        if found.field(field.name).type != field.type:
             raise DataError(
-                f"{path}: missing columns {missing}, unknown columns {unknown}; expected {', '.join(expected.names)}"
+                f"{path}: column {field.name} has type {found.field(field.name).type}, expected {field.type}"
             )
-        for field in expected:
-            if found.field(field.name).type != field.type:
-                raise DataError(
-                    f"{path}: column {field.name} has type {found.field(field.name).type}, expected {field.type}"
-                )
-        return int(file.metadata.num_rows)
+    return rows
+
+
+def read_table(path: Path) -> Any:
+    """A whole packed file as a pyarrow table.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    with _reading(path):
+        return pq.read_table(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}); `t2l data build` makes it anew") from error
 
 
 def write_table(table: Any, path: Path) -> None:
