@@ -218,6 +218,14 @@ def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
     assert "T2L with another task's description (t2l-wrong)" in text
 
 
+def test_a_table_without_a_multitask_lora_says_what_it_cannot_show(save: Any) -> None:
+    """The controls that need nothing but a checkpoint are there; a multi-task LoRA has to be trained first."""
+    names = [condition.name for condition in MINIMUM if condition.adapter != "multitask"]
+    text = markdown([save(made(names))])
+    assert "**There is no multi-task LoRA here.**" in text and "Controls are missing" not in text
+    assert "There is no multi-task LoRA" not in markdown([save(made(), "b.jsonl")])
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
