@@ -308,3 +308,14 @@ def test_yaml_values_are_read_as_before() -> None:
     data = parse_yaml(text, "here")
     assert (data["a"], data["b"], data["c"]) == (1, [1.5, 1e-3, True, None, "x"], {"d": 16})
     assert override({"s": {"t": 1}}, ["s.t=[1, 2]", "new.x=~"]) == {"s": {"t": [1, 2]}, "new": {"x": None}}
+
+
+@given(st.text(max_size=300))
+def test_a_name_that_is_let_through_names_a_folder_inside_its_parent(name: str) -> None:
+    try:
+        io.require_folder_names([name], "a task", DataError)
+    except DataError as error:
+        assert "cannot name a task" in str(error) and len(str(error)) < 400
+        return
+    assert (Path("/parent") / name).parent == Path("/parent") and os.path.normpath(name) == name
+    assert len(os.fsencode(name)) <= 200

@@ -1,5 +1,6 @@
 """The loss of packed rows is the base's own, whatever its attention and whatever it does with its logits."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from conftest import SMALL, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from t2l import hub
 from t2l.apply import AdapterHooks
 from t2l.errors import ConfigError
 from t2l.tasks import Example
@@ -28,11 +30,18 @@ BASES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48},
 }
 """Bases that cap or scale logits, see a window, have attention of their own, learn positions."""
+REFUSED: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4},
+    "rwkv": {},
+    "bloom": {"n_head": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3},
+}
+"""Bases without attention, or with one that knows no positions or takes no mask of its own."""
 
 
 def make(kind: str, attention: str | None = None) -> Any:
     """A random base of an architecture; skips where it has no such attention."""
-    config = AutoConfig.for_model(kind, **(SMALL | {"max_position_embeddings": 512} | BASES.get(kind, {})))
+    config = AutoConfig.for_model(kind, **(SMALL | {"max_position_embeddings": 512} | (BASES | REFUSED)[kind]))
     torch.manual_seed(0)
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -81,13 +90,9 @@ def test_masks_of_truth_values_only_where_attention_reads_them() -> None:
     assert (full & near).sum() == near.sum() < full.sum()
 
 
-@pytest.mark.parametrize("kind", ["mamba", "bloom", "mpt", "rwkv"])
+@pytest.mark.parametrize("kind", REFUSED)
 def test_a_base_that_cannot_keep_documents_apart_is_refused(kind: str) -> None:
-    """It has no attention, or one that knows no positions or takes no mask of its own."""
-    BASES_ = {"mamba": {"state_size": 4}, "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3}, "bloom": {"n_head": 4}}
-    config = AutoConfig.for_model(kind, **(SMALL | BASES_.get(kind, {})))
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    base = make(kind)
     with pytest.raises(ConfigError, match=rf"^{kind}-base \(\w+\) cannot be trained on: .*attention"):
         require_packable(base, f"{kind}-base")
 
@@ -96,3 +101,12 @@ def test_the_check_draws_no_random_numbers() -> None:
     base, before = make("llama"), torch.get_rng_state()
     require_packable(base, "llama")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "gptj", "mamba"])
+def test_a_base_is_loaded_with_the_attention_that_it_has(kind: str, tmp_path: Path) -> None:
+    base = make(kind)
+    base.save_pretrained(tmp_path / kind)
+    loaded, tokens = hub.load_causal_lm(str(tmp_path / kind)), torch.tensor([[0, 17, 93, 240, 5]])
+    with torch.no_grad():
+        assert (loaded(tokens).logits - base(tokens).logits).abs().max() <= 1e-5

@@ -113,6 +113,16 @@ def together(config: OracleConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return run(config, tmp_path_factory.mktemp("together") / "run")
 
 
+@pytest.mark.parametrize("name", ["/abs/olute", "../../up", "math/add", ".hidden", "", "x" * 300, "end.", "a\\b"])
+def test_a_task_that_cannot_name_a_folder_is_refused_before_anything_is_trained(name: str, tmp_path: Path) -> None:
+    """Its adapter would be written to a folder of this name, wherever that leads."""
+    rows = [{"task": task, "description": "Do.", "input": "in", "output": "out"} for task in ("good", name)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = OracleConfig(base="none", data=OracleDataConfig(sources=(str(tmp_path / "own.jsonl"),)))
+    with pytest.raises(DataError, match=r"cannot name a task: .* rename it"):
+        load_tasks(config)
+
+
 def test_many_at_once_are_what_each_alone_is(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
     """In other slots, beside other tasks, after others or first: the same adapter, steps and losses."""
     assert together.names == tuple(sorted(ANSWERS))

@@ -350,7 +350,6 @@ def _load_frozen(
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     # Transformers fills absent weights with random numbers and only logs it; everything after would be noise.

@@ -19,7 +19,7 @@ import torch
 from t2l import peft_io
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
-from t2l.io import new_folder, read_json, read_tensors, sha256
+from t2l.io import new_folder, read_json, read_tensors, require_folder_names, sha256
 from t2l.lora import LoraTensors
 from t2l.spec import ALL_LINEAR, AdapterSpec
 
@@ -65,6 +65,7 @@ class AdapterLibrary:
         names, adapters, purpose = plain.get("names"), plain.get("adapters"), plain.get("purpose")
         if not isinstance(names, list) or not isinstance(adapters, dict) or sorted(adapters) != sorted(map(str, names)):
             raise CheckpointError(f"{folder / INDEX}: names and adapters must name the same adapters")
+        require_folder_names(names, "an adapter", CheckpointError)
         if purpose not in ("training", "judging"):
             raise CheckpointError(f"{folder / INDEX}: purpose is {purpose!r}, expected training or judging")
         try:
@@ -166,9 +167,7 @@ def save_library(
 
     if not facts:
         raise CheckpointError(f"A library needs at least one adapter; {folder} was not written")
-    for name in facts:
-        if not name or name.startswith(".") or Path(name).name != name:
-            raise CheckpointError(f"{name!r} cannot name an adapter: it must be able to name a folder")
+    require_folder_names(facts, "an adapter", CheckpointError)
     state = {f"{t.name}.{part}": tensors[m] for m, t in enumerate(spec.targets) for part, tensors in _parts(lora)}
     expected = _shapes(spec, len(facts))
     found = {name: tuple(value.shape) for name, value in state.items()}

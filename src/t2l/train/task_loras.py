@@ -29,13 +29,13 @@ from t2l.apply import compiled, hooked
 from t2l.checkpoint import load_checkpoint
 from t2l.config import LoraConfig, PromptConfig, to_plain
 from t2l.errors import ConfigError, DataError, TrainingError
-from t2l.io import new_folder, read_json, read_tensors
+from t2l.io import new_folder, read_json, read_tensors, require_folder_names
 from t2l.library import AdapterLibrary, Purpose, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet, require_trainable
 from t2l.train.loop import schedule
-from t2l.train.loss import AnswerLosses, LossFunction, answer_losses
+from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, require_packable
 from t2l.train.metrics import MetricLogger, memory_gb
 from t2l.train.packing import PackedRows, Stream, TaskDocuments, document_scores, fixed_rows, pack, tokenize_examples
 from t2l.train.resume import STATE, begin_run, check_run, read_facts, write_state
@@ -177,6 +177,7 @@ def load_tasks(config: OracleConfig, benchmarks: Benchmarks | None = None) -> li
         found = {name: found[name] for name in config.data.tasks}
     if not config.oracle_for_judging:
         require_trainable(found)
+    require_folder_names(found, "a task", DataError)  # each adapter is written to a folder of its task's name
     return [found[name] for name in sorted(found)]
 
 
@@ -787,6 +788,7 @@ def train_oracles(
     log(f"{len(data)} tasks, {sum(len(x.train.variants) for x in data)} examples ({too_long} too long and left out)")
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     base = hub.load_causal_lm(config.base, device=str(chosen), dtype=dtype)
+    require_packable(base, config.base)
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
     origin = None if config.train.start_from is None else _start_from(Path(config.train.start_from), spec)
     trainer = OracleTrainer(config, base, spec, data, run, chosen, log, origin)
