@@ -12,10 +12,23 @@ from typing import Annotated
 import typer
 
 from t2l import __version__
-from t2l.cli import adapters, datasets, eval, export, importing, inspect, library, serve, train
+from t2l.cli import adapters, datasets, eval, export, importing, inspect, library, serve, train, tune
 from t2l.cli.common import app
 
-__all__ = ["adapters", "app", "datasets", "eval", "export", "importing", "inspect", "library", "main", "serve", "train"]
+__all__ = [
+    "adapters",
+    "app",
+    "datasets",
+    "eval",
+    "export",
+    "importing",
+    "inspect",
+    "library",
+    "main",
+    "serve",
+    "train",
+    "tune",
+]
 
 
 def main() -> None:

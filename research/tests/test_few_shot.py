@@ -1,0 +1,68 @@
+"""The few-shot curve: a run goes on where its file ends, and the report pairs what belongs together."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from t2l.errors import DataError
+from t2l.eval.suites import EvalTask, Item
+from t2l.train.tune import TuneConfig
+
+
+@pytest.fixture
+def few_shot(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("few_shot")
+
+
+def row(task: str, seed: int, number: int, start: str, score: float) -> dict[str, Any]:
+    scores = {f"{task}-{i}": score for i in range(4)}
+    return {"task": task, "seed": seed, "examples": number, "start": start, "scores": scores}
+
+
+def test_the_report_has_means_and_paired_differences(few_shot: ModuleType) -> None:
+    rows = []
+    for number, gain in ((0, 0.5), (8, 0.25)):
+        for task in ("one", "two", "three"):
+            for start, score in (("description", gain), ("multitask", 0.25), ("scratch", 0.0)):
+                rows.append(row(task, 0, number, start, score))
+    rows.append(row("four", 0, 8, "description", 1.0))  # the others lack it
+    table = few_shot.report(rows).splitlines()
+    assert table[2].startswith("| 0 | 0.500 [0.500, 0.500] | 0.250 [0.250, 0.250] | 0.000")
+    assert "| +0.250 [+0.250, +0.250]" in table[2]
+    assert table[3].startswith("| 8 | 0.250") and "| +0.000 [" in table[3]
+
+
+def test_answers_of_one_beginning_are_no_curve(few_shot: ModuleType) -> None:
+    with pytest.raises(DataError, match="No number of examples has answers from all three beginnings"):
+        few_shot.report([row("one", 0, 0, "scratch", 0.0)])
+
+
+def test_a_run_goes_on_where_its_file_ends(
+    few_shot: ModuleType, make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = tuple(Item(f"numbers-{n}", f"number {n}", ("even" if n % 2 == 0 else "odd",)) for n in range(12))
+    task = EvalTask("own", "numbers", "text", ("Say even or odd.",), items[:3], shots=items[3:], max_new_tokens=4)
+    monkeypatch.setattr(few_shot, "load_suite", lambda suite, per_task: [task] if suite == "held-back" else [])
+    checkpoint = str(make_checkpoint(tmp_path / "checkpoint"))
+    multitask = str(make_checkpoint(tmp_path / "multitask", variant="none"))
+    options = argparse.Namespace(
+        out=tmp_path / "out.jsonl", checkpoint=checkpoint, multitask=multitask, seeds=1, per_task=3, numbers=[0, 8]
+    )
+    monkeypatch.setattr(few_shot, "TuneConfig", lambda seed: TuneConfig(seed=seed, max_epochs=1))
+    few_shot.run(options)
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+    assert [(r["examples"], r["start"]) for r in rows] == [(n, s) for n in (0, 8) for s in few_shot.STARTS]
+    assert rows[3]["held_out_losses"][0] != rows[4]["held_out_losses"][0] != rows[5]["held_out_losses"][0]
+    kept = options.out.read_text().splitlines(keepends=True)
+    options.out.write_text("".join(kept[:4]))
+    few_shot.run(options)
+    again = [json.loads(line) for line in options.out.read_text().splitlines()]
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in again] == [
+        {k: v for k, v in r.items() if k != "seconds"} for r in rows
+    ]
+    assert few_shot.report(again).count("\n") == 4
