@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,4 +177,13 @@ def test_abstention_is_left_out_where_it_has_nothing_to_go_by(
     empty.hypernet = copy.deepcopy(generator.hypernet)
     for b in empty.hypernet.shared_lora.b:
         b.zero_()
-    assert "offset is empty" in Sources(checkpoint=empty).left_out(names)["t2l-abstain"]
+    assert "share is empty" in Sources(checkpoint=empty).left_out(names)["t2l-abstain"]
+
+
+@pytest.mark.parametrize("window", [0, 4, 5, 6, 20, 400])
+def test_cutting_to_a_window_ends_for_every_text_and_window(window: int, tiny_tokenizer: Any) -> None:
+    encoder = SimpleNamespace(tokenizer=tiny_tokenizer, max_tokens=window)  # one token a byte
+    for text in ("a", "😀😀😀", "ab" * 99, "é" * 50, ""):
+        kept = retrieval.cut_to_window(encoder, text)
+        assert text.startswith(kept) and bool(kept) == bool(text)
+        assert len(kept.encode()) <= max(1, window - 4) or len(kept) == 1

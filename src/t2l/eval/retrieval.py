@@ -30,8 +30,11 @@ MADE_UP = 200
 
 def cut_to_window(encoder: Any, text: str) -> str:
     """The start of a text that an encoder can read, for texts that have no limit, other than descriptions."""
-    room = encoder.max_tokens - 4  # for special tokens
-    while (length := len(encoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)) > room:
+    room = max(1, encoder.max_tokens - 4)  # for special tokens
+    while len(text) > 1:  # a single sign is kept, however many tokens it has
+        length = len(encoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if length <= room:
+            break
         text = text[: max(1, len(text) * room // length)]
     return text
 

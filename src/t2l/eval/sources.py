@@ -178,7 +178,7 @@ class Sources:
                 f"the checkpoint was trained on {source}, not on the packed tasks that descriptions are compared with"
             )
         if not any(bool(b.any()) for b in self.checkpoint.hypernet.shared_lora.b):
-            return "the checkpoint's offset is empty, so that there is nothing to fall back on"
+            return "the LoRA that all descriptions share is empty, so that there is nothing to fall back on"
         try:
             data_dir()
         except DataError as error:
