@@ -105,7 +105,7 @@ class FromDisk:
 
 
 def steps_per_second(way: Any, trainer: Trainer, steps: int, warm_up: int) -> float:
-    adapters, texts = (x.to(trainer.device) for x in trainer.draws.steps(0, steps + warm_up))
+    adapters, texts = (x.to(trainer.device) for x in trainer.sampler.steps(0, steps + warm_up))
     started = 0.0
     for step in range(steps + warm_up):
         if step == warm_up:

@@ -1,6 +1,8 @@
 """A library as one checkpoint: scores against a model run by hand, the report against its parts, the commands."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,14 @@ from typer.testing import CliRunner
 
 from t2l import TextToLora, cli
 from t2l.apply import apply_adapters
+from t2l.compress import run
+from t2l.compress.networks import KINDS, principal, score_controls, texts_for
+from t2l.compress.plan import fitting_head, network_parameters, plan_networks, size_warnings, subset
+from t2l.compress.report import recovered
+from t2l.compress.run import compress
+from t2l.compress.scores import Scores, prepare_scores, read_scores
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
-from t2l.errors import ConfigError, DataError, TrainingError
+from t2l.errors import ConfigError, DataError
 from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
@@ -25,22 +33,10 @@ from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task
 from t2l.text_to_lora import LoraAdapter
-from t2l.train.compress import (
-    KINDS,
-    Scores,
-    compress,
-    fitting_head,
-    prepare_scores,
-    principal,
-    read_scores,
-    recovered,
-    score_controls,
-    subset,
-    texts_for,
-)
 from t2l.train.reconstruction import (
     ReconstructionConfig,
     ReconstructionTrainConfig,
+    Trainer,
     saved_config,
 )
 from t2l.train.reconstruction_data import ReconstructionDataConfig, choose_descriptions, names_as_texts
@@ -116,16 +112,16 @@ def test_scores_are_the_models_own(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Loss and exact match of every example, as one forward pass each gives them, in whichever batch."""
-    scored = prepare_scores(library, tasks, (tiny_base, tiny_tokenizer), tokens=80, answer_tokens=20, rows_at_once=2)
+    scorer = prepare_scores(library, tasks, (tiny_base, tiny_tokenizer), tokens=80, answer_tokens=20, batch_size=2)
     singles = library.stack().unbind()
     rows = {
-        "base": (scored.score("base", None, library.names), [None] * 4),
-        "oracle": (scored.score("oracle", library.stack(), library.names), singles),
+        "base": (scorer.score("base", None, library.names), [None] * 4),
+        "task-lora": (scorer.score("task-lora", library.stack(), library.names), singles),
     }
     for row, (scores, adapters) in rows.items():
         assert [s.task for s in scores] == list(NAMES[:3])
         for n, s in enumerate(scores):
-            assert (s.row, s.ids) == (row, [f"{s.task}-{i}" for i in range(5)])
+            assert (s.condition, s.ids) == (row, [f"{s.task}-{i}" for i in range(5)])
             for i, example in enumerate(tasks[n].examples["test"]):
                 prompt = render(tiny_tokenizer, "", example.input, PromptConfig())
                 before, answer = token_ids(tiny_tokenizer, [prompt, example.outputs[0] + "</s>"])
@@ -139,7 +135,7 @@ def test_scores_are_the_models_own(
                 said = logits[0, len(before) - 1 : -1]
                 assert s.loss[i] == pytest.approx(F.cross_entropy(said, torch.tensor(answer)).item(), abs=2e-4)
                 assert s.exact_match[i] == int(said.argmax(-1).tolist() == answer)
-    assert rows["base"][0][0].loss != rows["oracle"][0][0].loss
+    assert rows["base"][0][0].loss != rows["task-lora"][0][0].loss
     limited = prepare_scores(library, tasks, (tiny_base, tiny_tokenizer), limit=2)
     assert all(len(s.ids) == 2 for s in limited.score("base", None, library.names))
 
@@ -160,7 +156,7 @@ def test_what_cannot_be_scored(
 
 
 def test_recovered_share() -> None:
-    """Half the gain is half; a row that beats the oracles has more than all; without a gain there is no share."""
+    """Half the gain is half; a row that beats the task LoRAs has more than all; without a gain there is no share."""
 
     def scores(row: str, values: list[float]) -> list[Scores]:
         return [
@@ -168,20 +164,22 @@ def test_recovered_share() -> None:
             for i, v in enumerate(values)
         ]
 
-    names = [f"t{i}" for i in range(3)]
     table = [
         *scores("base", [0.1, 0.0, 0.2]),
-        *scores("oracle", [0.5, 0.4, 0.6]),
+        *scores("task-lora", [0.5, 0.4, 0.6]),
         *scores("half", [0.3, 0.2, 0.4]),
         *scores("more", [0.7, 0.4, 0.8]),
     ]
-    half = recovered(table, "half", names)
-    assert half == pytest.approx((0.5, 0.5, 0.5))
-    more = recovered(table, "more", names)
-    assert more is not None and more[0] == pytest.approx(4 / 3)
-    assert more[1] < more[0] < more[2]
-    assert recovered(table, "half", ["unknown"]) is None
-    assert recovered([*scores("base", [0.5]), *scores("oracle", [0.5]), *scores("half", [0.2])], "half", ["t0"]) is None
+    half = recovered(table, "half")
+    assert half is not None and (half.mean, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5))
+    more = recovered(table, "more")
+    assert more is not None and more.mean == pytest.approx(4 / 3)
+    assert more.low < more.mean < more.high
+    assert recovered(table, "unknown") is None
+    part = recovered([*table, *scores("part", [0.5])], "part")  # on its own tasks alone
+    assert part is not None and part.mean == pytest.approx(1)
+    flat = [*scores("base", [0.5]), *scores("task-lora", [0.5]), *scores("half", [0.2])]
+    assert recovered(flat, "half") is None
 
 
 # -------------------------------------------------------------------------------------------------- what is read
@@ -267,16 +265,16 @@ def test_the_checkpoint_is_the_first_networks(compressed: tuple[Path, dict[str, 
     """It writes what the report says it writes, and the runs are gone."""
     out, plain = compressed
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
-    t2l = TextToLora.from_pretrained(str(out))
-    written = LoraTensors.stack([a.lora for a in t2l.generate([f"Do {name}." for name in NAMES])])
+    generator = TextToLora.from_pretrained(str(out))
+    written = LoraTensors.stack([a.lora for a in generator.generate([f"Do {name}." for name in NAMES])])
     errors = compare(written, library.stack())
     network = plain["networks"][0]
-    assert network["errors"]["trained"]["relative"] == pytest.approx(errors.relative)
-    assert network["mean_errors"]["trained"]["cosine"] == pytest.approx(np.mean(errors.cosine))
+    assert network["errors"]["trained"]["relative"] == pytest.approx(np.mean(errors.relative))
+    assert network["errors"]["trained"]["cosine"] == pytest.approx(np.mean(errors.cosine))
     assert network["size"] == (out / "hypernet.safetensors").stat().st_size
     assert network["library_size"] == 2 * 4 * library.spec.num_parameters
     assert network["share"] == pytest.approx(network["size"] / network["library_size"])
-    assert network["parameters"] == sum(p.numel() for p in t2l.hypernet.parameters())
+    assert network["parameters"] == sum(p.numel() for p in generator.hypernet.parameters())
 
 
 def test_one_a_of_all_is_counted_once(
@@ -299,14 +297,14 @@ def test_one_a_of_all_is_counted_once(
     (network,) = plain["networks"]
     own = sum(3 * 2 * t.out_features for t in spec.targets)
     assert network["library_size"] == 2 * 4 * spec.num_parameters
-    assert network["distinct_size"] == 2 * (4 * own + 3 * 2 * (32 + 32))
-    assert network["distinct_share"] == pytest.approx(network["size"] / network["distinct_size"])
+    assert network["library_size_one_a"] == 2 * (4 * own + 3 * 2 * (32 + 32))
+    assert network["share_one_a"] == pytest.approx(network["size"] / network["library_size_one_a"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "The 4 adapters of “all” have one A" in text and f"the network is {network['distinct_share']:.0%}" in text
+    assert "The 4 adapters of “all” have one A" in text and f"the network is {network['share_one_a']:.0%}" in text
     assert f"| {network['share']:.0%} |" in text
-    scored = prepare_scores(shared, tasks[:1], (tiny_base, tiny_tokenizer), limit=1)
+    scorer = prepare_scores(shared, tasks[:1], (tiny_base, tiny_tokenizer), limit=1)
     for of, size, number in ((shared, own, 2), (library, spec.num_parameters, 1)):
-        rows = [s.row for s in score_controls(scored, of, number * size)]
+        rows = [s.condition for s in score_controls(scorer, of, number * size)]
         assert f"{number} components" in rows
 
 
@@ -329,9 +327,9 @@ def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, An
     out, plain = compressed
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(plain))
     scores = read_scores(out / "scores.jsonl")
-    rows = (
+    conditions = (
         "base",
-        "oracle",
+        "task-lora",
         "mean of all",
         "3 components",
         "all, trained",
@@ -339,49 +337,137 @@ def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, An
         "two, trained",
         "two, held-out",
     )
-    assert tuple(dict.fromkeys(s.row for s in scores)) == rows
-    for row, found in plain["rows"].items():
-        mine = [s for s in scores if s.row == row]
+    assert tuple(dict.fromkeys(s.condition for s in scores)) == tuple(plain["conditions"]) == conditions
+    for name, found in plain["conditions"].items():
+        mine = [s for s in scores if s.condition == name]
         assert (found["tasks"], found["n"]) == (len(mine), 5 * len(mine))
         assert found["loss"][0] == pytest.approx(np.mean([np.mean(s.loss) for s in mine]))
         assert found["loss"][1] <= found["loss"][0] <= found["loss"][2]
     for s in scores:
-        cell = plain["tasks"][s.task][s.row]
-        assert cell["exact_match"][0] == pytest.approx(np.mean(s.exact_match)) and cell["n"] == 5
+        assert plain["tasks"][s.task][s.condition] == {"n": 5, "exact_match": pytest.approx(np.mean(s.exact_match))}
     text = (out / "report.md").read_text()
-    assert "have one A" not in text and plain["networks"][0]["distinct_share"] == plain["networks"][0]["share"]
-    assert "| all | 4 | trained |" in text and "| two | 2 | held-out |" in text and "| oracle | 3 | 15 |" in text
-    assert all(f"| {name} |" in text for name in NAMES)
+    assert "have one A" not in text and plain["networks"][0]["share_one_a"] == plain["networks"][0]["share"]
+    assert "| all | 4 | trained |" in text and "| two | 2 | held-out |" in text and "| task-lora | 3 | 15 |" in text
     # Three components and the mean hold all of four adapters.
-    of = {row: [s.loss for s in scores if s.row == row] for row in ("oracle", "3 components", "mean of all")}
-    for exact, made in zip(of["oracle"], of["3 components"], strict=True):
+    of = {
+        name: [s.loss for s in scores if s.condition == name] for name in ("task-lora", "3 components", "mean of all")
+    }
+    for exact, made in zip(of["task-lora"], of["3 components"], strict=True):
         assert made == pytest.approx(exact, abs=1e-3)
-    assert of["mean of all"] != of["oracle"]
-    assert plain["rows"]["base"]["recovered"] is None and plain["rows"]["oracle"]["recovered"] in (
-        None,
-        [1.0] * 3,
-        (1.0,) * 3,
-    )
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert of["mean of all"] != of["task-lora"]
+    assert plain["conditions"]["base"]["recovered"] is None
+    assert plain["conditions"]["task-lora"]["recovered"] in (None, [1.0] * 3)
+    assert sorted(path.name for path in out.iterdir() if path.stem in ("report", "scores", "curve")) == [
+        "report.json",
+        "report.md",
+        "scores.jsonl",
+    ]
 
 
 def test_compressing_goes_on_where_time_ran_out(
     library: AdapterLibrary, config: ReconstructionConfig, compressed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """The checkpoint is the one of a compression that was not interrupted."""
-    out = tmp_path / "out"
-    points = {"all": config, "again": config}
-    for _ in range(20):
-        try:
-            compress(library, out, points, max_minutes=0.0, log=quiet)
-        except TrainingError as error:
-            assert "the same command goes on" in str(error) and not out.exists()
-            assert (tmp_path / "out.runs" / "all" / "state.safetensors").exists()
-            if "of network “again”" in str(error):
-                break
-    plain = compress(library, out, points, log=quiet)
-    assert plain["rows"] == {} and not (tmp_path / "out.runs").exists()
+    out, lines = tmp_path / "out", list[str]()
+    networks = {"all": config, "again": config}
+    for steps in (*range(5, 40, 5), None):
+        plain = compress(library, out, networks, max_minutes=0.0, log=lines.append)
+        if steps is None:
+            break
+        assert plain is None and not out.exists()
+        assert lines[-1] == (
+            f"Time is up after {steps} of 40 steps; they are saved in {out}.runs, and the same command goes on"
+        )
+    assert f"network “again”, 2 of 2: 4 adapters; {steps or 35} of 40 steps are done" in lines
+    assert plain is not None and plain["conditions"] == {} and not (tmp_path / "out.runs").exists()
     assert (out / "hypernet.safetensors").read_bytes() == (compressed[0] / "hypernet.safetensors").read_bytes()
+
+
+def test_compressing_goes_on_after_ctrl_c(
+    library: AdapterLibrary,
+    config: ReconstructionConfig,
+    compressed: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was trained is saved, and the last line says how to go on."""
+    step, taken = Trainer.step, 0
+
+    def interrupted(self: Trainer, *given: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *given)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    out, lines = tmp_path / "out", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        compress(library, out, {"all": config}, log=lines.append)
+    assert lines[-1].startswith("Interrupted after 7 of 20 steps") and lines[-1].endswith("the same command goes on")
+    assert compress(library, out, {"all": config}, log=quiet) is not None
+    assert (out / "hypernet.safetensors").read_bytes() == (compressed[0] / "hypernet.safetensors").read_bytes()
+
+
+def test_killed_before_the_report_it_is_made_by_the_same_command(
+    library: AdapterLibrary, config: ReconstructionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained again, and nothing that was half written stays."""
+
+    class Killed(Exception):
+        pass
+
+    def dying(*_: Any) -> None:
+        raise Killed
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run, "write_report", dying)
+        compress(library, out, {"all": config}, log=quiet)
+    assert not out.exists()
+    monkeypatch.setattr(run, "train_reconstruction", dying)
+    assert compress(library, out, {"all": config}, log=quiet) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_network_larger_than_its_adapters_is_warned_of(library: AdapterLibrary, config: ReconstructionConfig) -> None:
+    """Before it is trained, with a setting that is smaller; of one that is smaller nothing is said."""
+    wide = replace(config, hypernet=replace(config.hypernet, width=128, head_size=512))
+    many = LoraTensors.stack([random_lora(library.spec, n) for n in range(60)])
+    larger = save_library(
+        library.folder.parent / "sixty", many, library.spec, {f"x{n}": {"descriptions": ["d"]} for n in range(60)}
+    )
+    limit = 2 * 60 * library.spec.num_parameters
+    (warning,) = size_warnings({"all": wide}, larger)
+    share = 2 * network_parameters(wide, library.spec, 32) / limit
+    assert "network “all”" in warning and f"{share:,.0%}" in warning and "nothing is compressed" in warning
+    settings = dict(x.split("=") for x in warning.split() if x.startswith("hypernet."))
+    smaller = replace(
+        wide,
+        hypernet=replace(
+            wide.hypernet, width=int(settings["hypernet.width"]), head_size=int(settings["hypernet.head_size"])
+        ),
+    )
+    share = 2 * network_parameters(smaller, library.spec, 32) / limit
+    assert share <= 0.5 and warning.endswith(f"makes it {share:.0%}")
+    assert size_warnings({"all": smaller}, larger) == []
+    (hopeless,) = size_warnings({"all": wide}, library)
+    assert "4 adapters" in hopeless and hopeless.endswith("keep the adapters, or compress more at once")
+
+
+def test_planned_networks(library: AdapterLibrary, config: ReconstructionConfig) -> None:
+    """The file's settings, then parts of the library, then other heads; the command line's settings hold in all."""
+    settings = {
+        "encoder": {"kind": "sentence", "model": config.encoder.model, "max_tokens": 60},
+        "hypernet": {"width": 24, "head_size": 16, "dropout": 0.0},
+        "train": {"max_steps": 15},
+    }
+    found = plan_networks(library, settings, ["train.max_steps=7"], curve=[2], heads=[("S", 8)])
+    assert list(found) == ["all", "2 adapters", "S 8"]
+    assert {x.train.max_steps for x in found.values()} == {7}
+    assert {x.data.library for x in found.values()} == {str(library.folder)}
+    assert [x.data.adapters for x in found.values()] == [(), subset(library, 2), ()]
+    assert (found["S 8"].hypernet.variant, found["S 8"].hypernet.head_size) == ("S", 8)
 
 
 # -------------------------------------------------------------------------------------------------- the commands
@@ -392,7 +478,7 @@ def t2l(*arguments: object) -> Any:
 
 
 @pytest.fixture(scope="module")
-def oracle_files(base_folder: Path, sentence_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def way(base_folder: Path, sentence_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Own tasks and configs for the whole way from tasks to a checkpoint."""
     folder = tmp_path_factory.mktemp("way")
     rows = [
@@ -402,26 +488,32 @@ def oracle_files(base_folder: Path, sentence_folder: Path, tmp_path_factory: pyt
         for n in numbers
     ]
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    oracle = {
+    task_loras = {
         "base": str(base_folder),
         "lora": {"r": 2, "lora_alpha": 4},
-        "data": {"sources": [str(folder / "own.jsonl")]},
-        "train": {"steps": 10, "evaluate_every": 5, "sequence_tokens": 96, "answer_tokens": 16, "learning_rate": 0.01},
+        "data": {"tasks": [str(folder / "own.jsonl")]},
+        "train": {
+            "max_steps": 10,
+            "eval_steps": 5,
+            "max_seq_length": 96,
+            "max_target_length": 16,
+            "learning_rate": 0.01,
+        },
     }
-    recon = {
+    reconstruction = {
         "encoder": {"kind": "sentence", "model": str(sentence_folder), "max_tokens": 60},
         "hypernet": {"width": 24, "head_size": 16, "dropout": 0.0},
         "train": {"max_steps": 15, "logging_steps": 5},
     }
-    (folder / "oracle.yaml").write_text(json.dumps(oracle))  # JSON is YAML
-    (folder / "recon.yaml").write_text(json.dumps(recon))
+    (folder / "task-loras.yaml").write_text(json.dumps(task_loras))  # JSON is YAML
+    (folder / "reconstruction.yaml").write_text(json.dumps(reconstruction))
     return folder
 
 
-def test_from_tasks_to_a_checkpoint_on_the_command_line(oracle_files: Path, base_folder: Path) -> None:
-    """train oracle, library export and import, compress, train recon, library judge."""
-    way, run = oracle_files, oracle_files / "run"
-    done = t2l("train", "oracle", "--config", way / "oracle.yaml", "--run", run, "--device", "cpu", "--json")
+def test_from_tasks_to_a_checkpoint_on_the_command_line(way: Path, base_folder: Path) -> None:
+    """train task-loras, library export and import, compress, train reconstruction, library evaluate."""
+    run = way / "run"
+    done = t2l("train", "task-loras", "--config", way / "task-loras.yaml", "--run", run, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["adapters"] == 2
     library = AdapterLibrary.open(run / "library")
@@ -441,31 +533,46 @@ def test_from_tasks_to_a_checkpoint_on_the_command_line(oracle_files: Path, base
     assert imported.names == ("yes", "no") and imported.index["yes"] == {"descriptions": ["Say yes."]}
 
     done = t2l(
-        "compress", library.folder, "-o", way / "small", "--config", way / "recon.yaml", "--curve", "1",
+        "compress", library.folder, "-o", way / "small", "--config", way / "reconstruction.yaml", "--curve", "1",
         "--networks", "S:16", "--score", way / "own.jsonl", "--device", "cpu", "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert [network["label"] for network in report["networks"]] == ["all", "1 adapters", "S 16"]
-    assert set(report["tasks"]) == {"yes", "no"} and report["rows"]["oracle"]["n"] == 6
-    again = t2l("compress", library.folder, "-o", way / "small", "--config", way / "recon.yaml")
+    assert set(report["tasks"]) == {"yes", "no"} and report["conditions"]["task-lora"]["n"] == 6
+    assert "nothing is compressed" in done.stderr
+    done = t2l(
+        "compress", library.folder, "-o", way / "stopped", "--config", way / "reconstruction.yaml",
+        "--max-minutes", "0", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0 and json.loads(done.stdout) == {"complete": False, "runs": str(way / "stopped.runs")}
+    assert "Time is up after 5 of 15 steps" in done.stderr and "the same command goes on" in done.stderr
+    again = t2l("compress", library.folder, "-o", way / "small", "--config", way / "reconstruction.yaml")
     assert again.exit_code == 1 and "exists already" in again.stderr
 
     onehot = ["--set", "encoder={kind: onehot}", "--set", f"data.library={library.folder}"]
     done = t2l(
-        "train", "reconstruction", "--config", way / "recon.yaml", "--run", way / "one-hot", *onehot, "--device", "cpu"
+        "train",
+        "reconstruction",
+        "--config",
+        way / "reconstruction.yaml",
+        "--run",
+        way / "one-hot",
+        *onehot,
+        "--device",
+        "cpu",
     )
     assert done.exit_code == 0, done.output
     done = t2l(
-        "library", "judge", library.folder, way / "small", way / "one-hot" / "checkpoint", "-o", way / "judged",
+        "library", "evaluate", library.folder, way / "small", way / "one-hot" / "checkpoint", "-o", way / "evaluated",
         "--score", way / "own.jsonl", "--device", "cpu",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    rows = list(json.loads((way / "judged" / "report.json").read_text())["rows"])
+    rows = list(json.loads((way / "evaluated" / "report.json").read_text())["conditions"])
     kinds = ["trained", "held-out", "random", "other"]
-    assert rows[:4] == ["base", "oracle", "mean of all", "1 components"]
+    assert rows[:4] == ["base", "task-lora", "mean of all", "1 components"]
     assert rows[4:] == [*(f"small, {k}" for k in kinds), "one-hot, trained", "one-hot, other"]
-    wrong = t2l("library", "judge", imported.folder, way / "small", "-o", way / "wrong", "--device", "cpu")
+    wrong = t2l("library", "evaluate", imported.folder, way / "small", "-o", way / "wrong", "--device", "cpu")
     assert wrong.exit_code == 1 and "was not trained to reconstruct" in wrong.stderr
 
 

@@ -25,7 +25,7 @@ from t2l.train.metrics import read_metrics
 from t2l.train.sft import train
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
-CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("oracle", "reconstruction"))
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("task-loras", "reconstruction"))
 
 
 def names(path: Path) -> str:

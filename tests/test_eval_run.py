@@ -226,13 +226,13 @@ def test_a_prototype_is_the_first_right_singular_vector() -> None:
     assert torch.allclose(found.norm(dim=-1), torch.ones(4).double(), atol=1e-6)
 
 
-def test_a_library_for_judging_is_no_baseline(
+def test_a_library_for_evaluation_is_no_baseline(
     library: str, tmp_path: Path, tiny_base: Any, tiny_tokenizer: Any
 ) -> None:
     opened = AdapterLibrary.open(Path(library))
     facts = {name: {} for name in opened.names}
-    judging = save_library(tmp_path / "judging", opened.stack(opened.names), opened.spec, facts, purpose="judging")
-    left_out = Sources(libraries=(judging,)).left_out(choose_conditions("average,arrow,nearest,task-lora"))
+    marked = save_library(tmp_path / "marked", opened.stack(opened.names), opened.spec, facts, purpose="evaluation")
+    left_out = Sources(libraries=(marked,)).left_out(choose_conditions("average,arrow,nearest,task-lora"))
     assert left_out.keys() == {"average", "arrow", "nearest"}
 
 

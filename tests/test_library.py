@@ -213,7 +213,7 @@ def test_import_needs_distinct_folders(tmp_path: Path, tiny_config: LlamaConfig)
     [
         ({"format_version": 2}, "format_version is 2, this version of t2l reads 1"),
         ({"names": ["sum", "reverse"]}, "must name the same adapters"),
-        ({"purpose": "fun"}, "purpose is 'fun', expected training or judging"),
+        ({"purpose": "fun"}, "purpose is 'fun', expected training or evaluation"),
         ({"sha256": "0"}, "the file was changed after it was written"),
     ],
 )

@@ -583,9 +583,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
 
 def test_libraries_that_may_not_be_trained_on(config: ReconstructionConfig, spec: AdapterSpec, tmp_path: Path) -> None:
     one = stacked(spec, 1)
-    save_library(tmp_path / "judging", one, spec, {"x": {"descriptions": ["y"]}}, purpose="judging")
-    with pytest.raises(DataError, match="was trained for judging only"):
-        open_library(ReconstructionDataConfig(library=str(tmp_path / "judging")))
+    save_library(tmp_path / "evaluation", one, spec, {"x": {"descriptions": ["y"]}}, purpose="evaluation")
+    with pytest.raises(DataError, match="was trained for evaluation only"):
+        open_library(ReconstructionDataConfig(library=str(tmp_path / "evaluation")))
     name = min(load_splits().test)
     save_library(tmp_path / "test", one, spec, {name: {"descriptions": ["y"]}})
     with pytest.raises(DataError, match="zero-shot test task"):

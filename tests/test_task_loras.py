@@ -1,7 +1,10 @@
-"""Oracle adapters: many at once are what each alone would be, and what PEFT with AdamW makes of the same rows."""
+"""Task LoRAs: many at once are what each alone would be, and what PEFT with AdamW makes of the same rows."""
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import peft_io
 from t2l.checkpoint import load_checkpoint, save_checkpoint
-from t2l.config import LoraConfig
+from t2l.config import LoraConfig, to_plain
 from t2l.errors import ConfigError, DataError, SpecMismatchError, TrainingError
 from t2l.library import AdapterLibrary
 from t2l.spec import AdapterSpec
@@ -25,20 +28,10 @@ from t2l.tasks import Example, Task, load_splits
 from t2l.train import task_loras
 from t2l.train.loop import schedule
 from t2l.train.packing import Stream
-from t2l.train.task_loras import (
-    BROKEN,
-    OracleConfig,
-    OracleDataConfig,
-    OracleTrainConfig,
-    OracleTrainer,
-    Slots,
-    StepSizes,
-    adamw,
-    load_tasks,
-    step_sizes,
-    tokenize_tasks,
-    train_oracles,
-)
+from t2l.train.slots import Slots, StepSizes, adamw, step_sizes
+from t2l.train.task_config import TaskLorasConfig, TaskLorasDataConfig, TaskLorasTrainConfig
+from t2l.train.task_data import load_tasks, tokenize_tasks
+from t2l.train.task_loras import BROKEN, Trainer, train_task_loras
 
 ANSWERS = {"always_no": "no", "always_yes": "yes", "digit": "{n}", "shout": "Is it {n}!"}
 TOKENS, ANSWER_TOKENS = 110, 40
@@ -64,23 +57,23 @@ def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(base_folder: Path, jsonl: Path) -> OracleConfig:
-    return OracleConfig(
+def config(base_folder: Path, jsonl: Path) -> TaskLorasConfig:
+    return TaskLorasConfig(
         base=str(base_folder),
         seed=5,
         lora=LoraConfig(target_modules=("q_proj", "v_proj", "down_proj"), r=2, lora_alpha=4),
-        data=OracleDataConfig(sources=(str(jsonl),), validation_examples=6),
-        train=OracleTrainConfig(
-            steps=16,
-            tasks_at_once=3,
-            sequence_tokens=TOKENS,
-            answer_tokens=ANSWER_TOKENS,
+        data=TaskLorasDataConfig(tasks=(str(jsonl),), validation_examples=6),
+        train=TaskLorasTrainConfig(
+            max_steps=16,
+            tasks_per_batch=3,
+            max_seq_length=TOKENS,
+            max_target_length=ANSWER_TOKENS,
             learning_rate=1e-2,
-            evaluate_every=4,
-            validation_rows=2,
-            patience=2,
-            save_minutes=1000.0,
-            tensorboard=False,
+            eval_steps=4,
+            eval_rows=2,
+            early_stopping_patience=2,
+            save_steps=1000,
+            report_to="none",
         ),
     )
 
@@ -89,16 +82,16 @@ def quiet(_: str) -> None:
     pass
 
 
-def changed(config: OracleConfig, **changes: Any) -> OracleConfig:
+def changed(config: TaskLorasConfig, **changes: Any) -> TaskLorasConfig:
     return replace(config, train=replace(config.train, **changes))
 
 
-def only(config: OracleConfig, *names: str) -> OracleConfig:
-    return replace(config, data=replace(config.data, tasks=names))
+def only(config: TaskLorasConfig, *names: str) -> TaskLorasConfig:
+    return replace(config, data=replace(config.data, only=names))
 
 
-def run(config: OracleConfig, folder: Path, **options: Any) -> AdapterLibrary:
-    return train_oracles(config, folder, device="cpu", log=quiet, **options)
+def run(config: TaskLorasConfig, folder: Path, **options: Any) -> AdapterLibrary:
+    return train_task_loras(config, folder, device="cpu", log=quiet, **options)
 
 
 def largest_difference(one: AdapterLibrary, other: AdapterLibrary, name: str) -> float:
@@ -108,22 +101,12 @@ def largest_difference(one: AdapterLibrary, other: AdapterLibrary, name: str) ->
 
 
 @pytest.fixture(scope="module")
-def together(config: OracleConfig, tmp_path_factory: pytest.TempPathFactory) -> AdapterLibrary:
+def together(config: TaskLorasConfig, tmp_path_factory: pytest.TempPathFactory) -> AdapterLibrary:
     """All four tasks in three slots."""
     return run(config, tmp_path_factory.mktemp("together") / "run")
 
 
-@pytest.mark.parametrize("name", ["/abs/olute", "../../up", "math/add", ".hidden", "", "x" * 300, "end.", "a\\b"])
-def test_a_task_that_cannot_name_a_folder_is_refused_before_anything_is_trained(name: str, tmp_path: Path) -> None:
-    """Its adapter would be written to a folder of this name, wherever that leads."""
-    rows = [{"task": task, "description": "Do.", "input": "in", "output": "out"} for task in ("good", name)]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = OracleConfig(base="none", data=OracleDataConfig(sources=(str(tmp_path / "own.jsonl"),)))
-    with pytest.raises(DataError, match=r"cannot name a task: .* rename it"):
-        load_tasks(config)
-
-
-def test_many_at_once_are_what_each_alone_is(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+def test_many_at_once_are_what_each_alone_is(config: TaskLorasConfig, together: AdapterLibrary, tmp_path: Path) -> None:
     """In other slots, beside other tasks, after others or first: the same adapter, steps and losses."""
     assert together.names == tuple(sorted(ANSWERS))
     for name in together.names:
@@ -140,12 +123,12 @@ def test_many_at_once_are_what_each_alone_is(config: OracleConfig, together: Ada
     assert (adapters.b[0][0] - adapters.b[0][1]).abs().max() > 1e-3  # and not all the same one
 
 
-def test_rows_of_one_task_share_its_adapter(config: OracleConfig, tmp_path: Path) -> None:
+def test_rows_of_one_task_share_its_adapter(config: TaskLorasConfig, tmp_path: Path) -> None:
     """Two rows a task and step: again the same together and alone, and other adapters than with one row."""
-    two = changed(config, rows_per_task=2, tasks_at_once=2, steps=8)
+    two = changed(config, rows_per_task=2, tasks_per_batch=2, max_steps=8)
     both = run(only(two, "digit", "shout"), tmp_path / "both")
     alone = run(only(two, "shout"), tmp_path / "alone")
-    one_row = run(only(changed(config, steps=8), "shout"), tmp_path / "one")
+    one_row = run(only(changed(config, max_steps=8), "shout"), tmp_path / "one")
     assert largest_difference(both, alone, "shout") <= 1e-5
     assert largest_difference(both, one_row, "shout") > 1e-3
 
@@ -153,7 +136,7 @@ def test_rows_of_one_task_share_its_adapter(config: OracleConfig, tmp_path: Path
 @pytest.mark.parametrize("in_prompt", [False, True])
 def test_peft_and_adamw_make_the_same_adapter(
     in_prompt: bool,
-    config: OracleConfig,
+    config: TaskLorasConfig,
     tiny_config: LlamaConfig,
     tiny_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -164,7 +147,7 @@ def test_peft_and_adamw_make_the_same_adapter(
     )
     # All steps are taken and the last weights are the best, so there is nothing but the optimiser to compare.
     rate = 1e-3  # Adam divides rounding by rounding where a gradient is nearly zero; that error grows with the rate
-    config = changed(config, steps=8, evaluate_every=8, max_gradient_norm=0.7, weight_decay=0.1, learning_rate=rate)
+    config = changed(config, max_steps=8, eval_steps=8, max_grad_norm=0.7, weight_decay=0.1, learning_rate=rate)
     library = run(config, tmp_path / "run")
     assert library.index["digit"]["steps"] == 8
     train, data = config.train, tokenize_tasks(load_tasks(config), config, tiny_tokenizer)
@@ -198,7 +181,7 @@ def test_peft_and_adamw_make_the_same_adapter(
         stream = Stream(name, task.train, tokens=TOKENS, answer_tokens=ANSWER_TOKENS, seed=5)
         store, clipped = task.train, 0
         for step in range(8):
-            optimizer.param_groups[0]["lr"] = rate * schedule(step, train.steps, train.warmup)
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, train.max_steps, train.warmup_ratio)
             losses = []
             for document in stream.row():
                 begin, prompt, answer = (int(x[document]) for x in (store.start, store.prompt, store.answer))
@@ -250,13 +233,15 @@ def test_each_slot_is_clipped_and_stopped_on_its_own() -> None:
 
 
 def test_step_sizes_are_each_slots_own() -> None:
-    train = OracleTrainConfig(steps=100, warmup=0.1, learning_rate=2.0, evaluate_every=25)
-    sizes = step_sizes([[0, 50, None], [1, 51, None]], train, torch.device("cpu"))
-    expected = [[2 * schedule(t, train.steps, train.warmup) for t in row] + [0.0] for row in ([0, 50], [1, 51])]
-    assert torch.allclose(sizes.rate, torch.tensor(expected))
-    count = torch.tensor([[1, 51], [2, 52]], dtype=torch.float64)
-    assert torch.allclose(sizes.correction1[:, :2], (1 - 0.9**count).float())
-    assert torch.allclose(sizes.correction2[:, :2], (1 - 0.999**count).float())
+    train = TaskLorasTrainConfig(max_steps=100, warmup_ratio=0.1, learning_rate=2.0, eval_steps=25)
+    steps = ((0, 50, None), (1, 51, None))
+    for taken, sizes in zip(steps, step_sizes(steps, train, torch.device("cpu")), strict=True):
+        known = [t for t in taken if t is not None]
+        rates = [2 * schedule(t, train.max_steps, train.warmup_ratio) for t in known]
+        assert torch.allclose(sizes.rate, torch.tensor([*rates, 0.0]))
+        count = torch.tensor(known, dtype=torch.float64) + 1
+        assert torch.allclose(sizes.correction1[:2], (1 - 0.9**count).float())
+        assert torch.allclose(sizes.correction2[:2], (1 - 0.999**count).float())
 
 
 # ----------------------------------------------------------------------------------------------- stopping early
@@ -275,11 +260,11 @@ def contrary(jsonl: Path, folder: Path) -> Path:
     return path
 
 
-def test_early_stop_keeps_the_best_weights(config: OracleConfig, jsonl: Path, tmp_path: Path) -> None:
+def test_early_stop_keeps_the_best_weights(config: TaskLorasConfig, jsonl: Path, tmp_path: Path) -> None:
     """A task that only gets worse stops after `patience` looks and keeps what it had; the others go on."""
-    own = replace(config, data=replace(config.data, sources=(str(contrary(jsonl, tmp_path)),)))
+    own = replace(config, data=replace(config.data, tasks=(str(contrary(jsonl, tmp_path)),)))
     # Nothing is learned before it gets worse: the rate is at its peak from the first step.
-    library = run(changed(only(own, "contrary", "digit"), warmup=0.0, learning_rate=3e-2), tmp_path / "run")
+    library = run(changed(only(own, "contrary", "digit"), warmup_ratio=0.0, learning_rate=3e-2), tmp_path / "run")
     bad, good = library.index["contrary"], library.index["digit"]
     assert bad["stopped_by"] == "no better validation loss" and bad["stopped_at"] == bad["steps"] + 8
     assert good["stopped_at"] == 16
@@ -289,21 +274,21 @@ def test_early_stop_keeps_the_best_weights(config: OracleConfig, jsonl: Path, tm
 
 
 def test_patience_begins_anew_with_every_better_look(
-    config: OracleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TaskLorasConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two bad looks in a row end it, not two in all; the first loss is the base's."""
     script = iter((5.0, 4.0, 4.5, 3.0, 3.5, 3.6))
 
-    def scripted(self: OracleTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    def scripted(self: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([next(script)]), torch.tensor([0.25])
 
-    monkeypatch.setattr(OracleTrainer, "_validate", scripted)
-    facts = run(changed(only(config, "digit"), steps=40), tmp_path / "run").index["digit"]
+    monkeypatch.setattr(Trainer, "validate", scripted)
+    facts = run(changed(only(config, "digit"), max_steps=40), tmp_path / "run").index["digit"]
     assert (facts["start_loss"], facts["loss"], facts["steps"], facts["stopped_at"]) == (5.0, 3.0, 12, 20)
 
 
 def test_a_task_that_breaks_is_left_out_and_named(
-    config: OracleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TaskLorasConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its gradient is not finite from the first step; the library is without it, the others are as ever."""
 
@@ -314,10 +299,10 @@ def test_a_task_that_breaks_is_left_out_and_named(
         gradients[0][place] = float("nan")
         adamw(weights, gradients, *rest)
 
-    together = run(changed(config, tasks_at_once=4), tmp_path / "sound")
+    together = run(changed(config, tasks_per_batch=4), tmp_path / "sound")
     monkeypatch.setattr(task_loras, "adamw", breaking)
     lines: list[str] = []
-    library = train_oracles(changed(config, tasks_at_once=4), tmp_path / "run", device="cpu", log=lines.append)
+    library = train_task_loras(changed(config, tasks_per_batch=4), tmp_path / "run", device="cpu", log=lines.append)
     assert library.names == tuple(name for name in names if name != "digit")
     assert any("left out" in line and line.endswith("digit") for line in lines)
     assert json.loads((tmp_path / "run/finished/digit/facts.json").read_text())["stopped_by"] == BROKEN
@@ -335,7 +320,7 @@ def same_but_for_time(one: AdapterLibrary, other: AdapterLibrary) -> bool:
     return one.checksum == other.checksum and timeless(one) == timeless(other)
 
 
-def test_stopped_by_the_clock_and_resumed(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+def test_stopped_by_the_clock_and_resumed(config: TaskLorasConfig, together: AdapterLibrary, tmp_path: Path) -> None:
     """One segment a call: the library is the uninterrupted one's, bit for bit, and grows on the way."""
     sizes = []
     with pytest.raises(TrainingError, match=r"No adapter was finished within 0\.0 minutes; go on with --resume"):
@@ -353,7 +338,7 @@ def test_stopped_by_the_clock_and_resumed(config: OracleConfig, together: Adapte
     assert same_but_for_time(library, together)
 
 
-def test_killed_between_saves_and_resumed(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+def test_killed_between_saves_and_resumed(config: TaskLorasConfig, together: AdapterLibrary, tmp_path: Path) -> None:
     """Work since the last state is done again, with the same result, also where an adapter was finished since."""
 
     class Killed(Exception):
@@ -372,19 +357,98 @@ def test_killed_between_saves_and_resumed(config: OracleConfig, together: Adapte
         run(config, tmp_path / "run", max_minutes=0.0)
     for after in (1, 3, 5):
         with pytest.raises(Killed):
-            train_oracles(config, tmp_path / "run", resume=True, device="cpu", log=dying(after))
+            train_task_loras(config, tmp_path / "run", resume=True, device="cpu", log=dying(after))
     assert same_but_for_time(run(config, tmp_path / "run", resume=True), together)
 
 
-def test_a_run_is_not_mixed_with_another(config: OracleConfig, tmp_path: Path) -> None:
+def test_ctrl_c_saves_between_two_evaluations(
+    config: TaskLorasConfig, together: AdapterLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that runs is finished, the state saved, the way on told; the library is the uninterrupted run's."""
+    step, taken = Trainer.step, 0
+
+    def interrupted(self: Trainer, *given: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken in (2, 7, 21):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *given)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    lines: list[str] = []
+    for times in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train_task_loras(config, tmp_path / "run", resume=times > 0, device="cpu", log=lines.append)
+        assert lines[-1].startswith("interrupted: the state is saved") and lines[-1].endswith("go on with --resume")
+        assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == taken
+    assert same_but_for_time(run(config, tmp_path / "run", resume=True), together)
+
+
+def test_a_run_killed_before_its_library_writes_it_when_resumed(
+    config: TaskLorasConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves nothing of what was half written."""
+
+    class Killed(Exception):
+        pass
+
+    def dying(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    config = changed(only(config, "digit"), max_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(task_loras, "save_library", dying)
+        run(config, tmp_path / "run")
+    (tmp_path / "run/.state.safetensors.123").write_text("half a state")
+    assert run(config, tmp_path / "run", resume=True).names == ("digit",)
+    assert not list((tmp_path / "run").rglob(".*"))
+    with pytest.raises(TrainingError, match="is finished: all 1"):
+        run(config, tmp_path / "run", resume=True)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from t2l.config import build
+from t2l.errors import OutputError
+from t2l.train.task_config import TaskLorasConfig
+from t2l.train.task_loras import Trainer, train_task_loras
+def limited(*given):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    return original(*given)
+torch.set_num_threads(1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+settings, run, method = eval(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+original = getattr(Trainer, method)
+setattr(Trainer, method, limited)
+try:
+    train_task_loras(build(TaskLorasConfig, settings), run, max_minutes=0, device="cpu", log=lambda line: None)
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("method", "target"), [("_finish", "finished/digit"), ("save", "state.safetensors")])
+def test_a_full_disk_is_an_error_of_ours(method: str, target: str, config: TaskLorasConfig, tmp_path: Path) -> None:
+    """While a finished adapter or a state is written; nothing half-written stays."""
+    settings = to_plain(changed(only(config, "digit"), max_steps=4 if method == "_finish" else 8))
+    given = [sys.executable, "-c", FULL_DISK, repr(settings), str(tmp_path / "run"), method]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    assert f"Cannot write {tmp_path / 'run' / target}" in done.stdout
+    assert not (tmp_path / "run" / target).exists()
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_a_run_is_not_mixed_with_another(config: TaskLorasConfig, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no saved state"):
         run(config, tmp_path / "run", resume=True)
     with pytest.raises(TrainingError, match="No adapter was finished"):
         run(config, tmp_path / "run", max_minutes=0.0)
     with pytest.raises(TrainingError, match="is not empty"):
         run(config, tmp_path / "run")
-    with pytest.raises(TrainingError, match=r"train\.steps was 16, is 20"):
-        run(changed(config, steps=20), tmp_path / "run", resume=True)
+    with pytest.raises(TrainingError, match=r"train\.max_steps was 16, is 20"):
+        run(changed(config, max_steps=20), tmp_path / "run", resume=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the data
@@ -397,75 +461,105 @@ def write_task(folder: Path, name: str, **changes: Any) -> Path:
     return path
 
 
-def test_held_out_tasks_are_refused_unless_for_judging(config: OracleConfig, tmp_path: Path) -> None:
+def test_held_out_tasks_are_refused_unless_for_evaluation(config: TaskLorasConfig, tmp_path: Path) -> None:
     """Then the library says so."""
     name = min(load_splits().test)
-    held_out = replace(config, data=OracleDataConfig(sources=(str(write_task(tmp_path, name)),)))
+    held_out = replace(config, data=TaskLorasDataConfig(tasks=(str(write_task(tmp_path, name)),)))
     with pytest.raises(DataError, match=f"may not be trained on: {name} "):
         run(held_out, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    marked = replace(changed(held_out, steps=4), oracle_for_judging=True)
-    assert run(marked, tmp_path / "run").purpose == "judging"
+    marked = replace(changed(held_out, max_steps=4), for_evaluation_only=True)
+    assert run(marked, tmp_path / "run").purpose == "evaluation"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{tmp}/precious",
+        "../../precious",
+        "sub/task",
+        "back\\slash",
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "end.",
+        "x" * 201,
+        "a\nb",
+    ],
+)
+def test_a_task_whose_name_is_no_file_name_is_refused(name: str, config: TaskLorasConfig, tmp_path: Path) -> None:
+    """Before anything is written: a name is never followed to another folder."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    name = name.format(tmp=tmp_path)
+    rows = [{"task": name, "description": "d", "input": f"{n}", "output": "yes"} for n in range(12)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = replace(config, data=TaskLorasDataConfig(tasks=(str(tmp_path / "own.jsonl"),)))
+    with pytest.raises(DataError, match=r"cannot name a task: .* rename it"):
+        run(own, tmp_path / "run")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ({"tasks": ("digit", "polka")}, DataError, r"data\.tasks: polka is not in"),
-        ({"sources": ("sni-everything",)}, ConfigError, "there is no 'sni-everything'; known are sni-paper, sni"),
-        ({"sources": ("benchmarks",)}, ConfigError, "this caller does not provide them"),
+        ({"only": ("digit", "polka")}, DataError, r"data\.only: polka is not in"),
+        ({"tasks": ("sni-everything",)}, ConfigError, "there is no 'sni-everything'; known are sni-paper, sni"),
+        ({"tasks": ("benchmarks",)}, ConfigError, "this caller does not provide them"),
     ],
 )
 def test_unknown_sources_and_tasks(
-    data: dict[str, Any], error: type, message: str, config: OracleConfig, tmp_path: Path
+    data: dict[str, Any], error: type, message: str, config: TaskLorasConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
         run(replace(config, data=replace(config.data, **data)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_tasks_without_a_usable_example_are_named(config: OracleConfig, tmp_path: Path) -> None:
+def test_tasks_without_a_usable_example_are_named(config: TaskLorasConfig, tmp_path: Path) -> None:
     for name, change in (("wordy", {"input": "x" * 200}), ("tiny", {})):
         write_task(tmp_path, name, **change)
     lines = (tmp_path / "tiny.jsonl").read_text().splitlines()
     (tmp_path / "tiny.jsonl").write_text("\n".join(lines[:4]))  # too few to keep a fifth for validation
-    own = replace(config, data=OracleDataConfig(sources=(str(tmp_path),)))
+    own = replace(config, data=TaskLorasDataConfig(tasks=(str(tmp_path),)))
     with pytest.raises(DataError) as caught:
         run(own, tmp_path / "run")
     assert "tiny (no validation example of 0), wordy (no training example of" in str(caught.value)
 
 
 @pytest.mark.skipif("T2L_DATA" not in os.environ, reason="T2L_DATA is not set")
-def test_the_papers_tasks_that_may_be_trained_on(config: OracleConfig) -> None:
+def test_the_papers_tasks_that_may_be_trained_on(config: TaskLorasConfig) -> None:
     """A task of the paper's 479 is there, one that only the frozen split added is not, nor one that overlaps."""
     names = ("task050_multirc_answerability", "task1398_obqa_question_generation")
-    sni = replace(config, data=OracleDataConfig(sources=("sni-paper",), tasks=names[:1]))
+    sni = replace(config, data=TaskLorasDataConfig(tasks=("sni-paper",), only=names[:1]))
     (task,) = load_tasks(sni)
     assert task.examples["train"] and task.examples["val"] and len(task.descriptions) > 100
     for name in (names[1], min(load_splits().test)):
         with pytest.raises(DataError, match=f"{name} is not in sni-paper"):
-            load_tasks(replace(sni, data=replace(sni.data, tasks=(name,))))
-    judged = replace(sni, data=OracleDataConfig(sources=("sni-test",), tasks=(min(load_splits().test),)))
+            load_tasks(replace(sni, data=replace(sni.data, only=(name,))))
+    held_out = replace(sni, data=TaskLorasDataConfig(tasks=("sni-test",), only=(min(load_splits().test),)))
     with pytest.raises(DataError, match="zero-shot test task"):
-        load_tasks(judged)
-    assert len(load_tasks(replace(judged, oracle_for_judging=True))) == 1
+        load_tasks(held_out)
+    assert len(load_tasks(replace(held_out, for_evaluation_only=True))) == 1
 
 
-def test_benchmarks_come_from_the_caller(config: OracleConfig) -> None:
+def test_benchmarks_come_from_the_caller(config: TaskLorasConfig) -> None:
     """Those without training data are passed over."""
     examples = tuple(Example(str(n), f"{n}", ("yes",)) for n in range(5))
     given = [Task("with", ("d",), {"train": examples}), Task("without", ("d",), {"test": examples})]
-    asked = replace(config, data=OracleDataConfig(sources=("benchmarks",)))
+    asked = replace(config, data=TaskLorasDataConfig(tasks=("benchmarks",)))
     assert [task.name for task in load_tasks(asked, lambda: given)] == ["with"]
 
 
 def test_config_refuses_what_cannot_be() -> None:
-    with pytest.raises(ConfigError, match=r"train\.steps \(10\) must be a multiple of train\.evaluate_every \(4\)"):
-        OracleTrainConfig(steps=10, evaluate_every=4)
-    with pytest.raises(ConfigError, match=r"train\.patience must be at least 1, got 0"):
-        OracleTrainConfig(patience=0)
-    with pytest.raises(ConfigError, match=r"train\.train_a false is for adapters that have one A"):
-        OracleTrainConfig(train_a=False, shared_start=False)
+    with pytest.raises(ConfigError, match=r"train\.max_steps \(10\) must be a multiple of train\.eval_steps \(4\)"):
+        TaskLorasTrainConfig(max_steps=10, eval_steps=4)
+    with pytest.raises(ConfigError, match=r"train\.early_stopping_patience must be at least 1, got 0"):
+        TaskLorasTrainConfig(early_stopping_patience=0)
+    with pytest.raises(ConfigError, match=r"train\.freeze_a is for adapters that have one A"):
+        TaskLorasTrainConfig(freeze_a=True, shared_init=False)
 
 
 def test_shared_and_own_starts(tiny_config: LlamaConfig) -> None:
@@ -481,7 +575,7 @@ def test_shared_and_own_starts(tiny_config: LlamaConfig) -> None:
 
 
 def test_the_base_is_left_as_it_was(
-    config: OracleConfig, tiny_base: LlamaForCausalLM, together: AdapterLibrary
+    config: TaskLorasConfig, tiny_base: LlamaForCausalLM, together: AdapterLibrary
 ) -> None:
     fresh = LlamaForCausalLM.from_pretrained(config.base)
     for one, other in zip(fresh.parameters(), tiny_base.parameters(), strict=True):
@@ -489,11 +583,11 @@ def test_the_base_is_left_as_it_was(
 
 
 @pytest.mark.skipif("T2L_DATA" not in os.environ, reason="T2L_DATA is not set")
-def test_benchmark_oracles_learn_what_is_asked_when_judged(config: OracleConfig) -> None:
-    """Prompt and answer of a training example are the judged questions' in form, and no test item is among them."""
+def test_benchmark_task_loras_learn_what_is_asked_when_evaluated(config: TaskLorasConfig) -> None:
+    """Prompt and answer of a training example are the evaluated questions' in form, and no test item is among them."""
     from t2l.eval.suites import benchmark_tasks, load_suite
 
-    asked = replace(config, data=OracleDataConfig(sources=("benchmarks",)))
+    asked = replace(config, data=TaskLorasDataConfig(tasks=("benchmarks",)))
     tasks = {task.name: task for task in load_tasks(asked, benchmark_tasks)}
     judged = {task.name: task for task in load_suite("benchmarks", per_task=None)}
     assert sorted(tasks) == sorted(judged.keys() - {"hellaswag", "humaneval"})
@@ -509,7 +603,7 @@ def test_benchmark_oracles_learn_what_is_asked_when_judged(config: OracleConfig)
 
 
 @pytest.mark.slow
-def test_compiled_is_the_same(config: OracleConfig, together: AdapterLibrary, tmp_path: Path) -> None:
+def test_compiled_is_the_same(config: TaskLorasConfig, together: AdapterLibrary, tmp_path: Path) -> None:
     """The step and the optimiser, compiled, over changing tasks in the slots.
 
     One graph for the first layer, whose input has no gradient, one for all others, one each for losses and optimiser.
@@ -518,7 +612,7 @@ def test_compiled_is_the_same(config: OracleConfig, together: AdapterLibrary, tm
 
     torch.compiler.reset()
     counters.clear()
-    compiled = run(changed(config, compile=True), tmp_path / "run")
+    compiled = run(changed(config, torch_compile=True), tmp_path / "run")
     assert counters["stats"]["unique_graphs"] == 4
     for name in together.names:
         assert largest_difference(compiled, together, name) <= 1e-4
@@ -528,7 +622,7 @@ def test_compiled_is_the_same(config: OracleConfig, together: AdapterLibrary, tm
 
 
 def test_adapters_start_from_a_multi_task_lora(
-    config: OracleConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
+    config: TaskLorasConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
 ) -> None:
     """With steps too small to count they are that LoRA; with real ones each becomes better than it."""
     spec = AdapterSpec.from_config(tiny_config, config.base, config.lora)
@@ -538,13 +632,13 @@ def test_adapters_start_from_a_multi_task_lora(
         for b in loaded.hypernet.shared_lora.b:
             b.normal_(std=0.02)
     save_checkpoint(folder, loaded.hypernet, spec, loaded.config, card="A LoRA.\n", overwrite=True, dtype=torch.float32)
-    still = run(changed(config, start_from=str(folder), learning_rate=1e-9, steps=4), tmp_path / "still")
+    still = run(changed(config, init_from=str(folder), learning_rate=1e-9, max_steps=4), tmp_path / "still")
     origin_a, origin_b = loaded.hypernet.shared_lora()
     for name in still.names:
         found = still.stack([name])
         for mine, origin in zip((*found.a, *found.b), (*origin_a, *origin_b), strict=True):
             torch.testing.assert_close(mine[0], origin.detach(), atol=1e-6, rtol=0)
-    library = run(changed(config, start_from=str(folder)), tmp_path / "run")
+    library = run(changed(config, init_from=str(folder)), tmp_path / "run")
     assert all(facts["loss"] < facts["start_loss"] for facts in library.index.values())
     assert [facts["start_loss"] for facts in library.index.values()] == pytest.approx(
         [facts["start_loss"] for facts in still.index.values()], abs=1e-5
@@ -553,20 +647,20 @@ def test_adapters_start_from_a_multi_task_lora(
 
 @pytest.mark.parametrize("origin", ["fresh", "checkpoint"])
 def test_an_a_that_is_not_trained_is_all_adapters_own(
-    origin: str, config: OracleConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
+    origin: str, config: TaskLorasConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
 ) -> None:
     """It is the A of their start, bit for bit, whatever the weight decay; each adapter learns by its B alone.
 
     Stopped and resumed is the same library again.
     """
-    still = only(changed(config, train_a=False, weight_decay=0.5, max_gradient_norm=0.1), "digit", "shout")
+    still = only(changed(config, freeze_a=True, weight_decay=0.5, max_grad_norm=0.1), "digit", "shout")
     spec = AdapterSpec.from_config(tiny_config, config.base, config.lora)
     start = Slots(spec, 1, torch.device("cpu"))
     if origin == "fresh":
         start.start(0, "any", seed=5, shared=True)
     else:
         folder = make_checkpoint(tmp_path / "multitask", spec=spec, variant="none")
-        still = changed(still, start_from=str(folder), shared_start=False)
+        still = changed(still, init_from=str(folder), shared_init=False)
         start.start(0, "any", seed=5, shared=False, origin=load_checkpoint(folder).hypernet.shared_adapter())
     library = run(still, tmp_path / "run")
     for name in library.names:
@@ -583,20 +677,20 @@ def test_an_a_that_is_not_trained_is_all_adapters_own(
 def test_the_optimiser_gets_what_is_trained_alone() -> None:
     """No gradient, moments or decay for an A that stays, and no part in the norm that is clipped."""
     spec = AdapterSpec.from_config(LlamaConfig(hidden_size=32, num_attention_heads=4), "tiny", LoraConfig(r=2))
-    slots = Slots(spec, 2, torch.device("cpu"), train_a=False)
+    slots = Slots(spec, 2, torch.device("cpu"), freeze_a=True)
     assert [x.requires_grad for x in slots.weights] == [False, False, True, True]
     assert all(x is y for x, y in zip(slots.trained, slots.weights[2:], strict=True))
     assert [x.shape for x in slots.trained] == [x.shape for x in slots.mean] == [x.shape for x in slots.square]
 
 
 def test_what_adapters_cannot_start_from_is_named(
-    config: OracleConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
+    config: TaskLorasConfig, make_checkpoint: Callable[..., Path], tiny_config: LlamaConfig, tmp_path: Path
 ) -> None:
     spec = AdapterSpec.from_config(tiny_config, config.base, config.lora)
     reads = make_checkpoint(tmp_path / "reads", spec=spec)
     with pytest.raises(ConfigError, match="variant 'L'; adapters start from a multi-task LoRA"):
-        run(changed(config, start_from=str(reads)), tmp_path / "a")
+        run(changed(config, init_from=str(reads)), tmp_path / "a")
     other = make_checkpoint(tmp_path / "other", variant="none")
     with pytest.raises(SpecMismatchError, match=r"This run is for .* is "):
-        run(changed(config, start_from=str(other)), tmp_path / "b")
+        run(changed(config, init_from=str(other)), tmp_path / "b")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 WEIGHTS, SPEC, INDEX = "adapters.safetensors", "spec.json", "index.json"
 
-Purpose = Literal["training", "judging"]
-"""`judging`: trained on tasks that may not be trained on, to be an upper bound in a table and nothing else."""
+Purpose = Literal["training", "evaluation"]
+"""`evaluation`: trained on tasks that no hypernetwork may see, to be an upper bound in a table and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class AdapterLibrary:
         if not isinstance(names, list) or not isinstance(adapters, dict) or sorted(adapters) != sorted(map(str, names)):
             raise CheckpointError(f"{folder / INDEX}: names and adapters must name the same adapters")
         require_folder_names(names, "an adapter", CheckpointError)
-        if purpose not in ("training", "judging"):
-            raise CheckpointError(f"{folder / INDEX}: purpose is {purpose!r}, expected training or judging")
+        if purpose not in ("training", "evaluation"):
+            raise CheckpointError(f"{folder / INDEX}: purpose is {purpose!r}, expected training or evaluation")
         try:
             text = (folder / SPEC).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -61,7 +61,7 @@ class Splits:
     """Task to reason."""
     held_back: frozenset[str]
     """Those of `train` that a hypernetwork is not trained on, so that settings can be chosen on them; see
-    research/zero_shot_protocol.md. They are no test: a library of oracle adapters may hold them."""
+    research/zero_shot_protocol.md. They are no test: a library of task LoRAs may hold them."""
 
 
 @cache

@@ -12,12 +12,13 @@ from typing import Annotated
 import typer
 
 from t2l import __version__
-from t2l.cli import adapters, datasets, eval, export, importing, inspect, library, serve, train, tune
+from t2l.cli import adapters, compress, datasets, eval, export, importing, inspect, library, serve, train, tune
 from t2l.cli.common import app
 
 __all__ = [
     "adapters",
     "app",
+    "compress",
     "datasets",
     "eval",
     "export",

@@ -66,7 +66,7 @@ class Sources:
     hyperdecoders: TextToLora | None = None
     """A checkpoint that reads the input."""
     libraries: tuple[AdapterLibrary, ...] = ()
-    """Task LoRAs; those whose purpose is `judging` are used for the condition `task-lora` alone."""
+    """Task LoRAs; those whose purpose is `evaluation` are used for the condition `task-lora` alone."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.checkpoint.config.hypernet.variant == "none":

@@ -3,7 +3,7 @@
 Knows scores by task and item. Knows no files, no models and no names of conditions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,18 @@ def estimate(scores: Scores, *, fixed_tasks: bool = False) -> Estimate:
     return Estimate(_mean(strata), float(low), float(high), *size(scores))
 
 
+def share(part: Mapping[str, float], whole: Mapping[str, float]) -> Estimate:
+    """The share of one sum over tasks in another, with an interval over tasks.
+
+    Args:
+        part: A number for each task, such as what a condition gains over the base.
+        whole: A number for each of the same tasks, such as what there is to gain; they sum to more than 0.
+    """
+    strata = [(np.array(list(part.values())), np.array([whole[task] for task in part]))]
+    low, high = np.quantile(_resampled_means(strata), [0.025, 0.975])
+    return Estimate(_mean(strata), float(low), float(high), len(part), len(part))
+
+
 def paired(one: Scores, other: Scores) -> Scores:
     """The difference of two conditions answer by answer, on the tasks that both have.
 
@@ -131,7 +143,7 @@ def sign_flip_p(values: np.ndarray) -> float:
     different = values[values != 0]
     if len(different) < 2:  # either sign of a single one is as far from 0; scipy refuses it
         return 1.0
-    test = _scipy_stats().permutation_test(
+    test = scipy_stats().permutation_test(
         (different,),
         lambda x, axis: x.sum(axis),
         permutation_type="samples",
@@ -148,7 +160,7 @@ def below(right: int, n: int, share: float) -> bool:
 
     A bootstrap's interval would be empty where no answer is right.
     """
-    return bool(_scipy_stats().binomtest(right, n).proportion_ci(0.95, method="exact").high < share)
+    return bool(scipy_stats().binomtest(right, n).proportion_ci(0.95, method="exact").high < share)
 
 
 def _resampled_means(strata: Clusters) -> np.ndarray:
@@ -158,9 +170,10 @@ def _resampled_means(strata: Clusters) -> np.ndarray:
         if len(sums) == 1:  # nothing to draw from; scipy refuses it
             means += sums[0] / counts[0]
             continue
-        result = _scipy_stats().bootstrap(
+        result = scipy_stats().bootstrap(
             (sums, counts),
-            lambda s, c, axis: s.sum(axis) / c.sum(axis),
+            # Numbers of answers are never 0; what there is to gain may be, in a resample.
+            lambda s, c, axis: s.sum(axis) / np.maximum(c.sum(axis), 1e-9),
             paired=True,
             vectorized=True,
             n_resamples=DRAWS,
@@ -176,7 +189,12 @@ def _mean(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     return float(np.mean([sums.sum() / counts.sum() for sums, counts in strata]))
 
 
-def _scipy_stats() -> Any:
+def scipy_stats() -> Any:
+    """Imports `scipy.stats`.
+
+    Raises:
+        EvaluationError: if scipy is not installed.
+    """
     try:
         from scipy import stats
     except ImportError as error:

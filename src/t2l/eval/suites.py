@@ -317,7 +317,7 @@ def _benchmarks(suite: str, per_task: int | None) -> list[EvalTask]:
 
 
 def benchmark_tasks() -> list[Task]:
-    """The benchmarks as tasks with examples of all their splits, asked and answered as the suite does: for oracles.
+    """The benchmarks as tasks with examples of all their splits, asked and answered as the suite does: for task LoRAs.
 
     A question that is also among the test questions is left out of the other splits.
     """

@@ -127,7 +127,7 @@ def tokenize_examples(
         tokens: T.
         answer_tokens: A.
         seed: Of the choice of descriptions.
-        first_answer: Whether only the first right answer is kept, for judging.
+        first_answer: Whether only the first right answer is kept, for evaluation.
 
     Raises:
         DataError: if the tokenizer has no end of sequence, or a description is wanted and the task has none.

@@ -119,9 +119,10 @@ def open_library(config: ReconstructionDataConfig) -> tuple[AdapterLibrary, tupl
         DataError: if it may not be trained on.
     """
     library = AdapterLibrary.open(Path(config.library))
-    if library.purpose == "judging":
+    if library.purpose == "evaluation":
         raise DataError(
-            f"{library.folder} was trained for judging only, on tasks that no hypernetwork may see; reconstruct another"
+            f"{library.folder} was trained for evaluation only, on tasks that no hypernetwork may see; reconstruct "
+            "another"
         )
     names = config.adapters or library.names
     require_trainable(names)
