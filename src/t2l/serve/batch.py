@@ -134,8 +134,15 @@ class Batch:
     # ------------------------------------------------------------------------------------------------- one step
 
     def _read_prompts(self) -> None:
-        reading = self.rows[self._writing :]
-        length = min(reading[-1].unread, max(1, self._prompt_piece // len(reading)))
+        """Reads prompts up to the number of tokens that one step may read."""
+        left = self._prompt_piece
+        while self.reading and left > 0:
+            reading = self.rows[self._writing :]
+            length = _piece_length([row.unread for row in reading], max(1, left // len(reading)))
+            self._read_piece(reading, length)
+            left -= length * len(reading)
+
+    def _read_piece(self, reading: list[Row], length: int) -> None:
         tokens = []
         for row in reading:
             piece = list(row.answer.generation.prompt[row.read : row.read + length])
@@ -259,6 +266,23 @@ class Batch:
 def told(error: Exception) -> str:
     """An error as a client may read it: what this library says on purpose, and otherwise only its kind."""
     return str(error) if isinstance(error, T2LError | FloatingPointError) else type(error).__name__
+
+
+def _piece_length(unread: Sequence[int], most: int) -> int:
+    """How many tokens of each prompt are read in one pass.
+
+    Args:
+        unread: Of each row, ascending. Rows that have fewer are padded.
+        most: The longest piece.
+
+    Returns:
+        The longest piece in which at most a fifth of the tokens are padding.
+    """
+    found = min(unread[0], most)
+    for length in sorted({min(length, most) for length in unread}):
+        if 5 * sum(min(length, own) for own in unread) >= 4 * length * len(unread):
+            found = length
+    return found
 
 
 def _window(config: Any) -> int:
