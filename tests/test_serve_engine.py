@@ -1,10 +1,14 @@
 """The engine: whatever else is in the batch, an answer is the one that its adapter gives alone."""
 
+import importlib.util
+import json
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from t2l.apply import apply_adapters
 from t2l.errors import BusyError, ConfigError, RequestError
 from t2l.serve.answers import Answer, Generation, Piece
+from t2l.serve.batch import _piece_length
 from t2l.serve.engine import Engine, Limits
 from t2l.serve.sampling import Sampling
 
@@ -378,3 +383,28 @@ def test_closing_lets_answers_end_and_then_ends_them(
     engine.close()
     assert {list(answer)[-1].end for answer in slow} <= {"cancelled", "stop", "length"}
     assert isinstance(slow[0], Answer)
+
+
+@pytest.mark.parametrize(
+    ("unread", "most", "length"),
+    [([10], 512, 10), ([10], 4, 4), ([9, 10, 10], 512, 10), ([2, 10], 512, 2), ([2, 10], 1, 1), ([5, 6, 40], 512, 6)],
+)
+def test_prompts_are_read_with_little_padding(unread: list[int], most: int, length: int) -> None:
+    assert _piece_length(unread, most) == length
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_benchmark_runs(
+    base_folder: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location("serve_benchmark", root / "benchmarks" / "serve.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    options = ["--base", str(base_folder), "--adapters", "3", "--requests", "4", "--rows", "2", "--new-tokens", "3"]
+    found = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["serve.py", *options, "--repeats", "1", "--json", str(found)])
+    module.main()
+    assert json.loads(found.read_text())["ratios"].keys() == module.GOALS.keys()
+    assert "engine, one adapter" in capsys.readouterr().out
