@@ -5,7 +5,8 @@ Weights are drawn wide (0.3), so that a change anywhere shows in the outputs.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def one_thread() -> None:
 def seeded() -> None:
     """What a test draws does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@contextmanager
+def full_disk(size: int = 4096) -> Iterator[None]:
+    """As if files could have so many bytes: writing more fails as it does on a full disk."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 SMALL: dict[str, Any] = {

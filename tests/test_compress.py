@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_lora
+from conftest import full_disk, random_lora
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
@@ -24,7 +24,7 @@ from t2l.compress.report import recovered
 from t2l.compress.run import compress
 from t2l.compress.scores import Scores, prepare_scores, read_scores
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
-from t2l.errors import ConfigError, DataError
+from t2l.errors import ConfigError, DataError, OutputError
 from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
@@ -428,6 +428,25 @@ def test_killed_before_the_report_it_is_made_by_the_same_command(
     monkeypatch.setattr(run, "train_reconstruction", dying)
     assert compress(library, out, {"all": config}, log=quiet) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["train_reconstruction", "write_report"])
+def test_a_full_disk_is_an_error_of_ours(
+    name: str, library: AdapterLibrary, config: ReconstructionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a network is saved or the report is written; nothing half-written stays, and the same command goes on."""
+    original = getattr(run, name)
+
+    def limited(*given: Any, **more: Any) -> Any:
+        with full_disk(600):
+            return original(*given, **more)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="Cannot write"):
+        patch.setattr(run, name, limited)
+        compress(library, out, {"all": config}, log=quiet)
+    assert not out.exists() and not list(tmp_path.rglob(".*"))
+    assert compress(library, out, {"all": config}, log=quiet) is not None
 
 
 def test_a_network_larger_than_its_adapters_is_warned_of(library: AdapterLibrary, config: ReconstructionConfig) -> None:

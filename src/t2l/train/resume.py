@@ -4,7 +4,6 @@ Knows modules, optimisers and files. Knows no tasks; the schedule and the sample
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l.errors import CheckpointError, OutputError, TrainingError
-from t2l.io import read_json, read_tensors
+from t2l.io import new_file, read_json, read_tensors
 
 STATE = "state.safetensors"
 
@@ -101,33 +100,25 @@ def begin_run(run: Path, settings: dict[str, Any]) -> None:
     """
     path = run / "config.json"
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:  # "x" fails where the file exists: the claim is atomic
-            file.write(json.dumps(settings, indent=2) + "\n")
-    except FileExistsError as error:
-        raise _occupied(run) from error
-    except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror or error}") from error
+        with new_file(path) as temporary:  # whole or not at all, and never in the place of another
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    except OutputError as error:
+        if path.exists():
+            raise _occupied(run) from error
+        raise
 
 
 def write_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes what a resumed run needs as one file, under another name that is then renamed.
+    """Writes what a resumed run needs as one file, whole or not at all.
 
     Raises:
         OutputError: if it cannot be written; the state before it stays.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = run / f".{STATE}.{os.getpid()}"
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    try:
+    with new_file(run / STATE, overwrite=True) as temporary:
         save_file(plain, temporary, metadata={"facts": json.dumps(dict(facts))})
-        os.replace(temporary, run / STATE)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        raise OutputError(f"Cannot write {run / STATE}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_facts(run: Path) -> dict[str, Any]:
