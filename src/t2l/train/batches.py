@@ -248,8 +248,6 @@ class Batches(Dataset):
                 continue
             row.pool = changed[int(rng.integers(len(changed)))]
             row.description = int(rng.choice(row.pool.descriptions))
-            if changed is own.auxiliary:
-                rng.choice(row.pool.descriptions)
             unlike = [pool for pool in near if pool.augmentation != row.pool.augmentation]
             if unlike and rng.random() < 0.5:
                 row.negative = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))

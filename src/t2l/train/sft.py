@@ -345,6 +345,9 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
     count_tokens = encoder.count_tokens if encoder is not None else lambda texts: [1] * len(texts)
     data = prepare_data(config, tokenizer, count_tokens)
     log(f"data: {json.dumps(data.summary)}")
+    for key, why in (("tasks_too_long", "an example"), ("tasks_without_description_in_window", "a description")):
+        if data.summary[key]:
+            log(f"{len(data.summary[key])} tasks are left out, without {why} that fits: {', '.join(data.summary[key])}")
     encoder = encoder or OneHotEncoder(data.texts, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bool(config.train.bf16)):
         cache = None if config.unconditional else EmbeddingCache(encoder, data.texts, log=log)
