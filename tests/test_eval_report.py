@@ -1,5 +1,6 @@
 """Tables from files of answers: the statistics are what they say, and nothing that misleads is let through."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 from typer.testing import CliRunner
 
 from t2l.cli import app
-from t2l.errors import DataError, EvaluationError
+from t2l.errors import DataError, EvaluationError, T2LError
 from t2l.eval import answers
 from t2l.eval.conditions import CONDITIONS, MINIMUM
 from t2l.eval.html import as_html
@@ -41,6 +44,8 @@ def header(**changes: Any) -> dict[str, Any]:
         "hyperdecoders_sha256": None,
         "library_sha256": [],
         "versions": {"t2l": "0"},
+        "seeds": [0, 1],
+        "conditions": [condition.name for condition in MINIMUM],
         "left_out": {"arrow": "no --library"},
         "suites": {},
         "device": "cpu",
@@ -285,6 +290,51 @@ def test_damaged_files_are_named(text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl.gz").write_bytes(b"\x1f\x8bnot really")
     with pytest.raises(DataError, match="Cannot read answers"):
         answers.read(tmp_path / "bad.jsonl.gz")
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_files_with_anything_in_them_are_reported_or_refused(
+    data: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One fact or part of an answer replaced or left out: a table, or an error of ours."""
+    suites = {"likelihood": {"chance": {"task0": 0.25}, "floor": {"task0": 0.25}}}
+    lines = made(("base", "t2l"), suite="likelihood", tasks=("task0", "task1"), seeds=(0,))
+    parts = json.loads(json.dumps([{"run": header(suites=suites)}, *lines]))
+    place = data.draw(strategies.sampled_from([0, 0, 0, 1, 12]))
+    holder = parts[place]
+    while True:
+        key = data.draw(strategies.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
+        inner = holder[key]
+        if not inner or not isinstance(inner, dict | list) or data.draw(strategies.integers(0, 3)) == 0:
+            break
+        holder = inner
+    if data.draw(strategies.booleans()):
+        holder[key] = data.draw(JSON)
+    else:
+        del holder[key]
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in parts))
+    with contextlib.suppress(T2LError):
+        file = answers.read(path)
+        for make in (markdown, as_csv):
+            make([file], Options(without_controls=True))
+
+
+@pytest.mark.parametrize("row", ["[" * 10**5, "9" * 5000, '{"a": NaN}', "{}", "null", '"run"'])
+def test_lines_that_are_no_answers_are_named(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    for number in (1, 2):
+        path.write_text(answers.to_text(header(), ()) * (number - 1) + row + "\n")
+        with pytest.raises(DataError, match=f":{number} is not a line of a file of answers"):
+            answers.read(path)
 
 
 def test_benchmarks_flag_what_could_not_be_read_and_leave_out_what_is_at_chance(save: Any) -> None:

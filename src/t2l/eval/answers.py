@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,21 @@ RUN_FACTS = (
 """Equal in all files of one table."""
 SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
 """Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
+HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
+    "base": str,
+    "base_revision": str,
+    "backend": str,
+    "dtype": str,
+    "versions": dict,
+    "seeds": list,
+    "conditions": list,
+    "left_out": dict,
+    "suites": dict,
+    "checkpoint_sha256": (str, type(None)),
+    "multitask_sha256": (str, type(None)),
+    "hyperdecoders_sha256": (str, type(None)),
+}
+"""What a report needs of a file's first line."""
 FACTS = ("format_version", *RUN_FACTS, *SEED_FACTS, "versions")
 """Equal when a run goes on with a file."""
 
@@ -56,30 +72,58 @@ def read(path: Path) -> AnswerFile:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read answers from {path}: {error}") from error
-    rows = text.split("\n")
-    if rows.pop():
+    first, *rows = text.split("\n")
+    if not text:
+        raise DataError(f"{path} is empty; `t2l eval run` writes files of answers")
+    if not text.endswith("\n"):
         raise DataError(f"{path}: its last line is cut off; run the same command again to finish it")
-    parsed = []
-    for number, row in enumerate(rows, start=1):
+    header = _header(path, first)
+    lines, seen = [], set[Key]()
+    for number, row in enumerate(rows[:-1], start=2):
         try:
             line = json.loads(row)
-            if number == 1:
-                header = line["run"]
-                version = header["format_version"]
-                if version != FORMAT_VERSION:
-                    raise DataError(f"{path}: format_version is {version}, this version of t2l reads {FORMAT_VERSION}")
-            else:
-                parsed.append((key_of(line), line["scores"], line["prompt"], line))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number} is not a line of a file of answers: {error!r}") from error
-    if not rows:
-        raise DataError(f"{path} is empty; `t2l eval run` writes files of answers")
-    seen: set[Key] = set()
-    for key, *_ in parsed:
+            _check_line(line)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}:{number} is not a line of a file of answers: {error!r:.300}") from error
+        key = key_of(line)
         if key in seen:
             raise DataError(f"{path} holds two answers of {key}")
         seen.add(key)
-    return AnswerFile(path, header, [line for *_, line in parsed])
+        lines.append(line)
+    return AnswerFile(path, header, lines)
+
+
+def _header(path: Path, row: str) -> dict[str, Any]:
+    """The facts in a file's first line, complete and of the right types."""
+    try:
+        header = json.loads(row)["run"]
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}:1 is not a line of a file of answers: {error!r:.300}") from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version is {version!r:.50}, this version of t2l reads {FORMAT_VERSION}")
+    for fact, kind in HEADER_TYPES.items():
+        if not isinstance(header.get(fact), kind):
+            raise DataError(f"{path}:1 says {fact} is {header.get(fact)!r:.100}, which is of another type")
+    for suite, facts in header["suites"].items():
+        if not isinstance(facts, dict) or not all(_are_shares(facts.get(part, {})) for part in ("chance", "floor")):
+            raise DataError(f"{path}:1 does not say of suite {suite} what guessing gives")
+    return dict(header)
+
+
+def _are_shares(values: Any) -> bool:
+    """Whether these are numbers from 0 to 1 by name."""
+    return isinstance(values, dict) and all(isinstance(x, int | float) and 0 <= x <= 1 for x in values.values())
+
+
+def _check_line(line: Mapping[str, Any]) -> None:
+    """Raises an error of Python's own where a line lacks something or has it of another type."""
+    texts = (*(line[part] for part in ("suite", "condition", "task", "id", "prompt")), *line["scores"])
+    if not all(isinstance(text, str) for text in texts) or type(line["seed"]) is not int or not line["scores"]:
+        raise TypeError("suite, condition, task, id, prompt and names of scores are texts, the seed is a whole number")
+    for name, score in line["scores"].items():
+        if score is not None and (isinstance(score, bool) or not math.isfinite(score)):
+            raise ValueError(f"score {name} is {score}")
 
 
 def to_text(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> str:

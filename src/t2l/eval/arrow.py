@@ -3,7 +3,7 @@
 Nearest is whose update's first right singular vector the token is most along. PEFT has the same
 (`peft.create_arrow_model`, which a test compares with) but takes every token through every adapter, (T, N, O) numbers a
 module; here the adapters' A stand one under another, as their B do, and a token's shares come in between, (T, N·R)
-numbers, so that hundreds of adapters can be routed over. Knows a model and a library. Knows no questions and no rows.
+numbers, so that hundreds of adapters can be routed over. Knows a model and a library. Knows no tasks and no conditions.
 Shape letters as in `t2l.spec`; N adapters, T tokens.
 """
 

@@ -1,7 +1,7 @@
 """Who answers prompts under adapters: Transformers or vLLM in this process, or an OpenAI-compatible server.
 
 Adapters leave as PEFT folders and are addressed by their content, so that no engine can mistake one for another. vLLM
-is imported only where it is chosen. Knows adapters, engines and one HTTP client. Knows no tasks, rows or scores.
+is imported only where it is chosen. Knows adapters, engines and one HTTP client. Knows no tasks, conditions or scores.
 """
 
 import hashlib

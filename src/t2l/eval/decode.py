@@ -1,6 +1,6 @@
 """Greedy answers and choices' likelihoods of one batch, and how sequences become batches. One adapter a sequence.
 
-Knows a causal model, its tokenizer and adapters. Knows no tasks, no rows and no files.
+Knows a causal model, its tokenizer and adapters. Knows no tasks, no conditions and no files.
 """
 
 from collections.abc import Iterator, Sequence

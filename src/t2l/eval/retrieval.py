@@ -105,7 +105,7 @@ class Familiarity:
         if self.low >= self.high:
             raise EvaluationError(
                 f"{RETRIEVER} does not tell random texts from descriptions: 95 % of the former lie below a similarity "
-                f"of {self.low}, 95 % of the latter above {self.high}. Leave the rows t2l-abstain out"
+                f"of {self.low}, 95 % of the latter above {self.high}. Leave the conditions t2l-abstain out"
             )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

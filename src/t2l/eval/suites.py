@@ -357,6 +357,18 @@ def _benchmark_rows() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def _benchmark_item(name: str, how: Benchmark, row: dict[str, Any], *, likelihood: bool) -> Item:
+    """A packed row as it is asked.
+
+    Raises:
+        DataError: naming a row whose answer is none of its options, or whose code's facts are incomplete.
+    """
+    try:
+        return _item(name, how, row, likelihood=likelihood)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"benchmarks.parquet, {name} {row['id']} cannot be used: {error!r:.300}") from error
+
+
+def _item(name: str, how: Benchmark, row: dict[str, Any], *, likelihood: bool) -> Item:
     choices, answer = tuple(map(str.strip, row["choices"])), row["answer"].replace("\r\n", "\n")
     facts = json.loads(row["code"]) if row["code"] else {}
     tests = tuple(facts.get("test_list", ()))
