@@ -69,7 +69,7 @@ def test_draws_follow_the_distribution(temperature: float, top_p: float) -> None
     sampling = Sampling(temperature=temperature, top_p=top_p)
     counts = torch.zeros(5)
     for _ in range(4000):
-        counts[choose(logits, sampling, draws).token] += 1
+        counts[choose(logits, 0, sampling, draws).token] += 1
     assert (counts / 4000 - expected).abs().max() < 0.03
     assert not counts[expected == 0].any()
 
@@ -79,12 +79,12 @@ def test_greedy_draws_nothing_and_impossible_tokens_are_never_drawn() -> None:
         def random(self) -> float:
             raise AssertionError("a greedy choice takes no random number")
 
-    assert choose(torch.tensor([0.0, 3.0]), Sampling(), NoDraws()).token == 1
+    assert choose(torch.tensor([0.0, 3.0]), 1, Sampling(), NoDraws()).token == 1
 
     class Ends(random.Random):
         def random(self) -> float:
             return 1 - 2**-53
 
     logits = torch.tensor([0.0, -float("inf")])
-    assert choose(logits, Sampling(temperature=1.0), Ends()).token == 0
-    assert choose(logits, Sampling(temperature=1.0, top_p=0.99), Ends()).token == 0
+    assert choose(logits, 0, Sampling(temperature=1.0), Ends()).token == 0
+    assert choose(logits, 0, Sampling(temperature=1.0, top_p=0.99), Ends()).token == 0

@@ -7,6 +7,7 @@ shortest prompt first, so that each forward pass is over neighbouring rows and n
 Knows models, rows and tokens. Knows no threads and no queue.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -42,6 +43,17 @@ class Row:
     def unread(self) -> int:
         """Tokens of the prompt that the model has not read."""
         return self.answer.prompt_tokens - self.read
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a row sees after a forward pass, at the tokens that were asked for."""
+
+    logits_KV: Tensor
+    most: list[float]
+    """The largest logit at each; not finite if any is not (minus infinity apart)."""
+    likeliest: list[int]
+    """Its token."""
 
 
 class Batch:
@@ -150,32 +162,32 @@ class Batch:
             tokens.append(piece + piece[-1:] * (length - len(piece)))
         lasts = sorted({row.unread - 1 for row in reading if row.unread <= length}) or [length - 1]
         through = []
-        for row, logits_KV in zip(reading, self._forward(reading, tokens, lasts), strict=True):
-            if logits_KV is None:
+        for row, seen in zip(reading, self._forward(reading, tokens, lasts), strict=True):
+            if seen is None:
                 continue
             unread = row.unread
             row.read += min(length, unread)
             if unread <= length:
                 through.append(row)
                 self.counts["prompt_tokens"] += row.answer.prompt_tokens
-                self._take(row, logits_KV[lasts.index(unread - 1)])
+                self._take(row, seen, lasts.index(unread - 1))
         self._leave()
         # The shortest prompts come first, so the rows that are through are next to the writing ones.
         self._writing += sum(row.end is None for row in through)
 
     def _write(self) -> None:
         writing = self.rows[: self._writing]
-        for row, logits_KV in zip(writing, self._forward(writing, [[row.last] for row in writing], [0]), strict=True):
-            if logits_KV is not None:
+        for row, seen in zip(writing, self._forward(writing, [[row.last] for row in writing], [0]), strict=True):
+            if seen is not None:
                 row.read += 1
-                self._take(row, logits_KV[0])
+                self._take(row, seen, 0)
         self._leave()
 
-    def _forward(self, rows: list[Row], tokens: list[list[int]], kept: list[int]) -> list[Tensor | None]:
-        """Logits (K, V) of each of some neighbouring rows after the tokens at `kept`; None for a row that failed."""
+    def _forward(self, rows: list[Row], tokens: list[list[int]], kept: list[int]) -> list[Seen | None]:
+        """What each of some neighbouring rows sees after the tokens at `kept`; None for a row that failed."""
         start = self.rows.index(rows[0])
         try:
-            return list(self._logits(start, tokens, kept))
+            return [*self._pass(start, tokens, kept)]
         except Exception as error:
             if len(rows) == 1:
                 log.exception("a row failed")
@@ -185,13 +197,13 @@ class Batch:
         self.counts["batches_retried"] += 1
         return [self._forward([row], [ids], kept)[0] for row, ids in zip(rows, tokens, strict=True)]
 
-    def _logits(self, start: int, tokens: list[list[int]], kept: list[int]) -> Tensor:
+    def _pass(self, start: int, tokens: list[list[int]], kept: list[int]) -> list[Seen]:
         device, stop = self._parameter.device, start + len(tokens)
         tokens_BT = torch.tensor(tokens, device=device)
-        read_B1 = torch.tensor([[row.read] for row in self.rows[start:stop]], device=device)
-        positions_BT = read_B1 + torch.arange(tokens_BT.shape[1], device=device)
+        read, length = [row.read for row in self.rows[start:stop]], len(tokens[0])
+        positions_BT = torch.tensor(read, device=device)[:, None] + torch.arange(length, device=device)
         self._adapters.select(start, stop)
-        mask_B1TK = self._cache.select(start, positions_BT)
+        mask_B1TK = self._cache.select(start, positions_BT, max(read) + length)
         if not self._bool_mask:
             hidden = torch.finfo(self._parameter.dtype).min
             mask_B1TK = torch.zeros_like(mask_B1TK, dtype=self._parameter.dtype).masked_fill_(~mask_B1TK, hidden)
@@ -205,15 +217,14 @@ class Batch:
         )
         self.counts["forward_passes"] += 1
         self.counts["forward_rows"] += len(tokens)
-        logits_BKV: Tensor = output.logits.float()
-        return logits_BKV
+        return _seen(output.logits.float())
 
-    def _take(self, row: Row, logits_V: Tensor) -> None:
+    def _take(self, row: Row, seen: Seen, place: int) -> None:
         """Chooses a row's next token and tells what is new."""
         try:
-            if not torch.isfinite(logits_V.amax()):
+            if not math.isfinite(seen.most[place]):
                 raise FloatingPointError("the model's logits are not finite; its adapter may be too strong for it")
-            choice = choose(logits_V, row.answer.generation.sampling, row.draws)
+            choice = choose(seen.logits_KV[place], seen.likeliest[place], row.answer.generation.sampling, row.draws)
             ended = choice.token in self._ends
             text = "" if ended else row.text.push(choice.token)
         except Exception as error:  # this row's alone
@@ -266,6 +277,12 @@ class Batch:
 def told(error: Exception) -> str:
     """An error as a client may read it: what this library says on purpose, and otherwise only its kind."""
     return str(error) if isinstance(error, T2LError | FloatingPointError) else type(error).__name__
+
+
+def _seen(logits_BKV: Tensor) -> list[Seen]:
+    """Splits logits by row; what every row needs is brought from the device for all of them at once."""
+    most_BK, likeliest_BK = logits_BKV.max(-1)
+    return [Seen(*row) for row in zip(logits_BKV, most_BK.tolist(), likeliest_BK.tolist(), strict=True)]
 
 
 def _piece_length(unread: Sequence[int], most: int) -> int:

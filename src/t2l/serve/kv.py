@@ -89,18 +89,19 @@ class RowCache(Cache):
             layer.keys, layer.values = None, None
             layer.is_initialized = False
 
-    def select(self, start: int, positions_BT: Tensor) -> Tensor:
+    def select(self, start: int, positions_BT: Tensor, columns: int) -> Tensor:
         """Says which rows the coming forward pass reads, and at which positions.
 
         Args:
             start: The first row; the others follow it.
             positions_BT: Position of each token in its own row. Where rows have different numbers of tokens, the
                 shorter ones go on counting: what is written there is overwritten by the tokens that belong there.
+            columns: One more than the largest position; asking the tensor would make the device wait.
 
         Returns:
             The mask (B, 1, T, columns), True where a query may look.
         """
-        rows, columns = start + len(positions_BT), int(positions_BT.max()) + 1
+        rows = start + len(positions_BT)
         self._reserve(rows, columns)
         device = positions_BT.device
         self.window = (start, rows, columns)

@@ -35,15 +35,16 @@ class Choice:
     """The likeliest tokens with their log-probabilities, the likeliest first."""
 
 
-def choose(logits_V: Tensor, sampling: Sampling, draws: random.Random) -> Choice:
+def choose(logits_V: Tensor, likeliest: int, sampling: Sampling, draws: random.Random) -> Choice:
     """Chooses a token.
 
     Args:
         logits_V: Of one row, in float32.
+        likeliest: The token with the largest of them.
         sampling: How.
         draws: The row's own random numbers; greedy choices take none.
     """
-    token = int(logits_V.argmax()) if sampling.temperature <= 0 else _draw(logits_V, sampling, draws.random())
+    token = likeliest if sampling.temperature <= 0 else _draw(logits_V, sampling, draws.random())
     if sampling.top_logprobs is None:
         return Choice(token)
     logprobs_V = logits_V.log_softmax(-1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from t2l.encoder import check_description
 from t2l.errors import AdapterNotFoundError, RequestError
-from t2l.prompt import render_turns, with_description
+from t2l.prompt import render_turns, token_ids, with_description
 from t2l.serve.answers import Generation
 from t2l.serve.engine import Engine
 from t2l.serve.sampling import Sampling
@@ -120,8 +120,7 @@ class Service:
         turns = [message.plain() for message in request.messages]
         if shown is not None and self.generator.prompt.description_in_prompt:
             turns = with_description(turns, shown.entry.description)
-        rendered = await asyncio.to_thread(self._rendered, turns)
-        ids = self.engine.tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
+        ids = await asyncio.to_thread(self._rendered, turns)
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens or request.max_tokens
         return self._generations(request, [ids], adapter, top, limit or self.limits.max_tokens, limit is None), adapter
@@ -134,20 +133,22 @@ class Service:
             prompt = [prompt]
         if len(prompt) > self.limits.choices:
             raise RequestError(f"The request has {len(prompt)} prompts; at most {self.limits.choices} are taken")
-        vocabulary = len(self.engine.tokenizer)
-        ids = []
-        for one in prompt:
-            tokens = self.engine.tokenizer(one, verbose=False).input_ids if isinstance(one, str) else one
-            strange = [token for token in tokens if not 0 <= token < vocabulary]
-            if strange or not tokens:
-                what = f"token {strange[0]}, and there are {vocabulary:,}" if strange else "no token"
-                raise RequestError(f"A prompt holds {what}; give text, or token ids of this base model")
-            ids.append(tokens)
+        ids = await asyncio.to_thread(lambda: [self._tokens(one) for one in prompt])
         return self._generations(request, ids, adapter, request.logprobs, request.max_tokens or 16, False), adapter
 
-    def _rendered(self, turns: list[dict[str, str]]) -> str:
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        ids = self.engine.tokenizer(prompt, verbose=False).input_ids if isinstance(prompt, str) else prompt
+        vocabulary = len(self.engine.tokenizer)
+        strange = [token for token in ids if not 0 <= token < vocabulary]
+        if strange or not ids:
+            what = f"token {strange[0]}, and there are {vocabulary:,}" if strange else "no token"
+            raise RequestError(f"A prompt holds {what}; give text, or token ids of this base model")
+        return list(ids)
+
+    def _rendered(self, turns: list[dict[str, str]]) -> list[int]:
         try:
-            return render_turns(self.engine.tokenizer, turns)
+            (ids,) = token_ids(self.engine.tokenizer, [render_turns(self.engine.tokenizer, turns)])
+            return ids
         except Exception as error:  # templates refuse orders of roles that their models do not know, in many ways
             raise RequestError(f"The base model's chat template does not take these messages: {error}") from error
 
