@@ -49,11 +49,14 @@ demo: setup models
 serve: setup models
 	$(BIN)/t2l serve
 
+# Two processes, each with the files that it took: a module's fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup models
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: setup models
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 research-test: setup models
 	$(BIN)/python -m pytest research/tests

@@ -184,7 +184,7 @@ def part(*arguments):
     global count
     count += 1
     if count == 3:
-        (arguments[0].parent / ".half.t2l-abcd0123").write_bytes(b"half a part")
+        (arguments[0].parent / ".half.t2l-abcd0123").mkdir()
         os.kill(os.getpid(), signal.SIGKILL)
     real(*arguments)
 build._make_part = part

@@ -281,6 +281,27 @@ def test_damaged_files_are_named(text: str, match: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=match):
         answers.read(path)
     whole = answers.to_text(header(), made())
+    head, first, *rest = whole.splitlines(keepends=True)
+    for name, wrong in (
+        ("scores", None),
+        ("scores", "x"),
+        ("seed", [1]),
+        ("task", {}),
+        ("condition", 1),
+        ("prompt", None),
+    ):
+        path.write_text("".join([head, json.dumps(json.loads(first) | {name: wrong}) + "\n", *rest]))
+        with pytest.raises(DataError, match=":2 is not a line of a file of answers"):
+            answers.read(path)
+    for score in (-5, 1e308, "1", [0.5]):
+        path.write_text(
+            "".join([head, json.dumps(json.loads(first) | {"scores": {"exact_match": score}}) + "\n", *rest])
+        )
+        with pytest.raises(DataError, match=":2 is not a line of a file of answers"):
+            answers.read(path)
+    path.write_text(head + first.replace('"seed": 0', '"seed": NaN') + "".join(rest))
+    with pytest.raises(DataError, match=r":2 is not a line.*it holds NaN"):
+        answers.read(path)
     path.write_text(whole[:-20])
     with pytest.raises(DataError, match="last line is cut off"):
         answers.read(path)

@@ -148,6 +148,12 @@ def test_the_repository_stays_small() -> None:
 # ---------------------------------------------------------------------------------------------- what is not done
 
 
+UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "yaml.safe_load"}
+"""The last one reads without bounds; `t2l.config.parse_yaml` has them."""
+OWN_JSON = {"io", "eval._jail", "serve.store", "train.compress", "train.metrics"}
+"""Modules that may call `json.loads`: the bounded reader, and those that read only what they wrote themselves."""
+
+
 def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     # Reads tensors and runs nothing; whoever calls it so has to check what it read.
@@ -170,10 +176,11 @@ def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 ("strict", False),
                 ("trust_remote_code", True),
                 ("weights_only", False),
+                ("shell", True),
             ):
                 yield node.value.lineno, f"{node.arg}={node.value.value}"
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
-            yield node.lineno, f"{node.func.id}()"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE_CALLS:
+            yield node.lineno, f"{ast.unparse(node.func)}()"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "t2l")
@@ -182,10 +189,38 @@ def test_nothing_unsafe_is_called(path: Path) -> None:
     assert list(unsafe(ast.parse(path.read_text(encoding="utf-8")))) == []
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "t2l")
+def test_other_peoples_text_is_read_within_bounds(path: Path) -> None:
+    """`t2l.io.parse_json` limits depth, digits and size; `t2l.config.parse_yaml` does for YAML."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    found = {ast.unparse(call.func) for call in calls} & {"json.loads", "json.load", "yaml.load"}
+    allowed = {"json.loads"} if module_name(path) in OWN_JSON else set()
+    assert found <= (allowed | {"yaml.load"} if module_name(path) == "config" else allowed)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "t2l")
+def test_documented_arguments_are_those_of_the_signature(path: Path) -> None:
+    """Where a docstring has a list of arguments, it names every one, in order."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        listed = re.search(r"^Args:\n((?:(?:    .*)?\n?)*)", ast.get_docstring(node) or "", re.MULTILINE)
+        if listed is None:
+            continue
+        given = node.args
+        names = [
+            arg.arg for arg in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg) if arg
+        ]
+        if node.col_offset and names[:1] in (["self"], ["cls"]):  # a method; `cls` of a function is an argument
+            names = names[1:]
+        assert re.findall(r"^    (\w+): ", listed[1], re.MULTILINE) == names, f"{node.name}, line {node.lineno}"
+
+
 def test_the_search_for_unsafe_calls_finds_them() -> None:
     code = (
         "import pickle\nfrom pickle import loads\ntorch.load(x)\nm.load_state_dict(s, strict=False)\n"
         "f(trust_remote_code=True)\ntry:\n    eval(x)\nexcept:\n    pass\nzip(a, b, strict=True)\n"
+        "subprocess.run(x, shell=True)\nos.system(x)\ntorch.load(x, weights_only=True)\n"
     )
     assert [what for _, what in sorted(unsafe(ast.parse(code)))] == [
         "imports pickle",
@@ -195,6 +230,8 @@ def test_the_search_for_unsafe_calls_finds_them() -> None:
         "trust_remote_code=True",
         "eval()",
         "bare except",
+        "shell=True",
+        "os.system()",
     ]
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from t2l.errors import ConfigError, DownloadError
+from t2l.errors import ConfigError, DataError, DownloadError
+from t2l.io import parse_json
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_ANSWER = 2_000_000
@@ -125,14 +126,14 @@ def call(
         try:
             with opener.open(request, timeout=endpoint.timeout) as response:
                 answer = response.read(MAX_ANSWER)
-            return json.loads(answer) if as_json else answer.decode("utf-8", errors="replace")
+            return parse_json(answer, url, DataError) if as_json else answer.decode("utf-8", errors="replace")
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(2000).decode("utf-8", errors="replace")
                 asked = error.headers.get("Retry-After", "")
             reason, again = f"HTTP {error.code}: {short(said, endpoint)}", error.code in TRANSIENT or error.code >= 500
             delay = float(asked) if asked.isdecimal() else None
-        except ValueError:
+        except DataError:
             said = answer[:200].decode("utf-8", errors="replace")
             reason, again = f"no JSON or not all of it: {short(said, endpoint)}", True
         except (OSError, http.client.HTTPException) as error:  # no connection, reset, time-out, half an answer

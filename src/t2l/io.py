@@ -98,7 +98,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(f"{path} is a file; an output folder cannot take its place")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path, folder=True) as temporary:
+        with _temporary(path) as temporary:
             yield temporary
             # As any new file would be; temporary folders and safetensors files start out private to their owner.
             mask = _umask()
@@ -121,7 +121,7 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
                     f"{path} exists already: another process wrote it meanwhile; choose another folder or pass "
                     "--overwrite"
                 ) from error
-        with _temporary(path, folder=True) as doomed:  # where the old folder goes to be deleted
+        with _temporary(path) as doomed:  # where the old folder goes to be deleted
             try:
                 os.rename(path, doomed / "old")
             except FileNotFoundError:  # another process that overwrites has just moved it away
@@ -135,14 +135,18 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields the path of an empty temporary file that becomes `path` when the block ends well, and vanishes otherwise.
+    """Yields the path of a file to be written, which becomes `path` when the block ends well, and vanishes otherwise.
 
     A link is followed: the file that it leads to is replaced, and the link stays. What a killed process left behind is
-    removed.
+    removed. The file is written in a temporary folder, because some writers, safetensors among them, put a temporary
+    file of their own beside it.
 
     Args:
         path: The file to be made.
         overwrite: Whether a file that is there is replaced.
+
+    Yields:
+        Where to write.
 
     Raises:
         OutputError: if `path` is no regular file, exists (and `overwrite` is off) or cannot be written.
@@ -153,7 +157,8 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(there)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path, folder=False) as temporary:
+        with _temporary(path) as folder:
+            temporary = folder / path.name
             yield temporary
             temporary.chmod(0o666 & ~_umask())
             if overwrite:
@@ -194,17 +199,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
-    """A file or folder beside `path`, locked as long as this process lives, so that leftovers are told from work."""
-    prefix = f".{path.name}.t2l-"
+def _temporary(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, locked as long as this process lives, so that leftovers are told from work."""
     sweep(path.parent, path.name)
     while True:
-        if folder:
-            temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-        else:
-            descriptor, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
-            os.close(descriptor)
-            temporary = Path(name)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.t2l-", dir=path.parent))
         lock = _lock(temporary, wait=True)
         if temporary.exists():  # another process may have taken it for a leftover before it was locked
             break
@@ -212,11 +211,7 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        # A folder that was renamed is no longer here; neither is a file.
-        if folder:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # a folder that was renamed is no longer here
         _unlock(lock)
 
 
@@ -229,20 +224,17 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """
     known = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.t2l-[a-z0-9_]{{8}}")
     for entry in os.scandir(folder):
-        if not known.fullmatch(entry.name):
+        if not known.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
             continue
         lock = _lock(Path(entry.path), wait=False)
         if lock is None:
             continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            Path(entry.path).unlink(missing_ok=True)
+        shutil.rmtree(entry.path, ignore_errors=True)
         _unlock(lock)
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """A descriptor that holds the lock of a file or folder; None if another process has it or it cannot be locked."""
+    """A descriptor that holds the lock of a folder; None if another process has it or it cannot be locked."""
     try:
         import fcntl
     except ImportError:  # Windows: nothing is locked there, and nothing is swept

@@ -3,7 +3,6 @@
 Knows files of tasks and the frozen split. Knows nothing of training, evaluation or models.
 """
 
-import json
 import os
 import random
 from collections import defaultdict
@@ -99,8 +98,7 @@ def written_descriptions(what: Literal["benchmarks", "choosing", "test"]) -> dic
 
 def _frozen(name: str) -> dict[str, Any]:
     """A JSON file that ships with the package."""
-    data: dict[str, Any] = json.loads(resources.files("t2l.data").joinpath(f"{name}.json").read_text(encoding="utf-8"))
-    return data
+    return parse_json(resources.files("t2l.data").joinpath(f"{name}.json").read_bytes(), f"{name}.json", DataError)
 
 
 def require_trainable(names: Iterable[str]) -> None:

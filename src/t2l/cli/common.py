@@ -12,13 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from t2l.errors import (
-    ConfigError,
-    DataError,
-    DescriptionError,
-    OutputError,
-    T2LError,
-)
+from t2l.errors import ConfigError, DataError, OutputError, T2LError
 
 DEFAULT = "t2l:smollm2-135m"
 """`t2l.text_to_lora.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
@@ -70,7 +64,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a file (`-` is standard input) that are not blank."""
+    """The lines of a file that are not blank.
+
+    Args:
+        path: The file; `-` is standard input.
+        what: What its lines are, for the error message.
+
+    Raises:
+        DataError: if it cannot be read or holds no such line.
+    """
     if str(path) != "-" and (path.is_dir() or not path.exists()):
         raise typer.BadParameter(f"there is no file {path}")
     name = "standard input" if str(path) == "-" else str(path)
@@ -82,15 +84,19 @@ def read_lines(path: Path, what: str) -> list[str]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DescriptionError(f"{name} is not valid UTF-8 (line {line}); re-save it as UTF-8") from error
+        raise DataError(f"{name} is not valid UTF-8 (line {line}); re-save it as UTF-8") from error
     found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
-        raise DescriptionError(f"{name} holds no {what}: it is blank; write one per line")
+        raise DataError(f"{name} holds no {what}: it is blank; write one per line")
     return found
 
 
 def try_writing(folder: Path) -> None:
-    """Trying is the only sure way: permission bits say nothing of read-only file systems or of root."""
+    """Checks that a folder can be written, by writing: permission bits say nothing of read-only disks or of root.
+
+    Raises:
+        OutputError: if it cannot.
+    """
     try:
         nearest = folder
         while not nearest.exists():

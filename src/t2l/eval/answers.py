@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l.errors import ConfigError, DataError, OutputError
-from t2l.io import regular_file, write_text
+from t2l.io import parse_json, regular_file, write_text
 
 FORMAT_VERSION = 3
 Key = tuple[str, str, int, str, str]
@@ -81,7 +80,7 @@ def read(path: Path) -> AnswerFile:
     lines, seen = [], set[Key]()
     for number, row in enumerate(rows[:-1], start=2):
         try:
-            line = json.loads(row)
+            line = parse_json(row, f"{path}:{number}", DataError)
             _check_line(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}:{number} is not a line of a file of answers: {error!r:.300}") from error
@@ -96,7 +95,7 @@ def read(path: Path) -> AnswerFile:
 def _header(path: Path, row: str) -> dict[str, Any]:
     """The facts in a file's first line, complete and of the right types."""
     try:
-        header = json.loads(row)["run"]
+        header = parse_json(row, f"{path}:1", DataError)["run"]
         version = header["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}:1 is not a line of a file of answers: {error!r:.300}") from error
@@ -122,8 +121,8 @@ def _check_line(line: Mapping[str, Any]) -> None:
     if not all(isinstance(text, str) for text in texts) or type(line["seed"]) is not int or not line["scores"]:
         raise TypeError("suite, condition, task, id, prompt and names of scores are texts, the seed is a whole number")
     for name, score in line["scores"].items():
-        if score is not None and (isinstance(score, bool) or not math.isfinite(score)):
-            raise ValueError(f"score {name} is {score}")
+        if score is not None and (isinstance(score, bool) or not 0 <= score <= 1):
+            raise ValueError(f"score {name} is {score}, not from 0 to 1")
 
 
 def to_text(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> str:
@@ -172,8 +171,8 @@ def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
                 f"{path} holds answers of a run with {fact} {theirs!r}; this one has {mine!r}. Write to another file"
             )
     for fact in ("conditions", "seeds"):
-        merged[fact] = list(dict.fromkeys([*found.header[fact], *header[fact]]))
-    merged["suites"] = found.header["suites"] | header["suites"]
+        merged[fact] = list(dict.fromkeys([*found.header.get(fact, ()), *header[fact]]))
+    merged["suites"] = found.header.get("suites", {}) | header["suites"]
     merged["left_out"] = {name: why for name, why in header["left_out"].items() if name not in merged["conditions"]}
     if merged != found.header:
         write_text(path, to_text(merged, found.lines))

@@ -62,8 +62,7 @@ def run_python(code: str, *, timeout: float = 10.0, memory_bytes: int = 512 << 2
 
     It has no network (no socket but AF_UNIX opens) and none of the caller's keyrings, sees no process but its own, and
     no file but Python's and the system's shared libraries (read-only). It writes in an empty folder in memory only,
-    which is its working directory. Its environment holds a fixed hash seed, its input is empty. It runs without any
-    privilege, under another user id if the caller is root.
+    which is its working directory. Its environment holds a fixed hash seed, its input is empty. It has no privilege.
 
     Not hidden: the interpreter's path, its version and library, the kernel's version, the number of processors, the
     machine's load and the clock. Memory is limited for each of at most 8 processes, not for all together. The token

@@ -4,7 +4,6 @@ Everything is drawn from seeds by name, so that a task's instances depend neithe
 of them are asked. Knows tasks, benchmarks and what counts as a right answer. Knows no models and no adapters.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from t2l.errors import DataError
 from t2l.eval import code, metrics
+from t2l.io import parse_json
 from t2l.tasks import (
     Example,
     Task,
@@ -370,7 +370,7 @@ def _benchmark_item(name: str, how: Benchmark, row: dict[str, Any], *, likelihoo
 
 def _item(name: str, how: Benchmark, row: dict[str, Any], *, likelihood: bool) -> Item:
     choices, answer = tuple(map(str.strip, row["choices"])), row["answer"].replace("\r\n", "\n")
-    facts = json.loads(row["code"]) if row["code"] else {}
+    facts = parse_json(row["code"], f"{name} {row['id']}", DataError) if row["code"] else {}
     tests = tuple(facts.get("test_list", ()))
     text = how.template.format(input=row["input"].strip("\n"), tests="\n".join(tests))
     if how.kind == "number":

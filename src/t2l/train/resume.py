@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l.errors import CheckpointError, OutputError, TrainingError
-from t2l.io import new_file, read_json, read_tensors
+from t2l.io import new_file, parse_json, read_json, read_tensors
 
 STATE = "state.safetensors"
 
@@ -131,7 +131,7 @@ def read_facts(run: Path) -> dict[str, Any]:
 
     try:
         with safe_open(run / STATE, framework="pt") as file:
-            found: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+            found: dict[str, Any] = parse_json((file.metadata() or {})["facts"], f"{run / STATE}")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
     return found
