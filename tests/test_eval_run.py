@@ -439,7 +439,7 @@ def test_wrong_use_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -
         (["--suite", "test", "--seeds", "one", *out], 2, "whole numbers"),
         (["--suite", "test", "--full", "--per-task", "3", *out], 2, "give one"),
         (["--suite", str(tasks_file), *out], 1, "which base model"),
-        (["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out], 1, "Cannot read tasks"),
+        (["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out], 1, "Cannot read "),
         (
             ["--suite", str(tasks_file), "--checkpoint", checkpoint, "--conditions", "task-lora", *out],
             1,

@@ -189,8 +189,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(writer: st
         killed.wait()
         assert len(list(tmp_path.glob(".out.t2l-????????"))) == 2
         with getattr(io, writer)(path) as temporary:
-            if writer == "new_folder":
-                fill(temporary)
+            fill(temporary) if writer == "new_folder" else temporary.write_text("whole")
             assert len(list(tmp_path.glob(".out.t2l-????????"))) == 2  # the living one's and this one
         living.kill()
     assert (tmp_path / ".out.t2l-notes").exists() and path.exists()

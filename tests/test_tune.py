@@ -152,8 +152,8 @@ def test_lines_are_read_and_named(tmp_path: Path) -> None:
     path.write_text('{"input": "a", "output": "b\u2028c", "id": 3}\n\n{"input": "d", "output": "e"}\n')
     assert read_examples(path) == [("a", "b\u2028c"), ("d", "e")]
     for line, message in (
-        ("{", r"examples\.jsonl:1 is not valid JSON"),
-        ("[" * 100_000, r"examples\.jsonl:1 is not valid JSON"),
+        ("{", r"examples\.jsonl:1 cannot be read as JSON"),
+        ("[" * 100_000, r"examples\.jsonl:1 cannot be read as JSON"),
         ('{"input": "a"}', r"examples\.jsonl:1 must be an object whose input and output are texts"),
         ('["input"]', "must be an object"),
         ('{"input": "a", "output": 3}', "must be an object"),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2l.errors import CheckpointError, OutputError, T2LError, TensorMismatchError
+from t2l.errors import CheckpointError, DataError, OutputError, T2LError, TensorMismatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -354,6 +354,29 @@ def read_json(path: Path, error: type[T2LError] = CheckpointError) -> dict[str, 
     if not isinstance(data, dict):
         raise error(f"{path} must hold a JSON object, got {type(data).__name__}")
     return data
+
+
+def read_json_lines(path: Path, error: type[T2LError] = DataError) -> Iterator[tuple[str, int, Any]]:
+    """Reads a file of JSON lines, each within the bounds of `parse_json`; blank lines are left out.
+
+    Args:
+        path: The file.
+        error: The class of what is raised.
+
+    Yields:
+        The file and line as messages name them, the number of the line, and what stands there.
+
+    Raises:
+        T2LError: of the class `error`, if the file cannot be read or a line is no JSON.
+    """
+    try:
+        # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise error(f"Cannot read {path}: {cause}") from cause
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", error)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from t2l.encoder import check_description
 from t2l.errors import DataError, DescriptionError
-from t2l.io import parse_json
+from t2l.io import parse_json, read_json_lines
 
 SPLITS = ("train", "val", "test")
 PACKED_LISTS = ("descriptions", "outputs", "choices")
@@ -239,7 +239,7 @@ def load_jsonl(path: Path) -> list[Task]:
     Raises:
         DataError: naming file and line.
     """
-    return _collect(((where, str(number), row) for where, number, row in _json_lines(path)), str(path))
+    return _collect(((where, str(number), row) for where, number, row in read_json_lines(path)), str(path))
 
 
 def load_own(source: str | Path) -> list[Task]:
@@ -260,7 +260,7 @@ def load_own(source: str | Path) -> list[Task]:
     files = sorted(path.glob("*.jsonl"))
     if not files:
         raise DataError(f"{path} is a folder without *.jsonl files")
-    rows = ((where, f"{file.stem}-{number}", row) for file in files for where, number, row in _json_lines(file))
+    rows = ((where, f"{file.stem}-{number}", row) for file in files for where, number, row in read_json_lines(file))
     return _collect(rows, str(path))
 
 
@@ -271,7 +271,7 @@ def load_descriptions(path: Path) -> dict[str, tuple[str, ...]]:
         DataError: naming file and line.
     """
     found: dict[str, dict[str, None]] = {}
-    for where, _, row in _json_lines(path):
+    for where, _, row in read_json_lines(path):
         if not isinstance(row, dict) or row.keys() != {"task", "description"}:
             raise DataError(f"{where} must be an object with task and description")
         texts = [row["description"]] if isinstance(row["description"], str) else row["description"]
@@ -284,18 +284,6 @@ def load_descriptions(path: Path) -> dict[str, tuple[str, ...]]:
     if not found:
         raise DataError(f"{path} holds no descriptions")
     return {name: tuple(texts) for name, texts in found.items()}
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """(file:line, line, what stands there), blank lines left out."""
-    try:
-        # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read tasks from {path}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", DataError)
 
 
 def _hub_rows(reference: str) -> Iterator[tuple[str, str, Any]]:

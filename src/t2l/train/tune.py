@@ -19,6 +19,7 @@ from torch import Tensor
 from t2l import peft_io
 from t2l.config import Count, NotNegative, Positive, PromptConfig, Range, Seed, check_ranges
 from t2l.errors import DataError, TrainingError
+from t2l.io import read_json_lines
 from t2l.prompt import render, token_ids
 from t2l.text_to_lora import LoraAdapter
 from t2l.train.packing import answer_text, require_end_of_sequence
@@ -241,22 +242,10 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: naming file and line.
     """
-    import json
-
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read examples from {path}: {error}") from error
     pairs: list[tuple[str, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}:{number} is not valid JSON: {error}") from error
+    for where, _, row in read_json_lines(path):
         text, answer = (row.get("input"), row.get("output")) if isinstance(row, dict) else (None, None)
         if not (isinstance(text, str) and isinstance(answer, str) and text.strip() and answer.strip()):
-            raise DataError(f"{path}:{number} must be an object whose input and output are texts that are not blank")
+            raise DataError(f"{where} must be an object whose input and output are texts that are not blank")
         pairs.append((text, answer))
     return pairs
