@@ -66,13 +66,19 @@ LLAMACPP := .venv-llamacpp/bin
 
 .venv-llamacpp/.stamp:
 	"$(PYTHON)" -m venv .venv-llamacpp
+	$(LLAMACPP)/python -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest .venv-llamacpp llama-cpp-python==0.3.36
+	# llama.cpp's own converters are in the source; the tests compare what they write with what we write.
+	mkdir -p .venv-llamacpp/llama.cpp
+	tar xzf .venv-llamacpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llamacpp/llama.cpp --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/convert_*.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	CMAKE_ARGS="-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF" \
-		$(LLAMACPP)/python -m pip install --disable-pip-version-check --no-binary llama-cpp-python \
-		"llama-cpp-python==0.3.36" "numpy>=2"
+		$(LLAMACPP)/python -m pip install --disable-pip-version-check \
+		.venv-llamacpp/llama_cpp_python-0.3.36.tar.gz "numpy>=2"
 	@touch $@
 
 test-llamacpp: setup models .venv-llamacpp/.stamp
-	T2L_LLAMACPP_PYTHON="$(abspath $(LLAMACPP)/python)" $(BIN)/python -m pytest tests/test_gguf_export.py
+	T2L_LLAMACPP_PYTHON="$(abspath $(LLAMACPP)/python)" $(BIN)/python -m pytest tests/test_gguf_export.py tests/test_bases.py
 
 lint: setup
 	$(BIN)/ruff check .

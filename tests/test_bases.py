@@ -5,10 +5,14 @@ by `PeftModel` and by `load_adapter` with nothing missing and nothing left over,
 again; all logits are those of the library's own hooks.
 """
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -24,6 +28,10 @@ from t2l.peft_folder import open_adapter
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONVERTER = Path(
+    os.environ.get("T2L_LLAMACPP_CONVERTER", REPOSITORY / ".venv-llamacpp" / "llama.cpp" / "convert_lora_to_gguf.py")
+)
 TOKENS = torch.tensor([[0, 17, 200, 33, 4, 90, 121], [0, 5, 6, 7, 8, 9, 10]])
 WIDE = {"head_dim": 8, "max_position_embeddings": 128}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -126,6 +134,33 @@ def test_every_module_has_a_name_in_llamacpp(kind: str) -> None:
     tensors = gguf_export.gguf_tensors(adapter.lora, adapter.spec, model.config)
     assert len(tensors) == 2 * 3 * len(adapter.spec.targets)
     assert all(name.startswith("blk.") for name in tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not CONVERTER.is_file(), reason=f"llama.cpp's converter is not there ({CONVERTER}): make test-llamacpp"
+)
+@pytest.mark.parametrize("kind", [kind for kind in BASES if kind in gguf_export.ARCHITECTURES])
+def test_llamacpps_own_converter_writes_the_same(kind: str, tmp_path: Path) -> None:
+    """From the PEFT folder, to the bit; it reads no rsLoRA, so the adapter has none."""
+    gguf = pytest.importorskip("gguf")
+    model = make_base(kind)
+    adapter = make_adapter(model, BASES[kind][1])
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "base")
+    adapter.save(tmp_path / "adapter")
+    command = [sys.executable, str(CONVERTER), str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]
+    command += ["--outfile", str(tmp_path / "theirs.gguf"), "--outtype", "f32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    gguf_export.save_gguf(tmp_path / "ours.gguf", adapter.lora, adapter.spec, model.config)
+    theirs, ours = (gguf.GGUFReader(tmp_path / name) for name in ("theirs.gguf", "ours.gguf"))
+    for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
+        assert ours.fields[key].contents() == theirs.fields[key].contents()
+    expected = {tensor.name: tensor.data for tensor in theirs.tensors}
+    found = {tensor.name: tensor.data for tensor in ours.tensors}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
