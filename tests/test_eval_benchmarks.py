@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from t2l.cli import app
 from t2l.config import PromptConfig
-from t2l.errors import EvaluationError
+from t2l.errors import DataError, EvaluationError
 from t2l.eval import answers, conditions, decode, suites
 from t2l.eval.conditions import CONDITIONS
 from t2l.eval.run import Settings, run
@@ -219,3 +221,27 @@ def test_code_is_run_only_when_asked_for_and_may_be_run_later(
     monkeypatch.setattr(sandbox, "available", lambda: "there are no namespaces")
     with pytest.raises(EvaluationError, match="no code is run here, because there are no namespaces"):
         run(Settings(allow_code_execution=True, **values), out, log=lambda text: None)
+
+
+@pytest.mark.parametrize("change", [{"answer": "none of them"}, {"choices": []}], ids=["no option", "no options"])
+def test_a_packed_benchmark_that_cannot_be_asked_is_named(
+    change: dict[str, Any], benchmark_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pq.read_table(benchmark_data / "benchmarks.parquet").to_pylist()
+    damaged = next(row for row in rows if row["benchmark"] == "piqa" and row["split"] == "test")
+    damaged |= change
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "benchmarks.parquet")
+    (tmp_path / "sni_tasks.parquet").touch()
+    monkeypatch.setenv("T2L_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=rf"piqa {damaged['id']} cannot be used"):
+        suites.load_suite("benchmarks", per_task=None)
+
+
+def test_doctor_names_packed_files_that_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sni_tasks", "benchmarks"):
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1, and then the disk was full")
+    monkeypatch.setenv("T2L_DATA", str(tmp_path))
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1 and "all is there" not in result.output
+    assert "damaged: sni_tasks.parquet, benchmarks.parquet" in result.output
+    assert f"{tmp_path / 'benchmarks.parquet'} cannot be read as Parquet" in result.output

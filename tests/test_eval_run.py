@@ -19,7 +19,7 @@ from t2l.apply import apply_adapters
 from t2l.checkpoint import load_checkpoint, save_checkpoint
 from t2l.cli import app
 from t2l.config import LoraConfig
-from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, OutputError
+from t2l.errors import AdapterNotAppliedError, CheckpointError, ConfigError, DataError, OutputError
 from t2l.eval import answers, conditions, decode, retrieval, suites
 from t2l.eval.adapters import AdapterCache, UsedAdapter, require_effect
 from t2l.eval.arrow import arrow, prototypes
@@ -507,6 +507,16 @@ def test_checkpoints_of_the_wrong_kind_are_named(checkpoint: str, multitask: str
         MultitaskLora.from_pretrained(checkpoint)
     with pytest.raises(ConfigError, match="reads no description: its variant is 'none'"):
         Sources(checkpoint=TextToLora.from_pretrained(multitask))
+
+
+def test_a_checkpoint_that_reads_another_version_of_the_base_is_refused(
+    tasks_file: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_checkpoint(tmp_path / "other", revision="sha256:of-another")
+    settings = Settings(suites=(str(tasks_file),), checkpoint=str(other), **SETTINGS)
+    with pytest.raises(CheckpointError, match="sha256:of-another"):
+        run(settings, tmp_path / "answers.jsonl", log=lambda text: None)
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_shipped_checkpoints_bring_their_multitask_lora(checkpoint: str) -> None:
