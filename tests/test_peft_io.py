@@ -274,7 +274,7 @@ def test_overwrite_replaces_the_whole_folder(adapter: LoraAdapter, tmp_path: Pat
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_unwritable_place_is_a_clear_error(overwrite: bool, adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OutputError, match=re.escape(f"Cannot write to {tmp_path / 'file'}")):
+    with pytest.raises(OutputError, match=re.escape(f"Cannot write {tmp_path / 'file'}")):
         adapter.save(tmp_path / "file" / "adapter", overwrite=overwrite)
     assert [p.name for p in tmp_path.rglob("*")] == ["file"]
 
