@@ -101,7 +101,9 @@ def show(checkpoint: str, out: Path, max_new_tokens: int) -> None:
     # One forward pass writes all adapters; each folder appears whole or not at all.
     adapters = generator.generate([task.description for task in tasks])
     generated = time.perf_counter()
-    folders = [adapter.save(out / t.name, overwrite=True) for t, adapter in zip(tasks, adapters, strict=True)]
+    folders = [
+        adapter.save_pretrained(out / t.name, overwrite=True) for t, adapter in zip(tasks, adapters, strict=True)
+    ]
     saved = time.perf_counter()
 
     # From here on nothing of t2l but the prompt: any program that reads PEFT folders could do this.

@@ -71,7 +71,7 @@ def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def saved(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (adapter,) = TextToLora.from_pretrained(str(checkpoint)).generate([DESCRIPTION])
-    return adapter.save(tmp_path_factory.mktemp("adapters") / "saved")
+    return adapter.save_pretrained(tmp_path_factory.mktemp("adapters") / "saved")
 
 
 @pytest.fixture(autouse=True)

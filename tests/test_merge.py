@@ -144,7 +144,7 @@ def test_folders_that_peft_wrote_are_read_as_peft_reads_them(rslora: bool, make_
 def test_what_is_written_is_read_again(make_model: Any, tmp_path: Path) -> None:
     base = make_model()
     adapter = make_adapter(base, target_modules=("v_proj", "q_proj"))
-    adapter.save(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "adapter")
     lora, spec = open_adapter(tmp_path / "adapter")
     order = [t.name for t in spec.targets]
     for name in ("q_proj", "v_proj"):
@@ -160,7 +160,7 @@ def test_folders_with_gaps_are_refused(make_model: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     base = make_model()
-    make_adapter(base).save(tmp_path / "adapter")
+    make_adapter(base).save_pretrained(tmp_path / "adapter")
     state = load_file(tmp_path / "adapter" / peft_io.WEIGHTS)
     for part in "AB":
         del state[f"base_model.model.model.layers.1.self_attn.v_proj.lora_{part}.weight"]

@@ -51,7 +51,7 @@ def test_peft_gives_our_logits_and_our_keys(
     from peft import PeftModel, get_peft_model_state_dict
 
     adapter = make_adapter(tiny_config, lora, base_model=str(base_folder))
-    adapter.save(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "adapter")
     plain = tiny_base(TOKENS).logits
     with apply_adapters(tiny_base, adapter):
         ours = tiny_base(TOKENS).logits
@@ -71,14 +71,14 @@ def test_peft_gives_our_logits_and_our_keys(
 @pytest.mark.parametrize("lora", SPEC_CONFIGS.values(), ids=SPEC_CONFIGS.keys())
 def test_saved_loaded_saved_is_byte_equal(lora: LoraConfig, tiny_config: Any, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_config, lora)
-    adapter.save(tmp_path / "first")
+    adapter.save_pretrained(tmp_path / "first")
     loaded = load_adapter(tmp_path / "first", adapter.spec)
     assert all(
         torch.equal(x, y) for x, y in zip((*loaded.a, *loaded.b), (*adapter.lora.a, *adapter.lora.b), strict=True)
     )
-    LoraAdapter(loaded, adapter.spec, adapter.description, adapter.provenance).save(tmp_path / "second")
+    LoraAdapter(loaded, adapter.spec, adapter.description, adapter.provenance).save_pretrained(tmp_path / "second")
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors", "t2l.json"]
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
@@ -88,7 +88,7 @@ def test_a_folder_that_peft_wrote_is_read(tiny_config: Any, base_folder: Path, t
     import peft
 
     adapter = make_adapter(tiny_config, LoraConfig(r=4, lora_alpha=8), base_model=str(base_folder))
-    adapter.save(tmp_path / "ours")
+    adapter.save_pretrained(tmp_path / "ours")
     model = peft.PeftModel.from_pretrained(make_base(tiny_config), tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
     loaded = load_adapter(tmp_path / "theirs", adapter.spec)
@@ -100,7 +100,7 @@ def test_a_folder_that_peft_wrote_is_read(tiny_config: Any, base_folder: Path, t
 @pytest.mark.parametrize("lora", SPEC_CONFIGS.values(), ids=SPEC_CONFIGS.keys())
 def test_config_names_what_readers_need(lora: LoraConfig, tiny_config: Any, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_config, lora)
-    adapter.save(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == lora.r
     assert config["lora_alpha"] == lora.lora_alpha
@@ -113,7 +113,7 @@ def test_config_names_what_readers_need(lora: LoraConfig, tiny_config: Any, tmp_
 
 
 def test_half_precision_folder_is_half_the_size_and_close(adapter: LoraAdapter, tmp_path: Path) -> None:
-    adapter.save(tmp_path / "half", dtype=torch.float16)
+    adapter.save_pretrained(tmp_path / "half", dtype=torch.float16)
     loaded = load_adapter(tmp_path / "half", adapter.spec)
     for mine, read in zip((*adapter.lora.a, *adapter.lora.b), (*loaded.a, *loaded.b), strict=True):
         assert read.dtype == torch.float32
@@ -185,7 +185,7 @@ def test_bad_weights_are_refused(
     damage: Callable[[Path], None], error: type[Exception], match: str, adapter: LoraAdapter, tmp_path: Path
 ) -> None:
     # The folder's name must not be mistaken for a reason.
-    folder = adapter.save(tmp_path / "lacks-shape")
+    folder = adapter.save_pretrained(tmp_path / "lacks-shape")
     damage(folder / "adapter_model.safetensors")
     with pytest.raises(error, match=match) as caught:
         load_adapter(folder, adapter.spec)
@@ -197,7 +197,7 @@ def test_header_length_that_reads_like_a_pickle_is_no_pickle(
     letters: bytes, adapter: LoraAdapter, tmp_path: Path
 ) -> None:
     """A safetensors file starts with its header's length: 640 bytes of header are the first bytes of a pickle."""
-    folder = adapter.save(tmp_path / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
     path = folder / "adapter_model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -225,7 +225,7 @@ def test_other_lora_settings_are_refused(
     change: dict[str, Any], error: type[Exception], match: str, adapter: LoraAdapter, tmp_path: Path
 ) -> None:
     """With the right shapes, another alpha or DoRA would silently give another adapter."""
-    folder = adapter.save(tmp_path / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(error, match=match):
@@ -234,8 +234,8 @@ def test_other_lora_settings_are_refused(
 
 def test_wrong_rank_in_the_tensors_is_refused(adapter: LoraAdapter, tiny_config: Any, tmp_path: Path) -> None:
     """A config that lies about its tensors."""
-    folder = adapter.save(tmp_path / "adapter")
-    other = make_adapter(tiny_config, LoraConfig(r=2, lora_alpha=8)).save(tmp_path / "other")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
+    other = make_adapter(tiny_config, LoraConfig(r=2, lora_alpha=8)).save_pretrained(tmp_path / "other")
     (folder / "adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
     with pytest.raises(SpecMismatchError, match=r"has shape \(2, 32\), expected \(4, 32\)"):
         load_adapter(folder, adapter.spec)
@@ -243,7 +243,7 @@ def test_wrong_rank_in_the_tensors_is_refused(adapter: LoraAdapter, tiny_config:
 
 def test_adapter_of_another_base_names_both_shapes(adapter: LoraAdapter, tmp_path: Path) -> None:
     wide = make_adapter(make_config(hidden_size=64), LoraConfig(r=4, lora_alpha=8), base_model="wide/base")
-    folder = wide.save(tmp_path / "adapter")
+    folder = wide.save_pretrained(tmp_path / "adapter")
     with pytest.raises(SpecMismatchError, match=r"does not fit tiny/base.*shape \(4, 64\), expected \(4, 32\)"):
         load_adapter(folder, adapter.spec)
 
@@ -255,34 +255,34 @@ def test_existing_folder_is_left_alone(adapter: LoraAdapter, tmp_path: Path) -> 
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
-        adapter.save(tmp_path / "adapter")
+        adapter.save_pretrained(tmp_path / "adapter")
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["adapter", "adapter/mine.txt"]
 
 
-def test_overwrite_replaces_the_whole_folder(adapter: LoraAdapter, tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "old.txt").write_text("old")
-    adapter.save(tmp_path / "adapter", overwrite=True)
+def test_overwriting_replaces_an_adapter_and_nothing_else(adapter: LoraAdapter, tmp_path: Path) -> None:
+    folder = adapter.save_pretrained(tmp_path / "adapter")
+    (folder / "README.md").write_text("old")
+    adapter.save_pretrained(folder, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert "old" not in (folder / "README.md").read_text().splitlines()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds other things .*\(notes.txt\); overwriting would delete them"):
+        adapter.save_pretrained(folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_unwritable_place_is_a_clear_error(overwrite: bool, adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=re.escape(f"Cannot write {tmp_path / 'file'}")):
-        adapter.save(tmp_path / "file" / "adapter", overwrite=overwrite)
+        adapter.save_pretrained(tmp_path / "file" / "adapter", overwrite=overwrite)
     assert [p.name for p in tmp_path.rglob("*")] == ["file"]
 
 
 def test_overwriting_a_file_is_refused(adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "adapter").write_text("a file")
     with pytest.raises(OutputError, match="is a file"):
-        adapter.save(tmp_path / "adapter", overwrite=True)
+        adapter.save_pretrained(tmp_path / "adapter", overwrite=True)
     assert (tmp_path / "adapter").read_text() == "a file"
 
 
@@ -292,7 +292,7 @@ def test_failure_half_way_leaves_nothing(
 ) -> None:
     """A disk that fills up after the weights: the old folder stays, no temporary folder does."""
     if overwrite:
-        adapter.save(tmp_path / "adapter")
+        adapter.save_pretrained(tmp_path / "adapter")
         before = (tmp_path / "adapter" / "adapter_config.json").read_bytes()
 
     def full(*_: Any, **__: Any) -> int:

@@ -74,7 +74,7 @@ def test_generated_adapter_steers_the_base(t2l: TextToLora, tiny_base: LlamaForC
     with apply_adapters(tiny_base, adapter):
         ours = tiny_base(tokens).logits
     assert (ours - plain).abs().max() > 0.05
-    adapter.save(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "adapter")
     base = LlamaForCausalLM.from_pretrained(adapter.spec.base_model)
     assert (PeftModel.from_pretrained(base, tmp_path / "adapter")(tokens).logits - ours).abs().max() <= 1e-5
 
@@ -102,7 +102,7 @@ def test_adapter_is_its_own(variant: str, make_checkpoint: MakeCheckpoint, tmp_p
 
 def test_card_says_where_the_adapter_came_from(t2l: TextToLora, checkpoint: Path, tmp_path: Path) -> None:
     (adapter,) = t2l.generate(["Write a poem.\nTwo lines."])
-    card = (adapter.save(tmp_path / "adapter") / "README.md").read_text(encoding="utf-8")
+    card = (adapter.save_pretrained(tmp_path / "adapter") / "README.md").read_text(encoding="utf-8")
     sha256 = json.loads((checkpoint / "config.json").read_text())["weights_sha256"]
     for fact in ("> Write a poem.\n> Two lines.", sha256, str(checkpoint), "| training seed | 7 |", "rank 4, alpha 8"):
         assert fact in card
@@ -116,12 +116,13 @@ def test_two_processes_write_the_same_bytes(checkpoint: Path, tmp_path: Path) ->
         f"t2l = TextToLora.from_pretrained({str(checkpoint)!r})\n"
         "import os; out = os.environ['OUT']\n"
         "if os.environ['WARM'] == '1': t2l.generate(['Something else.', 'And more.'])\n"
-        f"for n, adapter in enumerate(t2l.generate({list(DESCRIPTIONS)!r})): adapter.save(f'{{out}}/{{n}}')\n"
+        f"for n, adapter in enumerate(t2l.generate({list(DESCRIPTIONS)!r})):\n"
+        "    adapter.save_pretrained(f'{out}/{n}')\n"
     )
     for seed in ("1", "2"):
         run(code, PYTHONHASHSEED=seed, OUT=str(tmp_path / seed), WARM=str(int(seed) - 1))
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file())
-    assert len(files) == 3 * len(DESCRIPTIONS)
+    assert len(files) == 4 * len(DESCRIPTIONS)
     for file in files:
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
 
@@ -189,7 +190,7 @@ save_checkpoint(out / "checkpoint", hypernet, spec, CheckpointConfig.current(
     encoder_revision=fingerprint(encoder), hypernet=shape, prompt=PromptConfig()))
 del hypernet
 (adapter,) = TextToLora.from_pretrained(str(out / "checkpoint")).generate(["Translate into French."])
-adapter.save(out / "adapter", dtype=torch.bfloat16)
+adapter.save_pretrained(out / "adapter", dtype=torch.bfloat16)
 with safe_open(out / "adapter" / "adapter_model.safetensors", "pt") as file:
     shapes = {{name: file.get_slice(name).get_shape() for name in file.keys()}}
 assert len(shapes) == 32 * 2 * 2
@@ -208,7 +209,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 def test_public_names() -> None:
     import t2l as package
 
-    assert package.__all__ == ["LoraAdapter", "TextToLora", "apply_adapters", "function"]
+    names = {"AdapterSpec", "LoraAdapter", "TextToLora", "apply_adapters", "function", "render_prompt", "ConfigError"}
+    assert names <= set(package.__all__) and set(package.__all__) <= set(dir(package))
+    assert all(getattr(package, name) is not None for name in package.__all__)
     assert package.LoraAdapter is LoraAdapter
     name: Any = "nothing"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

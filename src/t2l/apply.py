@@ -4,6 +4,9 @@ The same code serves training, evaluation and chat: forward hooks add scaling ·
 Knows modules and tensors. Knows no tasks and no training.
 """
 
+import itertools
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ from t2l.spec import AdapterSpec
 
 
 class HasLora(Protocol):
-    """What `apply_adapters` needs of an adapter; `t2l.text_to_lora.Adapter` is one."""
+    """What `apply_adapters` needs of an adapter; `t2l.LoraAdapter` is one."""
 
     @property
     def lora(self) -> LoraTensors:
@@ -27,6 +30,10 @@ class HasLora(Protocol):
     @property
     def spec(self) -> AdapterSpec:
         """Where they belong."""
+
+
+_numbers = itertools.count()
+"""Makes the name of what each use of `hooked` leaves on modules its own, for nested uses and for several threads."""
 
 
 class AdapterHooks:
@@ -56,38 +63,70 @@ class AdapterHooks:
         a = [x.mT.unbind(-3) for x in lora.a]
         b = [(x * lora.scaling).mT.unbind(-3) for x in lora.b]
         for m, layer, module in self._modules:
-            setattr(module, self._attribute, (a[m][layer], b[m][layer]))
+            setattr(module, self._attribute, _beside(module, a[m][layer], b[m][layer]))
+
+
+def _beside(module: nn.Linear, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B on the device of a module's weight. Where it is offloaded its weight is on no device: see `_hook`."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.is_meta or weight.device == a.device:
+        return a, b
+    return a.to(weight.device), b.to(weight.device)
 
 
 @contextmanager
-def hooked(model: nn.Module, spec: AdapterSpec) -> Iterator[AdapterHooks]:
+def hooked(model: nn.Module, spec: AdapterSpec, *, this_thread_only: bool = False) -> Iterator[AdapterHooks]:
     """Hooks the model's target modules and yields the place to put adapters into; always unhooks.
 
     Args:
         model: The base model.
         spec: Which modules to hook.
+        this_thread_only: Whether other threads that use the model meanwhile get the plain model. The check costs a
+            little at each module, so training goes without.
 
     Raises:
         SpecMismatchError: if the model lacks a target module or its sizes differ.
+        AdapterNotAppliedError: if the model is a recorded graph, in which hooks would do nothing.
     """
     modules = target_modules(model, spec)
-    depth = 0
-    while any(hasattr(module, f"_t2l_lora_{depth}") for _, _, module in modules):
-        depth += 1
-    attribute = f"_t2l_lora_{depth}"
+    _require_hooks_work(model)
+    attribute = f"_t2l_lora_{next(_numbers)}"
     slots = AdapterHooks(modules, attribute)
     paths = {id(module): spec.targets[m].path.format(layer=spec.layers[n]) for m, n, module in modules}
+    hook = _hook(attribute, paths, threading.get_ident() if this_thread_only else None)
     handles = []
     try:
         slots.lora = None
         for _, _, module in modules:
-            handles.append(module.register_forward_hook(_hook(attribute, paths)))
+            handles.append(module.register_forward_hook(hook))
+        _forget_compiled()
         yield slots
     finally:
         for handle in handles:
             handle.remove()
         for _, _, module in modules:
             delattr(module, attribute)
+        _forget_compiled()
+
+
+def _require_hooks_work(model: nn.Module) -> None:
+    """Raises if a part of the model is a recorded graph, which runs no hooks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            raise AdapterNotAppliedError(
+                f"{name or 'The model'} is a {type(module).__name__}, a recorded graph in which adapters would do "
+                "nothing. Apply adapters to the model that it was made of"
+            )
+
+
+def _forget_compiled() -> None:
+    """Makes functions that `torch.compile` has compiled compile again at their next call.
+
+    To the compiler a model with hooks and one without are the same, so what was compiled before an adapter came or went
+    would go on without it, or with it.
+    """
+    if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled, and this would import it
+        torch.compiler.reset()
 
 
 @contextmanager
@@ -95,6 +134,9 @@ def apply_adapters(
     model: nn.Module, adapters: HasLora | Sequence[HasLora], *, rows: Sequence[int] | None = None
 ) -> Iterator[nn.Module]:
     """Puts adapters on a model for the length of a `with` block, and leaves the model as it was.
+
+    Only the thread that entered the block sees the adapters: others that use the model meanwhile get the plain model,
+    or adapters of their own. A model that was compiled is compiled again at its next call, inside and after the block.
 
     Args:
         model: The base model the adapters were generated for.
@@ -106,8 +148,8 @@ def apply_adapters(
 
     Raises:
         SpecMismatchError: if the adapters are for another base, or differ in shape among themselves.
-        AdapterNotAppliedError: if there is no adapter or `rows` names none; in the forward pass, if the batch has
-            another number of sequences.
+        AdapterNotAppliedError: if there is no adapter, `rows` names none or the model is a recorded graph; in the
+            forward pass, if the batch has another number of sequences.
     """
     listed = list(adapters) if isinstance(adapters, Sequence) else [adapters]
     if not listed:
@@ -125,9 +167,12 @@ def apply_adapters(
             if unknown:
                 raise AdapterNotAppliedError(f"`rows` names row {unknown[0]} of {len(listed)} adapters, counted from 0")
             lora = lora.select(torch.tensor(rows, device=lora.a[0].device))
-    parameter = next(model.parameters())
-    lora = lora.map(lambda x: x.to(parameter.device, parameter.dtype))
-    with hooked(model, spec) as slots:
+    # All at once, to where most of the model is; `AdapterHooks` then moves what belongs elsewhere.
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            lora = lora.map(lambda x, to=parameter: x.to(to.device, to.dtype))  # type: ignore[misc]
+            break
+    with hooked(model, spec, this_thread_only=True) as slots:
         slots.lora = lora
         yield model
 
@@ -140,7 +185,7 @@ def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
     would serve for the other.
 
     Layer by layer, compiling takes seconds where the whole model takes minutes, and runs as fast where a step's
-    work hides the launches. Enter it inside `live`: hooks that come later are not seen.
+    work hides the launches. Enter it inside `hooked`: hooks that come later are not seen.
 
     Args:
         model: The base model.
@@ -157,6 +202,7 @@ def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             yield
     finally:
+        # `Module.compile` has no undo; it does nothing but set this attribute, whose None means not compiled.
         for layer in layers:
             layer._compiled_call_impl = None
 
@@ -187,19 +233,70 @@ def target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, 
     return modules
 
 
-def _hook(attribute: str, paths: Mapping[int, str]) -> Any:
-    """The hook of all modules at one depth of nesting.
+@torch.no_grad()
+def add_into(model: nn.Module, adapter: HasLora) -> int:
+    """Adds ΔW to a model's own weights, in place and for good.
+
+    Sums are computed in float32 and rounded once, to the weights' type.
 
     Args:
-        attribute: Where a module carries its A and B.
-        paths: The modules' names by `id`, for errors.
+        model: The base model.
+        adapter: A single adapter for it.
+
+    Returns:
+        How many weight matrices differ from what they were.
+
+    Raises:
+        SpecMismatchError: if the model lacks a target module, its weights are not plain numbers, or another module
+            shares them, such as embeddings that are tied to the head.
+    """
+    modules, lora, changed = target_modules(model, adapter.spec), adapter.lora, 0
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for _, _, module in modules:
+        weight = module.weight
+        if (
+            not weight.is_floating_point()
+            or weight.is_meta
+            or weight.shape != (module.out_features, module.in_features)
+        ):
+            raise SpecMismatchError(
+                f"{owners[id(weight)][0]} is quantised or not in memory ({weight.dtype}, on {weight.device}); load the "
+                "base in a floating type to merge an adapter into it"
+            )
+        if len(shared := owners[id(weight)]) > 1:
+            raise SpecMismatchError(
+                f"{' and '.join(shared)} are one tensor: merging the adapter into one would change the other. Use the "
+                "adapter as it is"
+            )
+    for m, position, module in modules:
+        weight = module.weight
+        a, b = (part[m][position].to(weight.device, torch.float32) for part in (lora.a, lora.b))
+        merged = (weight.float() + lora.scaling * (b @ a)).to(weight.dtype)
+        changed += not torch.equal(merged, weight)
+        weight.copy_(merged)
+    return changed
+
+
+def _hook(attribute: str, paths: Mapping[int, str], thread: int | None) -> Any:
+    """The hook of all modules in one use of `hooked`.
+
+    Args:
+        attribute: Where modules carry their A and B.
+        paths: The modules' paths by their id, for messages.
+        thread: The thread that the hook works in; None means all.
     """
 
     def add_lora(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         lora = getattr(module, attribute)
-        if lora is None:
+        if lora is None or not (thread is None or _belongs(thread)):
             return None
         (x,) = inputs
+        if lora[0].device != output.device:  # an offloaded module, whose device is known only now
+            lora = tuple(part.to(output.device) for part in lora)
+            setattr(module, attribute, lora)
+        x = x.to(output.device)
         a, b = (part.to(x.dtype) for part in lora)
         if a.dim() == 2:  # one adapter for all
             return output + (x @ a) @ b
@@ -217,3 +314,14 @@ def _hook(attribute: str, paths: Mapping[int, str]) -> Any:
         return torch.baddbmm(output, torch.bmm(x, a), b)
 
     return add_lora
+
+
+def _belongs(thread: int) -> bool:
+    """Whether the code that runs now belongs to a thread: it runs in it, or in a backward pass.
+
+    Gradient checkpointing runs modules again in threads of the autograd engine, for which torch has no public test.
+    A function that is being compiled is for the thread that compiles it.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return threading.get_ident() == thread or torch._C._current_graph_task_id() != -1

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, build, to_plain
+from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, Size, build, check_ranges, to_plain
 from t2l.errors import CheckpointError
 from t2l.hypernet import Hypernet
 from t2l.io import new_folder, read_json, read_tensors, sha256
@@ -19,6 +19,7 @@ from t2l.spec import AdapterSpec
 
 FORMAT_VERSION = 2
 WEIGHTS, SPEC, CONFIG, CARD = "hypernet.safetensors", "spec.json", "config.json", "README.md"
+FILES = (WEIGHTS, SPEC, CONFIG, CARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class CheckpointConfig:
     """What `config.json` holds."""
 
     format_version: int
-    embedding_size: int
+    embedding_size: Size
     encoder: EncoderConfig
     encoder_revision: str
     """Fingerprint of the encoder's files in training; another one is refused when generating."""
@@ -38,6 +39,9 @@ class CheckpointConfig:
     weights_sha256: str = ""
     training: dict = field(default_factory=dict)
     """How the weights came about: seed, steps, data, versions. For readers; nothing depends on it."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     @classmethod
     def current(cls, training: dict[str, Any], **values: Any) -> Self:
@@ -62,6 +66,8 @@ class Checkpoint:
     hypernet: Hypernet
     spec: AdapterSpec
     config: CheckpointConfig
+    card: str = ""
+    """Text of the model card; empty if the folder has none."""
 
 
 def save_checkpoint(
@@ -91,7 +97,7 @@ def save_checkpoint(
         plain = to_plain(config) | {"weights_sha256": sha256(temporary / WEIGHTS)}
         (temporary / SPEC).write_text(spec.to_json(), encoding="utf-8")
         (temporary / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD).write_text(card, encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8", newline="")
 
 
 def read_config(folder: Path) -> tuple[AdapterSpec, CheckpointConfig]:
@@ -135,7 +141,9 @@ def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> Chec
         )
     hypernet = _new_hypernet(spec, config)
     hypernet.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
-    return Checkpoint(hypernet.to(device).eval().requires_grad_(False), spec, config)
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return Checkpoint(hypernet.to(device).eval().requires_grad_(False), spec, config, text)
 
 
 def _new_hypernet(spec: AdapterSpec, config: CheckpointConfig) -> Hypernet:

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from t2l import hub
 from t2l.config import EncoderConfig
 from t2l.errors import ConfigError, DescriptionError
+from t2l.hub import FetchOptions
 from t2l.io import parse_json
 
 MAX_BYTES = 32_768
@@ -55,25 +56,29 @@ class Encoder(Protocol):
         """
 
 
-def check_description(text: object) -> str:
-    """The description, stripped, if it can be one at all.
+def check_description(text: object, where: str = "") -> str:
+    """The description without white space around it, if it can be one at all.
+
+    Args:
+        text: What is to be a description.
+        where: Which of several it is, for messages.
 
     Raises:
         DescriptionError: if it is no text, blank, not valid Unicode or too large.
     """
     if not isinstance(text, str):
-        raise DescriptionError(f"A description must be text, got {type(text).__name__}")
+        raise DescriptionError(f"A description must be text, got {type(text).__name__}{where}")
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise DescriptionError(
-            f"The description is not valid UTF-8 (position {error.start}); re-save it as UTF-8"
+            f"The description is not valid UTF-8 (position {error.start}); re-save it as UTF-8{where}"
         ) from error
     if not text.strip():
         what = "empty" if not text else "only white space"
-        raise DescriptionError(f"The description is {what}; say in a sentence or two what the task is")
+        raise DescriptionError(f"The description is {what}; say in a sentence or two what the task is{where}")
     if size > MAX_BYTES:
-        raise DescriptionError(f"The description has {size:,} bytes; at most {MAX_BYTES:,} are read. Shorten it")
+        raise DescriptionError(f"The description has {size:,} bytes; at most {MAX_BYTES:,} are read. Shorten it{where}")
     return text.strip()
 
 
@@ -287,15 +292,20 @@ class OneHotEncoder:
         return [1] * len(texts)
 
 
-def encoder_revision(config: EncoderConfig, base_model: str) -> str:
+def encoder_revision(config: EncoderConfig, base_model: str, **fetch: Unpack[FetchOptions]) -> str:
     """Fingerprint of the files that an encoder reads; empty for one that reads none."""
     if config.kind == "onehot":
         return ""
-    return hub.fingerprint(base_model if config.model == "base" else config.model)
+    return hub.fingerprint(base_model if config.model == "base" else config.model, **fetch)
 
 
 def load_encoder(
-    config: EncoderConfig, base_model: str, *, base: tuple[Any, Any] | None = None, device: str = "cpu"
+    config: EncoderConfig,
+    base_model: str,
+    *,
+    base: tuple[Any, Any] | None = None,
+    device: str = "cpu",
+    **fetch: Unpack[FetchOptions],
 ) -> Encoder:
     """The encoder that a config names.
 
@@ -304,6 +314,7 @@ def load_encoder(
         base_model: Reference of the base model, for `model: base`.
         base: The base model and its tokenizer, if in memory already.
         device: Where a newly loaded encoder runs.
+        fetch: See `hub.FetchOptions`.
 
     Raises:
         ModelNotFoundError, DownloadError: if the model cannot be had.
@@ -312,14 +323,18 @@ def load_encoder(
     if config.kind == "onehot":
         return OneHotEncoder(config.names, device=device)
     if config.kind == "sentence":
-        folder = hub.resolve(config.model)
+        folder = hub.resolve(config.model, **fetch)
         return SentenceEncoder.from_folder(
             folder, max_tokens=config.max_tokens, full_stop=config.full_stop, device=device
         )
     if config.model != "base":
-        model, tokenizer = hub.load_backbone(config.model, device=device), hub.load_tokenizer(config.model)
+        model = hub.load_backbone(config.model, device=device, **fetch)
+        tokenizer = hub.load_tokenizer(config.model, **fetch)
+    elif base is not None:
+        model, tokenizer = base
     else:
-        model, tokenizer = base or (hub.load_causal_lm(base_model, device=device), hub.load_tokenizer(base_model))
+        model = hub.load_causal_lm(base_model, device=device, **fetch)
+        tokenizer = hub.load_tokenizer(base_model, **fetch)
     return TokenEncoder(model, tokenizer, layers=config.layers, max_tokens=config.max_tokens)
 
 

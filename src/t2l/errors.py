@@ -29,6 +29,10 @@ class DownloadError(T2LError, OSError):
     """A download failed or what came is not what was expected (checksum)."""
 
 
+class UploadError(T2LError, OSError):
+    """The Hugging Face Hub does not take an upload: no permission, no network, no such place."""
+
+
 class CheckpointError(T2LError, ValueError):
     """A checkpoint or adapter file is damaged, tampered with, pickled or of another format."""
 

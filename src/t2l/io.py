@@ -11,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,28 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
             temporary.chmod(0o777 & ~mask)
             _take_place(temporary, path, overwrite)
+
+
+def require_only(folder: Path, *patterns: str) -> None:
+    """Checks that overwriting a folder deletes nothing but files of the kinds that are written there.
+
+    Args:
+        folder: The folder, which may be absent.
+        patterns: Names that may be in it, as `fnmatch` takes them.
+
+    Raises:
+        OutputError: naming what else the folder holds.
+    """
+    if not folder.is_dir():
+        return
+    with writing(folder):
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    foreign = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if foreign:
+        raise OutputError(
+            f"{folder} holds other things than are written there ({', '.join(foreign[:3])}); overwriting would delete "
+            "them. Choose another folder"
+        )
 
 
 def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:

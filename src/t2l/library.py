@@ -66,6 +66,9 @@ class AdapterLibrary:
         if not isinstance(names, list) or not isinstance(adapters, dict) or sorted(adapters) != sorted(map(str, names)):
             raise CheckpointError(f"{folder / INDEX}: names and adapters must name the same adapters")
         require_folder_names(names, "an adapter", CheckpointError)
+        for name, about in adapters.items():
+            if not isinstance(about, dict):
+                raise CheckpointError(f"{folder / INDEX}: the facts about {name} must be a mapping, got {about!r}")
         if purpose not in ("training", "evaluation"):
             raise CheckpointError(f"{folder / INDEX}: purpose is {purpose!r}, expected training or evaluation")
         try:
@@ -130,7 +133,7 @@ class AdapterLibrary:
             if isinstance(value, str | int | float) and "\n" not in str(value)
         )
         return (
-            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\ntags:\n- lora\n---\n\n"
+            f"{peft_io.card_header(self.spec.base_model, 'lora')}"
             f"# {name}\n\nOne adapter of a library of {len(self.names)} for {self.spec.base_model}: rank "
             f"{self.spec.rank}, alpha {self.spec.alpha:g}, targets {', '.join(t.name for t in self.spec.targets)}.\n\n"
             f"| | |\n| --- | --- |\n| library sha256 | {self.checksum} |\n{facts}"

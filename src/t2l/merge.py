@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from t2l import hub
-from t2l.apply import HasLora, target_modules
+from t2l.apply import HasLora, add_into
 from t2l.errors import AdapterNotAppliedError
-from t2l.io import new_folder
+from t2l.io import new_folder, require_only
 
 
 def merge_into_folder(
@@ -49,6 +49,8 @@ def merge_into_folder(
             f"Merging changes no weight of {reference} in {str(dtype).removeprefix('torch.')}: the adapter is all "
             "zeros, or too small for this type to hold its change"
         )
+    if overwrite:
+        require_only(folder, "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
     with new_folder(folder, overwrite=overwrite) as temporary, hub.quiet_transformers():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -56,22 +58,4 @@ def merge_into_folder(
         if generation.is_file():  # as it is; what a model object makes of it depends on the version of Transformers
             shutil.copyfile(generation, temporary / generation.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-    return changed
-
-
-@torch.no_grad()
-def add_into(model: torch.nn.Module, adapter: HasLora) -> int:
-    """Adds ΔW to a live model's weights in place.
-
-    Returns:
-        How many weight matrices differ from what they were.
-    """
-    changed = 0
-    lora = adapter.lora
-    for m, position, module in target_modules(model, adapter.spec):
-        weight = module.weight
-        a, b = (part[m][position].to(weight.device, torch.float32) for part in (lora.a, lora.b))
-        merged = (weight.float() + lora.scaling * (b @ a)).to(weight.dtype)
-        changed += not torch.equal(merged, weight)
-        weight.copy_(merged)
     return changed

@@ -6,18 +6,21 @@ Shape letters as in `spec.py`. PEFT stores A as (R, I) and B as (O, R), as LoraT
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from t2l.errors import CheckpointError, SpecMismatchError, TensorMismatchError
-from t2l.io import new_folder, read_json, read_shapes, read_tensors
+from t2l.io import new_folder, read_json, read_shapes, read_tensors, require_only
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+PICKLED = "adapter_model.bin"
+ORIGIN = "t2l.json"
+"""What PEFT's format has no place for: the description and the provenance."""
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 
 
@@ -58,13 +61,93 @@ def adapter_config(spec: AdapterSpec) -> dict[str, Any]:
         # PEFT declares an integer; a fractional alpha is kept as it is, and PEFT takes it.
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         "use_rslora": spec.use_rslora,
-        "target_modules": [t.name for t in spec.targets],
-        "layers_to_transform": None if every_layer else list(spec.layers),
+        "target_modules": _module_names(spec),
+        "layers_to_transform": None if every_layer or _is_nested(spec) else list(spec.layers),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+FILES = (WEIGHTS, CONFIG, CARD, ORIGIN)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter was made from."""
+
+    description: str = ""
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+def read_origin(folder: Path) -> Origin:
+    """What an adapter's folder says it was made from; nothing if another program wrote the folder.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    if not (folder / ORIGIN).exists():
+        return Origin()
+    plain = read_json(folder / ORIGIN)
+    description, provenance = plain.get("description"), plain.get("provenance")
+    if not isinstance(description, str) or not isinstance(provenance, dict):
+        raise CheckpointError(f"{folder / ORIGIN} must hold a text as description and a mapping as provenance")
+    return Origin(description, {str(key): str(value) for key, value in provenance.items()})
+
+
+def _is_nested(spec: AdapterSpec) -> bool:
+    """Whether the base is one part of a model that reads more than text, whose other parts have the same names."""
+    parts = {part for t in spec.targets for part in t.path.partition(".{layer}")[0].split(".")}
+    return bool(parts & {"language_model", "text_model"})
+
+
+def _module_names(spec: AdapterSpec) -> list[str]:
+    """Names as PEFT matches them, which is by the end of a path: whole paths where a name would match other towers."""
+    if not _is_nested(spec):
+        return [t.name for t in spec.targets]
+    return [t.path.format(layer=layer) for t in spec.targets for layer in spec.layers]
+
+
+def card_header(base_model: str | None, *tags: str) -> str:
+    """The metadata that opens a model card, as the Hub reads it."""
+    from huggingface_hub import ModelCardData
+
+    metadata = ModelCardData(base_model=base_model, library_name="peft", tags=list(tags))
+    return f"---\n{metadata.to_yaml()}\n---\n\n"
+
+
+_IRRELEVANT = frozenset(
+    # One text and not a list, since the formatter would give each name a line.
+    """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+    exclude_modules lora_alpha lora_dropout use_rslora layers_to_transform layers_pattern megatron_core
+    qalora_group_size runtime_config eva_config ensure_weight_tying""".split()  # noqa: SIM905
+)
+"""Settings of `adapter_config.json` that do not change what the tensors mean, or that are read elsewhere."""
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "bias": (None, "none"),
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA start from changed base weights, which a folder does not hold.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+}
+"""Values with which a setting does not change it either. All other settings, unknown ones too, must be off."""
+
+
+def _require_plain_lora(config: dict[str, Any], where: object) -> None:
+    """Raises where a setting means that the tensors are anything else than scaling · B · A on the base's weights.
+
+    Raises:
+        CheckpointError: naming the setting and its value.
+    """
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type is {config.get('peft_type')!r}, only 'LORA' is read")
+    for key, value in config.items():
+        # By type too, since 1 equals True.
+        harmless = any(type(value) is type(x) and value == x for x in _HARMLESS.get(key, ()))
+        if key not in _IRRELEVANT and not harmless and (key in _HARMLESS or value):
+            raise CheckpointError(
+                f"{where}: {key} is {str(value)[:80]!r}, with which the tensors are no plain LoRA; only plain LoRA is "
+                "read. Convert the adapter with the program that made it"
+            )
 
 
 def save_adapter(
@@ -73,6 +156,7 @@ def save_adapter(
     spec: AdapterSpec,
     *,
     card: str,
+    origin: Origin | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> None:
@@ -83,20 +167,25 @@ def save_adapter(
         lora: A single adapter.
         spec: Where it belongs.
         card: Text of the model card.
+        origin: What it was made from; saved as data, since a card is for readers.
         dtype: Type of the saved tensors.
-        overwrite: Whether an existing folder is replaced.
+        overwrite: Whether an existing folder of an adapter is replaced.
 
     Raises:
-        OutputError: if the folder exists or cannot be written.
+        OutputError: if the folder exists, holds other files than an adapter's, or cannot be written.
     """
     from safetensors.torch import save_file
 
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in to_state_dict(lora, spec).items()}
+    state = to_state_dict(_own_memory(lora.map(lambda x: x.detach().to("cpu", dtype))), spec)
+    if overwrite:
+        require_only(folder, *FILES)
     with new_folder(folder, overwrite=overwrite) as temporary:
         # The metadata says which framework wrote the file; PEFT and Transformers look for it.
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(adapter_config(spec), indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD).write_text(card, encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8", newline="")
+        if origin is not None:
+            (temporary / ORIGIN).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -158,14 +247,26 @@ def read_modules(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
 
 def _plain_lora(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, only 'LORA' is read")
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise CheckpointError(f"{folder / CONFIG}: {key} is {config[key]!r}; only plain LoRA is read")
-    if config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
-        raise CheckpointError(f"{folder / CONFIG}: bias or fan_in_fan_out is set; only plain LoRA is read")
+    _require_plain_lora(config, folder / CONFIG)
+    if not (folder / WEIGHTS).exists() and (folder / PICKLED).exists():
+        raise CheckpointError(
+            f"{folder} holds its weights as a pickle ({PICKLED}), which could run code when read, and no {WEIGHTS}; "
+            "save the adapter again as safetensors, on a machine where you trust that file"
+        )
     return config
+
+
+def _own_memory(lora: LoraTensors) -> LoraTensors:
+    """The same tensors, each in memory of its own, which the file format asks for."""
+    seen: set[int] = set()
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        shared = x.untyped_storage().data_ptr() in seen or 0 in x.stride() or not x.is_contiguous()
+        x = x.clone(memory_format=torch.contiguous_format) if shared else x
+        seen.add(x.untyped_storage().data_ptr())
+        return x
+
+    return lora.map(own)
 
 
 def load_adapter(folder: Path, spec: AdapterSpec) -> LoraTensors:

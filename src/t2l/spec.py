@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from t2l.config import LoraConfig, build
+from t2l.config import LoraConfig, NaturalNumber, Positive, Size, build, check_ranges
 from t2l.errors import ConfigError, SpecMismatchError
 from t2l.io import parse_json
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ALL_LINEAR = "all-linear"
+_PATH = re.compile(r"\w+(?:\.\w+)*\.\{layer\}(?:\.\w+)+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,18 @@ class Target:
     """Path suffix that names the module inside its layer, such as `q_proj`."""
     path: str
     """Full path with `{layer}` in place of the layer number, such as `model.layers.{layer}.self_attn.q_proj`."""
-    in_features: int
+    in_features: Size
     """I"""
-    out_features: int
+    out_features: Size
     """O"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "target")
+        # Paths come from other people's files and are filled in by `format`.
+        if not _PATH.fullmatch(self.path):
+            raise ConfigError(
+                f"target.path must be the path of a module with {{layer}} in place of its layer, got {self.path!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +56,25 @@ class AdapterSpec:
     """Reference of the base model, written into adapters as `base_model_name_or_path`."""
     model_type: str
     """The base's `config.model_type`."""
-    num_layers: int
+    num_layers: Size
     """Layers of the base, adapted or not."""
-    layers: tuple[int, ...]
+    layers: tuple[NaturalNumber, ...]
     """Adapted layers, ascending; L is their number."""
     targets: tuple[Target, ...]
     """Adapted modules, in the order of the hypernetwork's heads; M is their number."""
-    rank: int
-    alpha: float
+    rank: Size
+    """R"""
+    alpha: Positive
+    """Numerator of the scaling."""
     use_rslora: bool = False
+    """Whether the scaling's denominator is the root of the rank."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "spec")
         if not self.targets:
             raise ConfigError("An adapter needs at least one target module")
         if len({t.path for t in self.targets}) != len(self.targets):
             raise ConfigError(f"Target modules repeat: {', '.join(t.name for t in self.targets)}")
-        if self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}")
         _check_layers(self.layers, self.num_layers)
 
     @property
@@ -99,7 +110,7 @@ class AdapterSpec:
         linears = {
             name: (module.in_features, module.out_features)
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if isinstance(module, torch.nn.Linear) and name.startswith(_text_model(model))
         }
         num_layers = int(config.get_text_config().num_hidden_layers)
         templates = _layer_templates(linears)
@@ -154,6 +165,17 @@ class AdapterSpec:
                     f"{this} is for {self.base_model} with {key} {value}; {that} is {other.base_model} with "
                     f"{theirs[key]}. Generate the adapter with a checkpoint trained for {other.base_model}."
                 )
+
+
+def _text_model(model: Any) -> str:
+    """Where the language model is inside a model that reads more than text, such as images; empty where it is all.
+
+    The towers for other inputs have layers with the same names, which text never passes through.
+    """
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((name + "." for name, module in model.named_modules() if name and module is decoder), "")
 
 
 def _check_layers(layers: Sequence[int], num_layers: int) -> None:

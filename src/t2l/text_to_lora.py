@@ -1,77 +1,36 @@
 """From text to adapter: the library's main line.
 
-    t2l = TextToLora.from_pretrained()
-    (adapter,) = t2l.generate(["Decide whether a film review is positive or negative."])
-    adapter.save("sentiment")
+    generator = TextToLora.from_pretrained()
+    (adapter,) = generator.generate(["Decide whether a film review is positive or negative."])
+    adapter.save_pretrained("sentiment")
 
 Knows encoders, the hypernetwork and checkpoints. Knows no training and no evaluation.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal
 
 import torch
+from huggingface_hub import ModelHubMixin
 
-from t2l import __version__, hub, peft_io
-from t2l.checkpoint import Checkpoint, load_checkpoint
+from t2l import __version__, hub
+from t2l.adapter import LoraAdapter
+from t2l.checkpoint import FILES, Checkpoint, load_checkpoint, save_checkpoint
 from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
-from t2l.errors import CheckpointError, ModelNotFoundError
-from t2l.lora import LoraTensors
-from t2l.spec import AdapterSpec
+from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
+from t2l.io import require_only
+
+__all__ = ["DEFAULT", "LoraAdapter", "TextToLora", "checkpoint_folder"]
 
 DEFAULT = "t2l:smollm2-135m"
 """The checkpoint that ships with the package."""
 
 
-@dataclass(frozen=True)
-class LoraAdapter:
-    """A generated adapter, and what it was generated from."""
-
-    lora: LoraTensors
-    """A single adapter: A (L, R, I) and B (L, O, R) for each target."""
-    spec: AdapterSpec
-    description: str
-    provenance: dict[str, str]
-    """Checkpoint, hash of the hypernetwork, training seed and versions; written into the card."""
-
-    def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> Path:
-        """Writes a PEFT folder that `PeftModel.from_pretrained`, vLLM and llama.cpp's converter read.
-
-        Args:
-            folder: Where to.
-            dtype: Type of the saved tensors.
-            overwrite: Whether an existing folder is replaced.
-
-        Returns:
-            The folder.
-
-        Raises:
-            OutputError: if the folder exists or cannot be written; nothing is left behind then.
-        """
-        folder = Path(folder)
-        peft_io.save_adapter(folder, self.lora, self.spec, card=self.card(), dtype=dtype, overwrite=overwrite)
-        return folder
-
-    def card(self) -> str:
-        """The adapter's model card."""
-        quoted = "\n".join(f"> {line}" for line in self.description.splitlines())
-        facts = "\n".join(f"| {key} | {value} |" for key, value in self.provenance.items())
-        targets = ", ".join(t.name for t in self.spec.targets)
-        return (
-            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\ntags:\n- lora\n- text-to-lora\n---\n\n"
-            f"# LoRA adapter written from a description\n\n{quoted}\n\n"
-            f"For {self.spec.base_model}: rank {self.spec.rank}, alpha {self.spec.alpha:g}, targets {targets}, "
-            f"{self.spec.num_parameters:,} parameters. Written without seeing an example of the task; judge it before "
-            f"relying on it.\n\n"
-            f"| | |\n| --- | --- |\n{facts}\n"
-        )
-
-
-class TextToLora:
+class TextToLora(ModelHubMixin):
     """A hypernetwork with its encoder, ready to write adapters.
 
     Args:
@@ -80,6 +39,9 @@ class TextToLora:
         reference: Where the checkpoint came from, for cards.
     """
 
+    # The mixin would otherwise collect the arguments of every new object, and copy the network to do so.
+    _hub_mixin_config: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, checkpoint: Checkpoint, encoder: Encoder, *, reference: str) -> None:
         if encoder.embedding_size != checkpoint.config.embedding_size:
             raise CheckpointError(
@@ -87,67 +49,152 @@ class TextToLora:
                 f"{encoder.embedding_size}. Use the encoder it was trained with: {checkpoint.config.encoder.model}"
             )
         self.hypernet, self.spec, self.config = checkpoint.hypernet, checkpoint.spec, checkpoint.config
-        self.encoder, self.reference = encoder, reference
+        self.encoder, self.reference, self._card = encoder, reference, checkpoint.card
+
+    def __repr__(self) -> str:
+        return f"TextToLora({self.reference!r}, for {self.spec.base_model}, on {self.device})"
 
     @classmethod
     def from_pretrained(
-        cls, reference: str = DEFAULT, *, base: tuple[Any, Any] | None = None, device: str = "cpu"
+        cls,
+        reference: str | Path = DEFAULT,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | Literal["auto"] = "auto",
+        base: tuple[Any, Any] | None = None,
+        base_reference: str | None = None,
     ) -> "TextToLora":
-        """Loads a checkpoint and its encoder.
+        """Loads a checkpoint and its encoder, in evaluation mode.
 
         Args:
             reference: A checkpoint folder, a Hub id, or `t2l:NAME` for one that ships with the package.
+            revision: Branch, tag or commit of a Hub id.
+            token: Token for the Hub; None means the one that is saved, if there is one.
+            cache_dir: Folder of the Hub client's cache.
+            local_files_only: Whether nothing is fetched.
+            device: Where the hypernetwork and a newly loaded encoder run; `auto` is the GPU, if there is one.
+            dtype: Type of the hypernetwork's weights and of the adapters; `auto` is float32, whatever the saved type
+                is, which all checkpoints were evaluated with. The encoder runs in float32.
             base: The base model and its tokenizer, if they are in memory already; only a checkpoint that reads
                 the base's own states uses them.
-            device: Where the hypernetwork and a newly loaded encoder run.
+            base_reference: Where `base` came from, if not from where the checkpoint says.
 
         Raises:
             CheckpointError: if the checkpoint is damaged, or its encoder is not the one it was trained with.
             ModelNotFoundError: if a reference leads nowhere.
             DownloadError: if a model cannot be fetched.
         """
-        checkpoint = load_checkpoint(checkpoint_folder(reference), device=device)
-        config = checkpoint.config
-        if config.encoder.model != "base" or base is None:
-            found = encoder_revision(config.encoder, checkpoint.spec.base_model)
-            if found != config.encoder_revision:
-                name = checkpoint.spec.base_model if config.encoder.model == "base" else config.encoder.model
-                raise CheckpointError(
-                    f"{reference} was trained with the encoder {name} at {config.encoder_revision}, "
-                    f"found is {found}. Point to that version"
-                )
-        encoder = load_encoder(config.encoder, checkpoint.spec.base_model, base=base, device=device)
+        reference = str(reference)
+        fetch = hub.FetchOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else str(device)
+        checkpoint = load_checkpoint(checkpoint_folder(reference, revision=revision, **fetch), device=place)
+        if dtype != "auto":
+            checkpoint.hypernet.to(dtype)
+        config, base_model = checkpoint.config, base_reference or checkpoint.spec.base_model
+        found = encoder_revision(config.encoder, base_model, **fetch)
+        if found != config.encoder_revision:
+            name = base_model if config.encoder.model == "base" else config.encoder.model
+            raise CheckpointError(
+                f"{reference} was trained with the encoder {name} at {config.encoder_revision}, "
+                f"found is {found}. Point to that version"
+            )
+        encoder = load_encoder(config.encoder, base_model, base=base, device=place, **fetch)
         return cls(checkpoint, encoder, reference=reference)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, dtype: torch.dtype = torch.float16, overwrite: bool = False, **_: Any
+    ) -> Path:
+        """Writes the checkpoint's folder, whole or not at all: safetensors weights, settings and card.
+
+        Args:
+            save_directory: Where to.
+            dtype: Type of the saved weights.
+            overwrite: Whether a checkpoint that is there is replaced; a folder with other files in it is not.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: if the folder exists or cannot be written.
+            CheckpointError: if a weight does not survive `dtype`.
+        """
+        folder = Path(save_directory)
+        if overwrite:
+            require_only(folder, *FILES)
+        save_checkpoint(
+            folder, self.hypernet, self.spec, self.config, card=self._card, dtype=dtype, overwrite=overwrite
+        )
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, dtype: torch.dtype = torch.float16, **options: Any) -> str:
+        """Uploads the checkpoint as a repository of the Hub.
+
+        Args:
+            repo_id: `name` or `organisation/name`; the repository is made if it is not there.
+            dtype: Type of the saved weights.
+            options: `token`, `private`, `revision`, `commit_message` and `create_pr`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            UploadError: if the Hub does not take it.
+        """
+        with TemporaryDirectory() as parent:
+            folder = self.save_pretrained(Path(parent) / "checkpoint", dtype=dtype)
+            return hub.push_folder(folder, repo_id, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hypernetwork is."""
+        return next(self.hypernet.parameters()).device
 
     @property
     def prompt(self) -> PromptConfig:
-        """How prompts for this checkpoint's adapters are rendered, see `t2l.prompt.render`."""
+        """How prompts for this checkpoint's adapters are rendered, see `t2l.render_prompt`."""
         return self.config.prompt
 
     @torch.no_grad()
-    def generate(self, descriptions: Sequence[str]) -> list[LoraAdapter]:
-        """Writes one adapter per description, all in one forward pass.
+    def generate(self, descriptions: str | Sequence[str], *, batch_size: int = 64) -> list[LoraAdapter]:
+        """Writes one adapter per description, a batch of them in each forward pass.
+
+        The adapters of a batch are views of one tensor for each target, so keeping one keeps its batch in memory;
+        `LoraAdapter.copy` gives one with memory of its own.
 
         Args:
-            descriptions: N task descriptions.
+            descriptions: N task descriptions, or a single one.
+            batch_size: How many are written at once.
 
         Returns:
             N adapters, in order.
 
         Raises:
-            DescriptionError: if a description is blank, no text, or longer than the encoder's window.
+            DescriptionError: if a description is blank, no text, or longer than the encoder's window; nothing is
+                written then.
+            ConfigError: if `batch_size` is below 1.
         """
-        if isinstance(descriptions, str):
-            descriptions = [descriptions]
-        encoded = self.encoder.encode(descriptions)
-        parameter = next(self.hypernet.parameters())
-        mask = None if encoded.mask is None else encoded.mask.to(parameter.device)
-        facts = self._provenance()
-        lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask)
-        return [
-            LoraAdapter(single.map(torch.clone), self.spec, check_description(text), facts)
-            for text, single in zip(descriptions, lora.unbind(), strict=True)
-        ]
+        texts = [descriptions] if isinstance(descriptions, str) else list(descriptions)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if not texts:
+            raise DescriptionError("No description given")
+        checked = [check_description(t, f" (description {n} of {len(texts)})") for n, t in enumerate(texts, start=1)]
+        parameter, facts = next(self.hypernet.parameters()), self._provenance()
+        adapters = []
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            encoded = self.encoder.encode(batch)
+            mask = None if encoded.mask is None else encoded.mask.to(parameter.device)
+            lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask)
+            # What all adapters share is the hypernetwork's own memory; an adapter's must be its own.
+            lora = lora.map(lambda x: x if x.stride(0) else x.contiguous())
+            pairs = zip(lora.unbind(), checked[start : start + batch_size], strict=True)
+            adapters += [LoraAdapter(single, self.spec, text, facts) for single, text in pairs]
+        return adapters
 
     def _provenance(self) -> dict[str, str]:
         return {
@@ -163,8 +210,12 @@ class TextToLora:
         return {"t2l": __version__, "torch": torch.__version__, "transformers": metadata.version("transformers")}
 
 
-def checkpoint_folder(reference: str) -> Path:
+def checkpoint_folder(reference: str, **fetch: Any) -> Path:
     """The local folder of a checkpoint reference.
+
+    Args:
+        reference: A folder, a Hub id, or `t2l:NAME` for a checkpoint that ships with the package.
+        fetch: See `hub.FetchOptions`.
 
     Raises:
         ModelNotFoundError: if it leads nowhere.
@@ -177,4 +228,4 @@ def checkpoint_folder(reference: str) -> Path:
             names = ", ".join(f"t2l:{name}" for name in known) or "none"
             raise ModelNotFoundError(f"No checkpoint '{reference}' ships with this version; there is: {names}")
         return folder
-    return hub.resolve_checkpoint(reference)
+    return hub.resolve_checkpoint(reference, **fetch)

@@ -155,7 +155,7 @@ class AdapterStore:
         adapter = replace(adapter, lora=lora, spec=padded)
         folder = self._folder() / adapter_name(adapter)
         if not folder.exists():  # two texts that only white space tells apart may give one adapter
-            adapter.save(folder)
+            adapter.save_pretrained(folder)
         return folder
 
     def _is_base(self, base_model_name: str, expected: str) -> bool:

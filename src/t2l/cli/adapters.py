@@ -3,7 +3,6 @@
 import re
 import sys
 import time
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,14 +16,13 @@ from t2l.cli.common import (
     InPromptOption,
     JsonOption,
     app,
-    described,
     peak_memory,
     print_json,
     read_lines,
     say,
     try_writing,
 )
-from t2l.errors import AdapterNotAppliedError, CheckpointError, DataError, DescriptionError, OutputError, T2LError
+from t2l.errors import CheckpointError, DataError, OutputError, T2LError
 
 if TYPE_CHECKING:
     from t2l.text_to_lora import LoraAdapter
@@ -74,11 +72,8 @@ def generate(
     from t2l.encoder import check_description
     from t2l.text_to_lora import TextToLora
 
-    for number, text in enumerate(texts, start=1):
-        try:
-            check_description(text)
-        except DescriptionError as error:
-            raise DescriptionError(f"{error} (description {number} of {len(texts)})") from error
+    for number, text in enumerate(texts, start=1):  # before anything slow is loaded
+        check_description(text, f" (description {number} of {len(texts)})")
     writer = TextToLora.from_pretrained(checkpoint)
     loaded = time.perf_counter()
     adapters = writer.generate(texts)
@@ -107,13 +102,13 @@ def generate(
 
 def _save(adapters: "list[LoraAdapter]", output: Path, *, dtype: Any, single: bool, overwrite: bool) -> list[Path]:
     if single:
-        return [adapters[0].save(output, dtype=dtype, overwrite=overwrite)]
+        return [adapters[0].save_pretrained(output, dtype=dtype, overwrite=overwrite)]
     from t2l.io import new_folder
 
     names = [f"{number:03d}-{_slug(adapter.description)}" for number, adapter in enumerate(adapters)]
     with new_folder(output, overwrite=overwrite) as temporary:
         for name, adapter in zip(names, adapters, strict=True):
-            adapter.save(temporary / name, dtype=dtype)
+            adapter.save_pretrained(temporary / name, dtype=dtype)
     return [output / name for name in names]
 
 
@@ -142,14 +137,20 @@ def _require_adapters(folder: Path) -> None:
         raise OutputError(f"{folder} is a file; an output folder cannot take its place")
     if folder.is_symlink():
         raise OutputError(f"{folder} is a symbolic link; give the folder itself")
-    if (folder / "adapter_config.json").is_file():
+    from t2l.io import require_only
+    from t2l.peft_io import CONFIG, FILES
+
+    if (folder / CONFIG).is_file():
+        require_only(folder, *FILES)
         return
-    foreign = sorted(entry.name for entry in folder.iterdir() if not (entry / "adapter_config.json").is_file())
+    foreign = sorted(entry.name for entry in folder.iterdir() if not (entry / CONFIG).is_file())
     if foreign:
         raise OutputError(
             f"{folder} holds other things than adapters ({', '.join(foreign[:3])}); --overwrite would delete them. "
             "Choose another folder"
         )
+    for entry in folder.iterdir():
+        require_only(entry, *FILES)
 
 
 # ------------------------------------------------------------------------------------------------------- run
@@ -166,7 +167,7 @@ def run(
     checkpoint: CheckpointOption = DEFAULT,
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Use this adapter; DESCRIPTION may then be left out if its card has one."),
+        typer.Option(metavar="DIR", help="Use this adapter; DESCRIPTION may then be left out if the adapter has one."),
     ] = None,
     description_in_prompt: InPromptOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
@@ -180,16 +181,19 @@ def run(
     if adapter is not None and not adapter.is_dir():
         raise CheckpointError(f"{adapter} is not an adapter folder")
     if description is None and adapter is not None:
-        description = described(adapter)
-        if description is None:
-            raise typer.BadParameter(f"the card of {adapter} names no description: give DESCRIPTION")
+        from t2l.peft_io import read_origin
+
+        if not read_origin(adapter).description:
+            raise typer.BadParameter(f"{adapter} names no description: give DESCRIPTION")
     texts = [*(inputs or []), *(read_lines(input_file, "input") if input_file else [])]
     for text in texts:
         _check_input(text)
 
-    from t2l.encoder import check_description
+    from t2l.session import Session
 
-    session = _Session(check_description(description), checkpoint, adapter, description_in_prompt)
+    started = time.perf_counter()
+    session = Session(checkpoint, description=description, adapter=adapter, description_in_prompt=description_in_prompt)
+    load_seconds = time.perf_counter() - started
     prompts = session.prompts(texts, max_new_tokens)
     change = session.largest_change(prompts[0])
     if not as_json and sys.stdout.isatty():
@@ -220,7 +224,7 @@ def run(
             "description": session.description,
             "description_in_prompt": session.prompt.description_in_prompt,
             "largest_logit_change": change,
-            "load_seconds": round(session.load_seconds, 3),
+            "load_seconds": round(load_seconds, 3),
             "peak_memory_bytes": peak_memory(),
         }
         print_json({**facts, "answers": answers})
@@ -233,127 +237,3 @@ def _check_input(text: str) -> None:
         raise DataError(f"An input is not valid UTF-8 (position {error.start})") from error
     if not text.strip():
         raise DataError("An input is blank; give the text that the task is about")
-
-
-class _Session:
-    """The base model in memory once, shared by the encoder and the answers, and one adapter for it."""
-
-    def __init__(
-        self, description: str, checkpoint: str, adapter: Path | None, description_in_prompt: bool | None = None
-    ) -> None:
-        started = time.perf_counter()
-        from t2l import hub
-        from t2l.checkpoint import read_config
-        from t2l.peft_io import load_adapter
-        from t2l.text_to_lora import LoraAdapter, TextToLora, checkpoint_folder
-
-        self.description = description
-        self.spec, self.config = read_config(checkpoint_folder(checkpoint))
-        self.prompt = self.config.prompt.with_description(description_in_prompt)
-        if self.config.encoder.kind == "tokens" and self.config.encoder.model == "base" and adapter is None:
-            found = hub.fingerprint(self.spec.base_model)
-            if found != self.config.encoder_revision:
-                raise CheckpointError(
-                    f"{checkpoint} was trained on {self.spec.base_model} at {self.config.encoder_revision}, found is "
-                    f"{found}. Point to that version"
-                )
-        if adapter is None:
-            self.model, self.tokenizer = self._base()
-            writer = TextToLora.from_pretrained(checkpoint, base=(self.model, self.tokenizer))
-            (self.adapter,) = writer.generate([description])
-        else:  # read before the base model is, so that one that does not fit fails at once
-            lora = load_adapter(adapter, self.spec)
-            self.adapter = LoraAdapter(lora, self.spec, description, {})
-            self._warn_if_other_base(adapter)
-            self.model, self.tokenizer = self._base()
-        self.load_seconds = time.perf_counter() - started
-
-    def _base(self) -> tuple[Any, Any]:
-        from t2l import hub
-        from t2l.prompt import pad_on_the_left
-
-        model: Any = hub.load_causal_lm(self.spec.base_model)
-        tokenizer: Any = hub.load_tokenizer(self.spec.base_model)
-        pad_on_the_left(tokenizer)
-        return model, tokenizer
-
-    def _warn_if_other_base(self, folder: Path) -> None:
-        from t2l.io import read_json
-        from t2l.peft_io import CONFIG
-
-        named = read_json(folder / CONFIG).get("base_model_name_or_path")
-        if named != self.spec.base_model:
-            say(f"warning: {folder} names the base {named}; it fits in shape and is used on {self.spec.base_model}")
-
-    def prompts(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Rendered prompts, one for both the base and the adapted model, checked against the base's window."""
-        from t2l.prompt import render, token_ids
-
-        rendered = [render(self.tokenizer, self.description, text, self.prompt) for text in texts]
-        window = getattr(self.model.config, "max_position_embeddings", None)
-        for number, ids in enumerate(token_ids(self.tokenizer, rendered), start=1):
-            if window is not None and len(ids) + max_new_tokens > window:
-                raise DataError(
-                    f"Input {number} makes a prompt of {len(ids)} tokens; with {max_new_tokens} for the answer that is "
-                    f"more than the {window} tokens {self.spec.base_model} reads. Shorten it"
-                )
-        return rendered
-
-    def adapted(self) -> Any:
-        """The model with the adapter, for the length of a `with` block."""
-        from t2l.apply import apply_adapters
-
-        return apply_adapters(self.model, self.adapter)
-
-    def largest_change(self, prompt: str) -> float:
-        """How much the adapter moves a logit after a prompt.
-
-        Raises:
-            AdapterNotAppliedError: if it moves none.
-        """
-        import torch
-
-        tokens = self._tokens([prompt])
-        with torch.no_grad():
-            plain = self.model(**tokens).logits
-            with self.adapted():
-                changed = self.model(**tokens).logits
-        change = float((changed - plain).abs().max())
-        if not change > 0:  # also a NaN
-            raise AdapterNotAppliedError(
-                f"The adapter changes the base model's answers in nothing (largest change of a logit: {change}); "
-                "is the checkpoint trained, and the adapter not all zeros?"
-            )
-        return change
-
-    def answer(self, prompts: list[str], max_new_tokens: int) -> list[str]:
-        """Whole answers, by greedy decoding."""
-        tokens = self._tokens(prompts)
-        output = self._generate(tokens, max_new_tokens)[:, tokens["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
-
-    def stream(self, prompt: str, max_new_tokens: int) -> None:
-        """Prints one answer as it comes, by greedy decoding, and a line's end."""
-        from transformers import TextStreamer
-
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._generate(self._tokens([prompt]), max_new_tokens, streamer=streamer)
-
-    def _tokens(self, prompts: list[str]) -> Any:
-        return self.tokenizer(
-            prompts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False
-        )
-
-    def _generate(self, tokens: Any, max_new_tokens: int, **options: Any) -> Any:
-        import torch
-        from transformers import GenerationConfig
-
-        # Written out, so that sampling settings in a model's own generation config play no part.
-        greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        with torch.no_grad():
-            return self.model.generate(**tokens, generation_config=greedy, **options)

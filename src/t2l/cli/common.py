@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import tempfile
 from enum import StrEnum
@@ -144,16 +143,6 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def described(folder: Path) -> str | None:
-    """The description in an adapter's card, which quotes it; None if there is none."""
-    try:
-        card = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    quoted = re.search(r"^# LoRA adapter written from a description\n\n((?:>.*\n)+)", card, re.MULTILINE)
-    return None if quoted is None else "\n".join(line[2:] for line in quoted[1].splitlines()).strip() or None
 
 
 def checked_device(device: Device | None) -> str | None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2l.cli.common import DEFAULT, CheckpointOption, JsonOption, app, described, print_json, say
+from t2l.cli.common import DEFAULT, CheckpointOption, JsonOption, app, print_json, say
 from t2l.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
-    from t2l.text_to_lora import LoraAdapter
+    from t2l.adapter import LoraAdapter
 
 exporting = typer.Typer(no_args_is_help=True, help="Write an adapter in the format of another program.")
 app.add_typer(exporting, name="export")
@@ -44,13 +44,12 @@ def find_adapter(source: str, checkpoint: str, base: str | None = None) -> "Lora
     Raises:
         CheckpointError: if the text reads as a path that leads to no folder.
     """
-    from t2l.peft_folder import open_adapter
-    from t2l.text_to_lora import LoraAdapter, TextToLora
+    from t2l.adapter import LoraAdapter
+    from t2l.text_to_lora import TextToLora
 
     folder = Path(source).expanduser() if len(source) < 1024 and "\0" not in source else None
     if folder is not None and folder.is_dir():
-        lora, spec = open_adapter(folder, base)
-        return LoraAdapter(lora, spec, described(folder) or "", {})
+        return LoraAdapter.from_pretrained(folder, base_model=base)
     if os.sep in source and not any(character.isspace() for character in source):
         raise CheckpointError(f"There is no folder {source}; give an adapter's folder, or a description in words")
     (adapter,) = TextToLora.from_pretrained(checkpoint).generate([source])
@@ -120,7 +119,7 @@ def export_peft(
     adapter = find_adapter(source, checkpoint, base)
     spec = replace(adapter.spec, base_model=base_name or adapter.spec.base_model)
     lora, spec = pad_rank(adapter.lora, spec, next_rank(spec.rank) if for_vllm else rank or spec.rank)
-    replace(adapter, lora=lora, spec=spec).save(output)
+    replace(adapter, lora=lora, spec=spec).save_pretrained(output)
     print(output)
     say(f"rank {spec.rank}, alpha {spec.alpha:g}, for {spec.base_model}")
 

@@ -15,7 +15,6 @@ from t2l.cli.common import (
     DEFAULT_MODELS,
     JsonOption,
     app,
-    described,
     print_json,
     print_report,
     say,
@@ -78,7 +77,7 @@ def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _inspect_adapter(folder: Path) -> dict[str, Any]:
-    from t2l.peft_io import load_adapter
+    from t2l.peft_io import load_adapter, read_origin
 
     spec = _spec_of_adapter(folder)
     lora = load_adapter(folder, spec)  # refuses NaN and infinite values
@@ -89,7 +88,7 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "path": str(folder),
-        "description": described(folder),
+        "description": read_origin(folder).description or None,
         **_shape(spec),
         "norm_of_update_over_layers": norms,
         "finite": True,

@@ -76,7 +76,7 @@ def tune(
         start=start.value,
         log=say,
     )
-    tuned.adapter.save(output)
+    tuned.adapter.save_pretrained(output)
     losses = tuned.held_out_losses
     if as_json:
         facts = {"path": str(output), "trained_on": tuned.trained_on, "best_epoch": tuned.best_epoch}

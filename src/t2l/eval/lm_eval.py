@@ -19,7 +19,7 @@ from t2l import __version__, hub, peft_io
 from t2l.apply import apply_adapters
 from t2l.checkpoint import read_config
 from t2l.encoder import check_description
-from t2l.errors import AdapterNotAppliedError, CheckpointError, ConfigError
+from t2l.errors import AdapterNotAppliedError, ConfigError
 from t2l.eval.backends import adapter_name
 from t2l.text_to_lora import DEFAULT, LoraAdapter, TextToLora, checkpoint_folder
 
@@ -82,7 +82,9 @@ class T2LLM(HFLM):
             in_prompt = bool(description_in_prompt)
             self._facts["adapter"] = adapter
         else:
-            generator = _load(checkpoint, reference, (model, tokenizer), device)
+            generator = TextToLora.from_pretrained(
+                checkpoint, base=(model, tokenizer), base_reference=reference, device=device
+            )
             prompt = generator.prompt.with_description(description_in_prompt)
             in_prompt = prompt.description_in_prompt
             (self._adapter,) = generator.generate([str(description)])
@@ -168,18 +170,6 @@ def _base_of(checkpoint: str, adapter: str | None) -> str:
     if adapter is not None:
         return peft_io.read_facts(Path(adapter)).base_model
     return read_config(checkpoint_folder(checkpoint))[0].base_model
-
-
-def _load(checkpoint: str, reference: str, base: tuple[Any, Any], device: str) -> TextToLora:
-    """The checkpoint, on the base in memory where it reads that base's states."""
-    config = read_config(checkpoint_folder(checkpoint))[1]
-    found = hub.fingerprint(reference)
-    if config.encoder.model == "base" and found != config.encoder_revision:
-        raise CheckpointError(
-            f"{checkpoint} reads the states of its base at {config.encoder_revision}; {reference} is at {found}. "
-            "Give the base it was trained with"
-        )
-    return TextToLora.from_pretrained(checkpoint, base=base, device=device)
 
 
 @torch.no_grad()
