@@ -86,7 +86,7 @@ def test_peft_transformers_and_merged_weights_agree(kind: str, tmp_path: Path) -
     size = float(plain.abs().max())
     assert (expected - plain).abs().max() > 0.01 * size
     model.save_pretrained(tmp_path / "base")
-    adapter.save(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "adapter")
 
     def close(found: torch.Tensor) -> None:
         assert (found - expected).abs().max() <= 1e-4 * size
@@ -117,7 +117,7 @@ def test_a_folder_tells_its_shape(kind: str, tmp_path: Path) -> None:
     model = make_base(kind)
     adapter = make_adapter(model, BASES[kind][1])
     model.config.save_pretrained(tmp_path / "base")
-    adapter.save(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "adapter")
     lora, spec = open_adapter(tmp_path / "adapter", str(tmp_path / "base"))
     assert {t.path for t in spec.targets} == {t.path for t in adapter.spec.targets}
     with apply_adapters(model, adapter):

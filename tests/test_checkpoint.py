@@ -238,7 +238,7 @@ def test_every_problem_of_a_config_is_told_at_once(folder: Path) -> None:
     path.write_text(json.dumps(plain))
     with pytest.raises(ConfigError) as caught:
         load_checkpoint(folder)
-    assert "expected one of L, M, S, basis, none, got 'XL'" in str(caught.value)
+    assert re.search("expected one of L, M, S, .* got 'XL'", str(caught.value))
     assert "did you mean 'max_tokens'" in str(caught.value)
 
 

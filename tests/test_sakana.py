@@ -114,7 +114,7 @@ def test_the_command_makes_a_checkpoint_that_generates(make_folder: Any, tmp_pat
     one, same, other = generator.generate(["Add two numbers", "Add two numbers.", "Add two numbers!"])
     # The published program puts a full stop after a letter, and only there.
     assert equal(one.lora, same.lora) and not equal(one.lora, other.lora)
-    one.save(tmp_path / "adapter")
+    one.save_pretrained(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["use_rslora"] is True
 
 
