@@ -70,7 +70,7 @@ class LoraAdapter(ModelHubMixin):
         return cls(lora, spec, origin.description, origin.provenance)
 
     def save_pretrained(
-        self, save_directory: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False, **_: Any
+        self, save_directory: str | Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False
     ) -> Path:
         """Writes a PEFT folder that `PeftModel.from_pretrained`, vLLM and llama.cpp's converter read.
 

@@ -106,7 +106,7 @@ class TextToLora(ModelHubMixin):
         return cls(checkpoint, encoder, reference=reference)
 
     def save_pretrained(
-        self, save_directory: str | Path, *, dtype: torch.dtype = torch.float16, overwrite: bool = False, **_: Any
+        self, save_directory: str | Path, *, dtype: torch.dtype = torch.float16, overwrite: bool = False
     ) -> Path:
         """Writes the checkpoint's folder, whole or not at all: safetensors weights, settings and card.
 
