@@ -133,6 +133,30 @@ def test_the_distribution_is_named_as_it_is() -> None:
     assert [str(path) for path in files if path != Path(__file__) and old.search(path.read_text("utf-8"))] == []
 
 
+def test_pages_name_tests_that_are_there_and_no_entries_of_the_log() -> None:
+    root = SOURCE.parents[1]
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (root / "docs" / "reliability.md").read_text("utf-8"))
+    assert len(named) > 30
+    missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (root / path).read_text("utf-8")]
+    assert missing == []
+    pages = [
+        *root.glob("*.md"),
+        *(root / "docs").glob("*.md"),
+        *SOURCE.rglob("*.md"),
+        *(root / "configs").rglob("*.yaml"),
+    ]
+    log = re.compile(r"\bentr(y|ies) \d")
+    assert [str(page) for page in pages if log.search(page.read_text("utf-8"))] == []
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    root = SOURCE.parents[1]
+    for page in (*root.glob("*.md"), *(root / "docs").glob("*.md"), *(root / "research").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
+            if not target.startswith(("http:", "https:", "mailto:")):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
 def test_the_repository_stays_small() -> None:
     """Besides the shipped weights; answers and weights of experiments are named by their commit instead."""
     root = SOURCE.parents[1]
