@@ -18,7 +18,7 @@ from serve_helpers import SHAPES, TinyAdapter, make_adapter, make_prompt, refere
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l.apply import apply_adapters
-from t2l.errors import BusyError, ConfigError, RequestError
+from t2l.errors import AnswerError, BusyError, ConfigError, RequestError
 from t2l.serve.answers import Answer, Generation, Piece
 from t2l.serve.batch import _piece_length
 from t2l.serve.engine import Engine, Limits
@@ -383,6 +383,38 @@ def test_closing_lets_answers_end_and_then_ends_them(
     engine.close()
     assert {list(answer)[-1].end for answer in slow} <= {"cancelled", "stop", "length"}
     assert isinstance(slow[0], Answer)
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_nobody_waits_for_ever_when_the_engine_itself_fails(
+    for_good: bool, base: LlamaForCausalLM, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boom(*_: Any) -> None:
+        raise RuntimeError("device lost")
+
+    engine = Engine(base, tiny_tokenizer, Limits(rows=1))
+    gate = threading.Event()
+    engine.run(gate.wait)
+    answers = [engine.submit(generation(make_prompt(n))) for n in range(2)]
+    late = engine.run(lambda: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._batch, "step", boom)
+        if for_good:
+            patch.setattr(engine._batch, "fail", boom)
+        gate.set()
+        ends = [list(answer)[-1].end for answer in answers]
+    assert ends == ["error", "error"]
+    if for_good:
+        with pytest.raises(AnswerError, match="engine stopped"):
+            late.result(10)
+        assert not engine.alive
+        with pytest.raises(BusyError):
+            engine.submit(generation(make_prompt(1)))
+    else:
+        assert late.result(10) == 1
+        assert engine.alive and engine.submit(generation(make_prompt(1))).text() is not None
+    engine.close()
+    assert hooks(base) == 0
 
 
 @pytest.mark.parametrize(

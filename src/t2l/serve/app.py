@@ -65,7 +65,8 @@ def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics
 
     @app.get("/healthz")
     async def health() -> Json:
-        return Json({"status": "ok", **service.engine.state})
+        alive = service.engine.alive
+        return Json({"status": "ok" if alive else "down", **service.engine.state}, 200 if alive else 503)
 
     @app.get("/metrics")
     async def numbers() -> Response:

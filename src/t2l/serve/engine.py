@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from t2l.errors import BusyError, RequestError
+from t2l.errors import AnswerError, BusyError, RequestError
 from t2l.serve.answers import Answer, End, Generation, Piece, log
 from t2l.serve.batch import Batch
 
@@ -84,6 +84,11 @@ class Engine:
         """Answers under way, requests and jobs that wait, and memory that rows take in bytes."""
         now = {"running": len(self._batch.rows), "waiting": len(self._waiting), "jobs": len(self._jobs)}
         return now | self._batch.memory
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served; not after `close`, or when the device has failed for good."""
+        return self._thread.is_alive() and not self._closing
 
     def submit(self, generation: Generation, listener: Callable[[Piece], None] | None = None) -> Answer:
         """Queues a request.
@@ -156,7 +161,26 @@ class Engine:
             except Exception as error:  # no request may wait for ever because of a fault in here
                 log.exception("a round failed; its answers end")
                 self._batch.counts["rounds_failed"] += 1
-                self._batch.fail(error)
+                try:
+                    self._batch.fail(error)
+                except Exception:  # such as a device that does nothing any more
+                    log.exception("the engine cannot go on")
+                    self._give_up()
+                    return
+
+    def _give_up(self) -> None:
+        """Tells everybody who waits, without the model or its device."""
+        with self._news:
+            self._closing = True
+            answers = [*(row.answer for row in self._batch.rows), *self._waiting]
+            self._batch.rows.clear()
+            self._waiting.clear()
+            jobs = [future for _, future in self._jobs]
+            self._jobs.clear()
+        for answer in answers:
+            self._batch.end(answer, Piece(end="error", error="the server's engine stopped; its log says why"))
+        for future in jobs:
+            future.set_exception(AnswerError("The server's engine stopped; its log says why"))
 
     def _round(self) -> None:
         self._do_a_job()
