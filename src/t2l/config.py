@@ -365,7 +365,7 @@ def _as_float(value: Any) -> Any:
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Applies command-line overrides such as `train.steps=100` to plain settings; values are read as YAML.
+    """Applies command-line overrides such as `train.max_steps=100` to plain settings; values are read as YAML.
 
     Raises:
         ConfigError: if an assignment has no `=` or walks through something that is not a mapping.

@@ -158,7 +158,8 @@ def require_packable(base: Any, name: str) -> None:
             f"attention mask and positions of their own ({type(error).__name__}: {error})"
         ) from error
     difference = float((packed - alone).abs().mean() / alone.mean())
-    limit = 1e-3 if base.dtype == torch.float32 else 0.02
+    # Far above what rounding does (TF32 too), far below what a mask that hides nothing does.
+    limit = 0.01 if base.dtype == torch.float32 else 0.02
     if not difference <= limit:
         raise ConfigError(
             f"{name} ({type(base).__name__}) cannot be trained on: in a packed row, where an attention mask keeps "
