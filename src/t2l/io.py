@@ -227,15 +227,15 @@ def _temporary(path: Path) -> Iterator[Path]:
     sweep(path.parent, path.name)
     while True:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.t2l-", dir=path.parent))
-        lock = _lock(temporary, wait=True)
+        lock = lock_folder(temporary, wait=True)
         if temporary.exists():  # another process may have taken it for a leftover before it was locked
             break
-        _unlock(lock)
+        unlock(lock)
     try:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a folder that was renamed is no longer here
-        _unlock(lock)
+        unlock(lock)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
@@ -249,14 +249,14 @@ def sweep(folder: Path, name: str | None = None) -> None:
     for entry in os.scandir(folder):
         if not known.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
             continue
-        lock = _lock(Path(entry.path), wait=False)
+        lock = lock_folder(Path(entry.path), wait=False)
         if lock is None:
             continue
         shutil.rmtree(entry.path, ignore_errors=True)
-        _unlock(lock)
+        unlock(lock)
 
 
-def _lock(path: Path, *, wait: bool) -> int | None:
+def lock_folder(path: Path, *, wait: bool) -> int | None:
     """A descriptor that holds the lock of a folder; None if another process has it or it cannot be locked."""
     try:
         import fcntl
@@ -274,7 +274,8 @@ def _lock(path: Path, *, wait: bool) -> int | None:
     return descriptor
 
 
-def _unlock(descriptor: int | None) -> None:
+def unlock(descriptor: int | None) -> None:
+    """Gives a lock back."""
     if descriptor is not None:
         os.close(descriptor)
 

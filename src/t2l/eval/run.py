@@ -117,7 +117,8 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         log=log,
     ) as backend:
         header = _header(settings, adapters, backend.facts(), bases.reference, tasks, chosen, left_out)
-        evaluate(adapters, backend, tasks, chosen, out, header=header, settings=settings, log=log)
+        with answers.only_writer(out):
+            evaluate(adapters, backend, tasks, chosen, out, header=header, settings=settings, log=log)
 
 
 def _load(settings: Settings) -> tuple[BaseModels, Sources]:
