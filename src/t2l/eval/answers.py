@@ -27,9 +27,9 @@ RUN_FACTS = (
     "held_out",
     "max_new_tokens",
 )
-"""Equal in all files of one table."""
+"""Facts that must be equal in all files of one table."""
 SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
-"""Equal in all files that share a seed: what is compared within a seed comes from the same weights."""
+"""Facts that are equal in all files that share a seed: what is compared within a seed has the same weights."""
 HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
     "base": str,
     "base_revision": str,
@@ -46,7 +46,7 @@ HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 """What a report needs of a file's first line."""
 FACTS = ("format_version", *RUN_FACTS, *SEED_FACTS, "versions")
-"""Equal when a run goes on with a file."""
+"""Facts that must be equal when a run goes on with a file."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AnswerFile:
 
 
 def key_of(line: Mapping[str, Any]) -> Key:
-    """What tells an answer from all others."""
+    """The parts of a line that tell its answer from all others."""
     return line["suite"], line["condition"], line["seed"], line["task"], line["id"]
 
 
@@ -96,7 +96,7 @@ def read(path: Path) -> AnswerFile:
 
 
 def _header(path: Path, row: str) -> dict[str, Any]:
-    """The facts in a file's first line, complete and of the right types."""
+    """Reads the facts in a file's first line, and checks that they are complete and of the right types."""
     try:
         header = parse_json(row, f"{path}:1", DataError)["run"]
         version = header["format_version"]
@@ -129,7 +129,7 @@ def _check_line(line: Mapping[str, Any]) -> None:
 
 
 def to_text(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> str:
-    """A file's text."""
+    """Renders facts and answers as a file's text."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ({"run": header}, *lines))
 
 
@@ -209,7 +209,7 @@ def only_writer(path: Path) -> Iterator[None]:
 
 
 def merge(files: Sequence[AnswerFile]) -> list[dict[str, Any]]:
-    """The answers of several files as one.
+    """Puts the answers of several files together.
 
     Raises:
         DataError: if their facts do not go together, or an answer is there twice; naming the files.

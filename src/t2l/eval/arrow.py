@@ -23,7 +23,7 @@ NEAREST = 3
 
 
 def prototypes(a: Tensor, b: Tensor) -> Tensor:
-    """First right singular vectors of ΔW = BA, without forming it; their sign is any.
+    """Computes the first right singular vectors of ΔW = BA without forming it; their sign is arbitrary.
 
     Args:
         a: (…, R, I).
@@ -73,7 +73,7 @@ def arrow(model: Any, library: AdapterLibrary) -> Iterator[Any]:
 
 
 class _Route:
-    """The hook of one module.
+    """The forward hook of one module, which adds what the token's adapters write.
 
     Args:
         near_NI: What tokens are compared with.

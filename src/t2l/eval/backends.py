@@ -52,10 +52,10 @@ class Backend(Protocol):
     """Answers prompts greedily, each under its own adapter or none."""
 
     def facts(self) -> Facts:
-        """What it is."""
+        """Says what it is, for the file of answers."""
 
     def answers(self, prompts: Sequence[str], adapters: Sequence[HasLora | None], max_new_tokens: int) -> list[str]:
-        """The answers, in the order of the prompts, without special tokens, white space as it came.
+        """Answers prompts; the answers come in their order, without special tokens, with white space as it came.
 
         Args:
             prompts: As `t2l.prompt.render` writes them, special tokens spelt out.
@@ -65,7 +65,7 @@ class Backend(Protocol):
 
 
 def adapter_name(adapter: HasLora) -> str:
-    """`t2l-` and 16 hexadecimal digits of everything that an adapter does: its tensors, scaling, places and base."""
+    """Names an adapter by all that it does (tensors, scaling, places, base): `t2l-` and 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(peft_io.adapter_config(adapter.spec), sort_keys=True).encode())
     for tensor in (*adapter.lora.a, *adapter.lora.b):
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -85,7 +85,7 @@ def open_backend(
     folder: Path | None = None,
     log: Say = print,
 ) -> Iterator[Backend]:
-    """The backend that settings name.
+    """Opens the backend that settings name.
 
     Args:
         which: `transformers`, `vllm`, or a server's address.
@@ -450,13 +450,13 @@ class ServerBackend:
         return call(self._endpoint, method, body, as_json=as_json, say=self._say, sleep=self._sleep)
 
     def _plain(self) -> dict[str, Any]:
-        """What keeps a request off all adapters, and special tokens from being added to those in the prompt."""
+        """Fields that keep a request off all adapters, and the server from adding special tokens to the prompt's."""
         if self._server == "llama.cpp":
             return {"lora": [], "cache_prompt": False}  # its prompt cache does not tell adapters apart
         return {"add_special_tokens": False}
 
     def _require(self, adapters: dict[str, HasLora]) -> None:
-        """Sees to it that the server has the adapters."""
+        """Loads the adapters that the server lacks, or says how it gets them."""
         if adapters and self._fields is None:
             self._fields = dict(self._served())
         known = self._fields or {}
@@ -472,7 +472,7 @@ class ServerBackend:
             known[name] = self._address(name)
 
     def _served(self) -> Iterable[tuple[str, dict[str, Any]]]:
-        """Adapters that the server has by now."""
+        """Yields the adapters that the server has by now, with what a request must hold to be answered under each."""
         if self._server == "llama.cpp":
             for entry in self._items(self._call("/lora-adapters"), "id", "path"):
                 fields = {"lora": [{"id": entry["id"], "scale": 1.0}]}

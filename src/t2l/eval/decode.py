@@ -16,15 +16,15 @@ from t2l.prompt import pad_id
 from t2l.spec import AdapterSpec
 
 MAX_SEQUENCES = 4096
-"""Of a batch, however short they are."""
+"""A batch holds at most so many sequences, however short they are."""
 ACTIVATIONS = 32
-"""Numbers of a token that one layer holds at a time, in hidden sizes: most are the MLP's, 4 to 6 hidden sizes wide."""
+"""One layer holds so many numbers of a token at a time, in hidden sizes: most are the MLP's, 4 to 6 of them wide."""
 ADAPTER_BYTES = 6
-"""Of each parameter of a sequence's adapter: stacked in float32, then in the model's type and B once more, scaled."""
+"""Memory of each parameter of an adapter: stacked in float32, then in the model's type, and B once more, scaled."""
 
 
 def room(model: Any, spec: AdapterSpec | None) -> tuple[int, int]:
-    """Tokens and sequences of a batch that the model's device has room for.
+    """Computes how many tokens and sequences of a batch the model's device has room for.
 
     On a GPU half of the free memory is for tokens, their keys and values and one layer's activations, and a third for
     adapters.
@@ -44,7 +44,7 @@ def room(model: Any, spec: AdapterSpec | None) -> tuple[int, int]:
 
 
 def bytes_per_token(model: Any) -> int:
-    """Memory that a token of a batch takes: its keys and values in all layers, and activations of one."""
+    """Computes the memory of a token: its keys and values in all layers, and the activations of one layer."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -53,7 +53,7 @@ def bytes_per_token(model: Any) -> int:
 
 
 def batches(lengths: Sequence[int], *, max_tokens: int, max_sequences: int = MAX_SEQUENCES) -> Iterator[list[int]]:
-    """Positions of sequences of like length, longest first, so that a batch too large for memory fails at once.
+    """Puts sequences of like length together, longest first, so that a batch too large for memory fails at once.
 
     Args:
         lengths: Tokens of each sequence, prompt and answer together.
@@ -93,7 +93,7 @@ def greedy(
     *,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy continuations of a batch of prompts, as `model.generate` gives them.
+    """Continues a batch of prompts greedily; the answers are those of `model.generate`.
 
     Whenever a quarter of the batch has ended, it goes on without those.
 
@@ -152,7 +152,7 @@ def log_likelihoods(
     continuations: Sequence[Sequence[int]],
     adapters: Sequence[HasLora] | None,
 ) -> list[float]:
-    """Summed log-probabilities of continuations, each after its prompt.
+    """Sums the log-probabilities of continuations, each after its prompt.
 
     Args:
         model: The base model.
@@ -182,7 +182,7 @@ def log_likelihoods(
 
 
 def _left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and mask (B, T)."""
+    """Pads token ids on the left; returns tokens and mask, both (B, T)."""
     longest = max(map(len, ids))
     tokens_BT = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in ids])
     mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
@@ -190,7 +190,7 @@ def _left_padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -
 
 
 def _positions(mask_BT: Tensor) -> Tensor:
-    """Each token's place in its own sequence."""
+    """Counts each token's place in its own sequence, padding left out."""
     return (mask_BT.cumsum(1) - 1).clamp_min(0)
 
 

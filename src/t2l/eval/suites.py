@@ -51,7 +51,7 @@ class Item:
     id: str
     text: str
     outputs: tuple[str, ...]
-    """Right answers; as few-shot examples show them."""
+    """Right answers; the first is the one that a worked example shows."""
     choices: tuple[str, ...] = ()
     target: int = -1
     """Position of the right choice."""
@@ -119,7 +119,7 @@ Pool = dict[str, tuple[str, tuple[str, ...]]]
 def instances(
     tasks: Sequence[EvalTask], seeds: Sequence[int], *, fits: Callable[[str], bool] = lambda text: True
 ) -> list[EvalInstance]:
-    """Every item of every task under every seed.
+    """Makes an instance of every item of every task under every seed.
 
     A seed decides the description, the other task's description, the random text and the examples; the items are the
     same for all seeds, and within a seed all items of a task share those texts.
@@ -163,7 +163,7 @@ def instances(
 
 
 def _negatives(task: EvalTask, pool: Pool) -> dict[str, tuple[str, ...]]:
-    """The tasks of a pool that have a description which would be wrong for a task, with all their descriptions."""
+    """Finds the tasks of a pool that have a description which would be wrong for a task, with all their texts."""
     family = task.family or task.name
     return {
         name: texts
@@ -173,7 +173,7 @@ def _negatives(task: EvalTask, pool: Pool) -> dict[str, tuple[str, ...]]:
 
 
 def _draw_negative(draw: random.Random, task: EvalTask, negatives: dict[str, tuple[str, ...]]) -> str:
-    """One of the negatives' descriptions that is none of the task's own, as two tasks may share a summary."""
+    """Draws one of the negatives' descriptions that is none of the task's own, as two tasks may share a summary."""
     while True:  # ends, as every negative has a description that the task has not
         text = draw.choice(negatives[draw.choice(list(negatives))])
         if text not in task.descriptions:
@@ -181,7 +181,7 @@ def _draw_negative(draw: random.Random, task: EvalTask, negatives: dict[str, tup
 
 
 def random_text(draw: random.Random, fits: Callable[[str], bool] = lambda text: True) -> str:
-    """Made-up words in the length of a usual description, or as many of them as an encoder can read."""
+    """Draws made-up words in the length of a usual description, or as many of them as an encoder can read."""
     words = made_up_words(draw, words=(12, 28), letters=(2, 9))
     while len(words) > 1 and not fits(as_sentence(words)):
         words.pop()  # made-up words take more tokens than real ones
@@ -189,13 +189,13 @@ def random_text(draw: random.Random, fits: Callable[[str], bool] = lambda text: 
 
 
 def readable(tasks: Sequence[EvalTask], fits: Callable[[str], bool]) -> tuple[list[EvalTask], list[str]]:
-    """The tasks with the descriptions that an encoder can read, and the names of those that are left with none."""
+    """Keeps the descriptions that an encoder can read; returns also the names of tasks that are left with none."""
     kept = [replace(task, descriptions=tuple(filter(fits, task.descriptions))) for task in tasks]
     return [task for task in kept if task.descriptions], [task.name for task in kept if not task.descriptions]
 
 
 def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[EvalTask]:
-    """The tasks of a suite.
+    """Loads the tasks of a suite.
 
     Args:
         suite: One of `SUITES`, or what `t2l.tasks.load_own` reads: a JSONL file, a folder, or `hf:NAME`.
@@ -260,7 +260,7 @@ def _subset(items: Sequence[Any], key: str, number: int | None) -> list[Any]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How one of the ten is asked."""
+    """How one of the ten benchmarks is asked."""
 
     kind: Kind
     template: str = "{input}"
@@ -357,7 +357,7 @@ def _benchmark_rows() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def _benchmark_item(name: str, how: Benchmark, row: dict[str, Any], *, likelihood: bool) -> Item:
-    """A packed row as it is asked.
+    """Makes an item of a packed row.
 
     Raises:
         DataError: naming a row whose answer is none of its options, or whose code's facts are incomplete.
@@ -390,7 +390,7 @@ def _item(name: str, how: Benchmark, row: dict[str, Any], *, likelihood: bool) -
 
 
 def _without_calculator(solution: str) -> str:
-    """GSM8K's solutions without the marks `<<3+4=7>>` for a calculator."""
+    """Removes GSM8K's marks for a calculator, such as `<<3+4=7>>`, from a solution."""
     parts = solution.split("<<")
     return parts[0] + "".join(part.split(">>", 1)[-1] for part in parts[1:])
 
@@ -399,7 +399,7 @@ def _without_calculator(solution: str) -> str:
 
 
 def score(instance: EvalInstance, answer: str) -> dict[str, float | None]:
-    """Scores of an answer in words; `correct` of code is None until it is run."""
+    """Scores an answer in words; `correct` of code is None until it is run."""
     task, item = instance.task, instance.item
     if task.kind == "text":
         return {
@@ -420,14 +420,14 @@ def score(instance: EvalInstance, answer: str) -> dict[str, float | None]:
 
 
 def program(item: Item, answer: str) -> str:
-    """What has to run to its end for an answer in code to be right."""
+    """Builds the program that runs to its end if an answer in code is right."""
     if item.function:
         return code.humaneval_program(item.text, answer, item.tests[0], item.function)
     return code.mbpp_program(answer, item.tests, item.setup)
 
 
 def score_likelihoods(instance: EvalInstance, log_likelihoods: Sequence[float]) -> dict[str, float | None]:
-    """Scores from the choices' summed log-likelihoods; `correct` divides each by the choice's length in bytes."""
+    """Scores the choices' summed log-likelihoods; `correct` divides each by the choice's length in bytes."""
     item = instance.item
     by_length = [value / len(text.encode()) for value, text in zip(log_likelihoods, item.choices, strict=True)]
     return {
