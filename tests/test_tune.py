@@ -15,7 +15,7 @@ from t2l import peft_io
 from t2l.apply import apply_adapters
 from t2l.cli import app
 from t2l.config import LoraConfig, PromptConfig
-from t2l.errors import ConfigError, DataError, TrainingError
+from t2l.errors import ConfigError, DataError, DescriptionError, TrainingError
 from t2l.prompt import render
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
@@ -139,6 +139,12 @@ def test_bad_settings_are_refused(setting: Any, message: str) -> None:
         TuneConfig(**setting)
 
 
+def test_prompts_that_show_a_description_need_one(base: tuple[Any, Any]) -> None:
+    nameless = replace(make_adapter(), description="")
+    with pytest.raises(DescriptionError, match="this adapter has none; tune it with prompts that do not"):
+        tune(nameless, base, EXAMPLES, prompt=PromptConfig(description_in_prompt=True))
+
+
 def test_a_loss_that_is_no_number_ends_it(base: tuple[Any, Any]) -> None:
     adapter = make_adapter()
     broken = replace(adapter, lora=adapter.lora.map(lambda x: x * float("inf")))
@@ -174,6 +180,8 @@ def test_the_command_writes_a_peft_folder(make_checkpoint: Any, tmp_path: Path) 
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["held_out_losses"][0] > min(json.loads(done.stdout)["held_out_losses"])
     assert peft_io.read_facts(tmp_path / "tuned").rank == 4
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "Tuned on a few examples of the task" in card and "| tuned on | 12 examples, 4 held out" in card
     # A tuned adapter is an adapter: it can be tuned again.
     arguments[1] = str(tmp_path / "tuned")
     again = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "again")])

@@ -126,12 +126,12 @@ class LoraAdapter(ModelHubMixin):
         quoted = "\n".join(f"> {line}" for line in self.description.split("\n"))
         facts = "\n".join(f"| {key} | {value} |" for key, value in self.provenance.items())
         targets = ", ".join(t.name for t in self.spec.targets)
+        seen = "Tuned on a few examples" if "tuned on" in self.provenance else "Written without seeing an example"
         return (
             f"{peft_io.card_header(named, 'lora', 'text-to-lora')}"
             f"# LoRA adapter written from a description\n\n{quoted}\n\n"
             f"For {base}: rank {self.spec.rank}, alpha {self.spec.alpha:g}, targets {targets}, "
-            f"{self.spec.num_parameters:,} parameters. Written without seeing an example of the task; judge it before "
-            f"relying on it.\n\n"
+            f"{self.spec.num_parameters:,} parameters. {seen} of the task; judge it before relying on it.\n\n"
             f"| | |\n| --- | --- |\n{facts}\n"
         )
 

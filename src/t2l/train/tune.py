@@ -18,7 +18,7 @@ from torch import Tensor
 
 from t2l import peft_io
 from t2l.config import Count, NotNegative, Positive, PromptConfig, Range, Seed, check_ranges
-from t2l.errors import DataError, TrainingError
+from t2l.errors import DataError, DescriptionError, TrainingError
 from t2l.io import read_json_lines
 from t2l.prompt import render, token_ids
 from t2l.text_to_lora import LoraAdapter
@@ -91,11 +91,17 @@ def tune(
 
     Raises:
         DataError: if there are too few examples, one is blank, or one is longer than allowed.
+        DescriptionError: if prompts show the description and the adapter has none.
         TrainingError: if a loss is not a finite number.
         SpecMismatchError: if the adapter is not for this base.
     """
     config = config or TuneConfig()
     model, tokenizer = base
+    if prompt.description_in_prompt and not adapter.description:
+        raise DescriptionError(
+            "Prompts show the description of the task, and this adapter has none; tune it with prompts that do not "
+            "(--no-description-in-prompt)"
+        )
     rows = _encode(tokenizer, adapter.description, examples, prompt, config)
     draw = random.Random(config.seed)
     order = draw.sample(range(len(rows)), len(rows))
