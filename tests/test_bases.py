@@ -45,6 +45,22 @@ BASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gemma": (WIDE, ("q_proj", "v_proj", "down_proj")),
     "gemma2": (WIDE | {"query_pre_attn_scalar": 8}, ("q_proj", "k_proj", "v_proj", "down_proj")),
     "gemma3_text": (WIDE | {"query_pre_attn_scalar": 8}, ("q_proj", "v_proj", "down_proj")),
+    # A model that also reads images; its vision tower has modules of the same names.
+    "gemma3": (
+        {
+            "text_config": SMALL | WIDE | {"query_pre_attn_scalar": 8, "model_type": "gemma3_text"},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+            "mm_tokens_per_image": 4,
+        },
+        ("q_proj", "v_proj", "down_proj"),
+    ),
     "phi3": ({}, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     "smollm3": (WIDE, ("q_proj", "k_proj", "v_proj")),
     "olmo": ({}, ("q_proj", "k_proj", "v_proj", "up_proj")),
@@ -60,7 +76,9 @@ BASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def make_base(kind: str) -> Any:
     """A model of the tests' usual small sizes."""
     settings, _ = BASES[kind]
-    config = AutoConfig.for_model(kind, **(SMALL | {"max_position_embeddings": 128} | settings))
+    if "text_config" not in settings:
+        settings = SMALL | {"max_position_embeddings": 128} | settings
+    config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(3)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
 
@@ -148,7 +166,7 @@ def test_llamacpps_own_converter_writes_the_same(kind: str, tmp_path: Path) -> N
     adapter = make_adapter(model, BASES[kind][1])
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path / "base")
-    adapter.save(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "adapter")
     command = [sys.executable, str(CONVERTER), str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]
     command += ["--outfile", str(tmp_path / "theirs.gguf"), "--outtype", "f32"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -161,6 +179,16 @@ def test_llamacpps_own_converter_writes_the_same(kind: str, tmp_path: Path) -> N
     found = {tensor.name: tensor.data for tensor in ours.tensors}
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_bases_without_linear_modules_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=32, n_layer=3, n_head=4, vocab_size=264, bos_token_id=0, eos_token_id=1
+    )
+    with pytest.raises(
+        SpecMismatchError, match=r"no linear module 'c_attn'.*no modules of the class torch\.nn\.Linear"
+    ):
+        AdapterSpec.from_config(config, "gpt2", LoraConfig(target_modules=("c_attn",)))
 
 
 @pytest.mark.parametrize(

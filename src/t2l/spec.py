@@ -213,7 +213,8 @@ def _target(
 ) -> Target:
     matches = [path for path in templates.values() if path.endswith("." + name)]
     if not matches:
-        known = ", ".join(sorted(templates))
+        # The matrices of GPT-2's layers, for one, are modules of another class, which keeps them transposed.
+        known = ", ".join(sorted(templates)) or "no modules of the class torch.nn.Linear, the only one that is adapted"
         raise SpecMismatchError(f"{base_model} has no linear module '{name}' in its layers; it has: {known}")
     if len(matches) > 1:
         raise SpecMismatchError(
