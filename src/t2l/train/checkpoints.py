@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l import hub
-from t2l.checkpoint import CheckpointConfig, load_checkpoint
+from t2l.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from t2l.config import to_plain
 from t2l.encoder import encoder_revision
 from t2l.errors import ConfigError
@@ -16,27 +16,35 @@ from t2l.train.config import SftConfig
 from t2l.train.resume import differences
 
 
-def initialize(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec) -> dict[str, str]:
-    """Copies the weights of `train.init_from`: of a multi-task LoRA the shared LoRA, of a hypernetwork everything.
+def require_origin(config: SftConfig, spec: AdapterSpec) -> None:
+    """Checks that the checkpoint of `train.init_from` fits a run, from its settings alone.
+
+    Raises:
+        ConfigError: if its weights would mean something else in this run, naming every difference.
+    """
+    folder = Path(config.train.init_from or "")
+    their_spec, loaded = read_config(folder)
+    before, now = _shape(their_spec), _shape(spec)
+    if loaded.hypernet.variant != "none":
+        ours, theirs = encoder_revision(config.encoder, config.base), loaded.encoder_revision
+        before |= _network(loaded, their_spec.base_model, theirs if theirs != ours else "")
+        now |= _network(config, spec.base_model, ours if theirs != ours else "")
+    found = differences(before, now, words=("is", "here"))
+    if found:
+        raise ConfigError(f"train.init_from: {folder} does not fit this run: {'; '.join(found)}. Use its settings")
+
+
+def initialize(hypernet: Hypernet, folder: Path) -> dict[str, str]:
+    """Copies a checkpoint's weights: of a multi-task LoRA the shared LoRA, of a hypernetwork everything.
 
     Returns:
         Which checkpoint it was, without its place on this machine.
 
     Raises:
-        ConfigError: if the checkpoint's weights would mean something else in this run, naming every difference.
+        ConfigError: if the hypernetworks have other shapes.
     """
-    folder = Path(config.train.init_from or "")
     loaded = load_checkpoint(folder)
-    whole, theirs = loaded.hypernet.head is not None, loaded.config.encoder_revision
-    before, now = _shape(loaded.spec), _shape(spec)
-    if whole:
-        ours = encoder_revision(config.encoder, config.base)
-        before |= _network(loaded.config, loaded.spec.base_model, theirs if theirs != ours else "")
-        now |= _network(config, spec.base_model, ours if theirs != ours else "")
-    found = differences(before, now, words=("is", "here"))
-    if found:
-        raise ConfigError(f"train.init_from: {folder} does not fit this run: {'; '.join(found)}. Use its settings")
-    if not whole:
+    if loaded.hypernet.head is None:
         hypernet.load_shared_lora(loaded.hypernet.shared_adapter())
     else:
         try:

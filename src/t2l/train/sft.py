@@ -30,7 +30,7 @@ from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.train.batches import Batch
-from t2l.train.checkpoints import card, initialize, portable, save_model
+from t2l.train.checkpoints import card, initialize, portable, require_origin, save_model
 from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.embeddings import EmbeddingCache
@@ -338,6 +338,9 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
     torch.set_float32_matmul_precision("high")
     tokenizer = hub.load_tokenizer(config.base)
     base = hub.load_causal_lm(config.base, device=str(device))
+    spec = AdapterSpec.from_config(base.config, config.base, config.lora)  # what cannot be is said before slow work
+    if config.train.init_from:
+        require_origin(config, spec)
     require_packable(base, config.base)
     encoder: Encoder | None = None
     if config.encoder.kind != "onehot":
@@ -353,7 +356,6 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
         cache = None if config.unconditional else EmbeddingCache(encoder, data.texts, log=log)
     log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} texts to read")
 
-    spec = AdapterSpec.from_config(base.config, config.base, config.lora)
     hypernet, origin = None, None
     if config.method == "full":
         base.requires_grad_(True)
@@ -364,7 +366,7 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
         if hypernet.normalizer is not None and cache is not None and not begin:  # a saved state has the constants
             hypernet.normalizer.fit(cache.sample(torch.tensor(data.train.readable)).cpu())
         if config.train.init_from:
-            origin = initialize(hypernet, config, spec)
+            origin = initialize(hypernet, Path(config.train.init_from))
         hypernet.to(device).train()
     if config.train.gradient_checkpointing:
         checkpoint_layers(base)
