@@ -1,5 +1,6 @@
 """`t2l serve` as a program: it starts, survives being killed, and ends when it is told to."""
 
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,11 @@ def test_killed_and_started_again_it_serves_every_acknowledged_adapter(
         ]
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) in (0, -signal.SIGTERM)
+        assert process.stderr is not None
+        lines = [json.loads(line) for line in process.stderr]
+    asked_of_it = [line for line in lines if line["message"] == "request"]
+    assert [line["status"] for line in asked_of_it] == [200] * 4
+    assert {line["path"] for line in asked_of_it} == {"/v1/chat/completions", "/v1/adapters"}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])

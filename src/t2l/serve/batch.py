@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from t2l.errors import ConfigError, T2LError
-from t2l.serve.answers import Answer, End, Piece, log
+from t2l.serve.answers import Answer, End, Generation, Piece, log
 from t2l.serve.kv import RowCache
 from t2l.serve.rows import RowAdapters
 from t2l.serve.sampling import choose
@@ -86,6 +86,40 @@ class Batch:
         self._adapters, self._cache = RowAdapters(model), RowCache(config.num_hidden_layers)
         # Masks of True and False are understood by PyTorch's own attention only; the others add theirs to the scores.
         self._bool_mask = config._attn_implementation == "sdpa"
+        self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Two rows of different length must see what each sees alone: some models place tokens by themselves.
+
+        Raises:
+            ConfigError: naming the largest difference.
+        """
+        prompts, device = ([1, 3, 5], [2, 3, 5, 7, 11]), self._parameter.device
+        kind, worst, largest = self._model.config.model_type, 0.0, 1e-30
+        try:
+            for prompt in prompts:
+                answer = Answer(Generation(prompt=prompt, max_tokens=1))
+                self.rows.append(Row(answer, TextStream(self._tokenizer), random.Random(0)))
+            read = self._pass(0, [prompts[0] + [0, 0], prompts[1]], [2, 4])
+            for row in self.rows:
+                row.read = row.answer.prompt_tokens
+            written = self._pass(0, [[4], [6]], [0])
+            for prompt, last, one, two in zip(prompts, (4, 6), read, written, strict=True):
+                alone = self._model(torch.tensor([[*prompt, last]], device=device), use_cache=False).logits[0].float()
+                together = torch.stack([one.logits_KV[(3, 5).index(len(prompt))], two.logits_KV[0]])
+                worst = max(worst, float((together - alone[-2:]).abs().max()))
+                largest = max(largest, float(alone.abs().max()))
+        except Exception as error:  # what a model does with a cache and a mask that it does not know is its own affair
+            raise ConfigError(f"{kind} takes no cache and masks like the server's: {error}") from error
+        finally:
+            self.rows.clear()
+            self._cache.release()
+        if not worst <= (1e-3 if self._parameter.dtype == torch.float32 else 5e-2) * largest:
+            raise ConfigError(
+                f"The logits of {kind} differ by up to {worst:g} (of {largest:g}) when another row is in the batch: it "
+                "places tokens by itself and cannot be served"
+            )
 
     @property
     def reading(self) -> bool:

@@ -6,7 +6,6 @@ an Origin must come from the server's own page. Knows HTTP's envelope only, and 
 """
 
 import hmac
-import json
 import time
 import uuid
 from collections import OrderedDict
@@ -83,8 +82,9 @@ class GuardMiddleware:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
             self._on_request(scope["method"], route, status, seconds)
-            line = {"request": name, "method": scope["method"], "path": scope["path"][:200], "status": status}
-            log.info(json.dumps(line | {"ms": round(1000 * seconds, 1), "client": _address(scope)}))
+            fields = {"request": name, "method": scope["method"], "path": scope["path"][:200], "status": status}
+            fields |= {"ms": round(1000 * seconds, 1), "client": _address(scope)}
+            log.info("request", extra={"fields": fields})
 
     def _refusal(self, scope: Scope) -> Json | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])

@@ -1,8 +1,10 @@
 """From a checkpoint's name to a server that runs. Knows every part of the server and puts them together."""
 
 import ipaddress
+import json
 import logging
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,19 @@ class Settings:
             )
 
 
+class JsonLines(logging.Formatter):
+    """One JSON object a line, for programs that read logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is reached from this machine alone."""
     try:
@@ -81,7 +96,9 @@ def build(settings: Settings) -> FastAPI:
 
 def run(settings: Settings) -> None:
     """Runs a server until it is interrupted; answers under way may end then."""
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     config = uvicorn.Config(
         build(settings),
         host=settings.host,

@@ -18,9 +18,11 @@ from t2l.errors import (
     AdapterNotFoundError,
     AnswerError,
     BusyError,
+    ConfigError,
     DeadlineError,
     DescriptionError,
     RequestError,
+    SpecMismatchError,
     T2LError,
 )
 from t2l.serve.answers import Answer, Generation, Piece, log
@@ -222,8 +224,8 @@ def status_of(error: BaseException) -> int:
     """The HTTP status that says what kind of error it is."""
     if isinstance(error, AdapterNotFoundError):
         return 404
-    if isinstance(error, RequestError | DescriptionError):
-        return 400
+    if isinstance(error, RequestError | DescriptionError | ConfigError | SpecMismatchError):
+        return 400  # the last two: another program has no place for such an adapter
     if isinstance(error, BusyError):
         return 429
     return 504 if isinstance(error, DeadlineError) else 500
