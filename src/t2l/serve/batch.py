@@ -106,7 +106,8 @@ class Batch:
                 row.read = row.answer.prompt_tokens
             written = self._pass(0, [[4], [6]], [0])
             for prompt, last, one, two in zip(prompts, (4, 6), read, written, strict=True):
-                alone = self._model(torch.tensor([[*prompt, last]], device=device), use_cache=False).logits[0].float()
+                ids = torch.tensor([[*prompt, last]], device=device)
+                alone = self._model(input_ids=ids, use_cache=False).logits[0].float()
                 together = torch.stack([one.logits_KV[(3, 5).index(len(prompt))], two.logits_KV[0]])
                 worst = max(worst, float((together - alone[-2:]).abs().max()))
                 largest = max(largest, float(alone.abs().max()))
