@@ -29,7 +29,7 @@ from t2l.lora import LoraTensors
 from t2l.pace import Pace
 from t2l.prompt import token_ids
 from t2l.spec import AdapterSpec
-from t2l.text_to_lora import LoraAdapter, TextToLora
+from t2l.text_to_lora import DEFAULT, LoraAdapter, TextToLora
 
 TASKS = {
     "reverse": ("Write the word backwards.", [("abc", "cba"), ("ten", "net"), ("star", "rats")]),
@@ -435,7 +435,6 @@ def test_wrong_use_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -
     for arguments, code, message in (
         (["--suite", "test", "--seeds", "one", *out], 2, "whole numbers"),
         (["--suite", "test", "--full", "--per-task", "3", *out], 2, "give one"),
-        (["--suite", str(tasks_file), *out], 1, "which base model"),
         (["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out], 1, "Cannot read "),
         (
             ["--suite", str(tasks_file), "--checkpoint", checkpoint, "--conditions", "task-lora", *out],
@@ -466,3 +465,16 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "--device cuda: torch finds no CUDA device here" in result.output
     assert not out.exists()
+
+
+def test_the_shipped_checkpoint_is_evaluated_where_nothing_else_is_named(
+    tasks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Settings] = []
+    monkeypatch.setattr("t2l.eval.run.run", lambda settings, out, log: given.append(settings))
+    common = ["eval", "run", "--suite", str(tasks_file), "--out", str(tmp_path / "a.jsonl")]
+    for more in ([], ["--base", "some/base"], ["--library", "folder"], ["--checkpoint", "own"]):
+        assert CliRunner().invoke(app, [*common, *more]).exit_code == 0
+    assert [settings.checkpoint for settings in given] == [DEFAULT, None, None, "own"]
+    with pytest.raises(ConfigError, match="Nothing says which base model"):
+        run(Settings(suites=(str(tasks_file),)), tmp_path / "a.jsonl")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from t2l.cli.common import DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
+from t2l.cli.common import DEFAULT, DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Evaluate adapters beside every control.")
 app.add_typer(eval_app, name="eval")
@@ -35,7 +35,9 @@ SuiteOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, _option("JSONL of answers; a rerun goes on with it.", "--out", metavar="FILE")]
-CheckpointOption = Annotated[str | None, _option("The hypernetwork that is evaluated.", metavar="REF")]
+CheckpointOption = Annotated[
+    str | None, _option("The hypernetwork that is evaluated; the shipped one, if nothing else is named.", metavar="REF")
+]
 MultitaskOption = Annotated[
     str | None,
     _option("Multi-task LoRA, for its conditions; that of a shipped checkpoint, if absent.", metavar="REF"),
@@ -94,6 +96,8 @@ def eval_run(
     if full and per_task is not None:
         raise typer.BadParameter("--full and --per-task are two numbers of items: give one")
     numbers = _whole_numbers(seeds)
+    if not (checkpoint or multitask or hyperdecoders or libraries or base):
+        checkpoint = DEFAULT
     try_writing(out.absolute().parent)
     from t2l.eval.run import Settings, run
 
