@@ -271,8 +271,5 @@ def _load(reference: str, bases: BaseModels, other: TextToLora | None) -> TextTo
         other.config.encoder_revision,
     ):
         return TextToLora(load_checkpoint(folder, device=bases.device), other.encoder, reference=reference)
-    base = None
-    # A checkpoint that read the states of another version of its base is refused below, before anything is loaded.
-    if config.encoder.model == "base" and hub.fingerprint(spec.base_model) == config.encoder_revision:
-        base = bases.for_encoder(spec.base_model)
+    base = bases.for_encoder(spec.base_model) if config.encoder.model == "base" else None
     return TextToLora.from_pretrained(reference, base=base, device=bases.device)
