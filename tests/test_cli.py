@@ -24,6 +24,7 @@ from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, 
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.peft_io import load_adapter
+from t2l.session import Session
 from t2l.spec import AdapterSpec
 from t2l.tasks import load_sni, load_splits
 
@@ -324,14 +325,14 @@ def test_places_that_cannot_be_written_fail_before_anything_loads(
 def test_all_or_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from t2l.errors import OutputError
 
-    save = text_to_lora.LoraAdapter.save
+    save = text_to_lora.LoraAdapter.save_pretrained
 
     def full_disk(self: text_to_lora.LoraAdapter, folder: Path, **options: Any) -> Path:
         if self.description == TASKS[2]:
             raise OutputError("No space left on device")
         return save(self, folder, **options)
 
-    monkeypatch.setattr(text_to_lora.LoraAdapter, "save", full_disk)
+    monkeypatch.setattr(text_to_lora.LoraAdapter, "save_pretrained", full_disk)
     failed(t2l("generate", *TASKS, "-o", tmp_path / "out", "--checkpoint", checkpoint), "No space left")
     assert list(tmp_path.iterdir()) == []
 
@@ -381,7 +382,7 @@ def test_run_prints_base_and_adapted_answers(checkpoint: Path, tmp_path: Path) -
 
 
 def test_run_streams_the_same_answers(checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    session = cli.adapters._Session(TASKS[0], str(checkpoint), adapter)
+    session = Session(str(checkpoint), description=TASKS[0], adapter=adapter)
     (prompt,) = session.prompts(["first"], 6)
     with session.adapted():
         (whole,) = session.answer([prompt], 6)
@@ -399,14 +400,19 @@ def test_run_with_a_saved_adapter(checkpoint: Path, adapter: Path) -> None:
     assert saved["answers"] == generated["answers"]
 
 
-def test_run_refuses_an_adapter_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
-    other = write_checkpoint(tmp_path / "checkpoint", write_base(tmp_path / "base", 48, seed=1))
+def test_run_uses_an_adapter_on_the_base_that_it_is_for(checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever the checkpoint's base is; and where that base cannot be had, or the folder is not sound, it says so."""
+    base = write_base(tmp_path / "base", 48, seed=1)
+    other = write_checkpoint(tmp_path / "checkpoint", base)
     assert t2l("generate", "A task.", "-o", tmp_path / "other", "--checkpoint", other).exit_code == 0
-    run = ("run", "--adapter", tmp_path / "other", "--input", "x", "--checkpoint", checkpoint)
-    failed(t2l(*run), "(4, 48)", "(4, 32)")
+    run = ("run", "--adapter", tmp_path / "other", "--input", "x", "--max-new-tokens", "4", "--json", "--checkpoint")
+    answers = [json.loads(t2l(*run, place).stdout)["answers"] for place in (checkpoint, other)]
+    assert answers[0] == answers[1] and answers[0][0]["base"] != answers[0][0]["adapted"]
+    shutil.rmtree(base)
+    failed(t2l(*run, checkpoint), "there is no folder", str(base))
     config = tmp_path / "other" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 16}))
-    failed(t2l(*run), "r is 16", "expected 4")
+    failed(t2l(*run, checkpoint), "rank 4 in A and 4 in B", "says 16")
     failed(t2l("run", "A task.", "--adapter", tmp_path / "absent", "--input", "x"), "not an adapter folder")
 
 
@@ -427,7 +433,7 @@ def test_another_base_than_the_one_trained_on_is_refused(tmp_path: Path) -> None
     own = write_checkpoint(tmp_path / "checkpoint", base)
     shutil.rmtree(base)
     write_base(base, 32, seed=3)
-    failed(t2l("run", TASKS[0], "--input", "x", "--checkpoint", own), "was trained on")
+    failed(t2l("run", TASKS[0], "--input", "x", "--checkpoint", own), "was trained with")
     failed(t2l("generate", TASKS[0], "-o", tmp_path / "out", "--checkpoint", own), "was trained with")
 
 
@@ -558,7 +564,7 @@ def test_doctor_names_what_is_missing_and_the_way_out(tmp_path: Path, monkeypatc
 def test_the_readmes_code_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
-    monkeypatch.setattr(text_to_lora, "checkpoint_folder", lambda reference: checkpoint)
+    monkeypatch.setattr(text_to_lora, "checkpoint_folder", lambda reference, **_: checkpoint)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks:

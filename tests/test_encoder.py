@@ -1,5 +1,6 @@
 """Encoders: the numbers are those of the model's own recipe, and no description is cut, mixed up or let through."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from t2l import bert, hub
 from t2l.config import EncoderConfig
 from t2l.encoder import MAX_BYTES, SentenceEncoder, TokenEncoder, check_description, load_encoder
 from t2l.errors import CheckpointError, ConfigError, DescriptionError
@@ -286,3 +288,28 @@ def test_bound_of_bytes_is_exact() -> None:
     assert check_description("é" * (MAX_BYTES // 2)) == "é" * (MAX_BYTES // 2)
     with pytest.raises(DescriptionError, match="32,769 bytes"):
         check_description("é" * (MAX_BYTES // 2) + "x")
+
+
+def test_a_bert_is_read_as_transformers_reads_it(make_sentence_folder: Callable[..., Path]) -> None:
+    """The same token ids and the same numbers, padded or not; what is not the plain kind is left to Transformers."""
+    folder = make_sentence_folder()
+    loaded = bert.load(folder)
+    assert loaded is not None
+    model, tokenizer = loaded
+    theirs, their_tokenizer = hub.load_backbone(str(folder)), hub.load_tokenizer(str(folder))
+    texts = ["Add.", "Say whether the review is positive — or not: é", "x" * 50]
+    ids = tokenizer(texts).input_ids
+    assert ids == their_tokenizer(texts).input_ids
+    for rows in (ids[:1], ids):
+        length = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        ours, expected = (
+            x(input_ids=tokens, attention_mask=mask).last_hidden_state * mask[..., None] for x in (model, theirs)
+        )
+        assert torch.allclose(ours, expected, atol=1e-6)
+    path = folder / "config.json"
+    plain = json.loads(path.read_text())
+    for change in ({"hidden_act": "relu"}, {"model_type": "roberta"}, {"position_embedding_type": "relative_key"}):
+        path.write_text(json.dumps(plain | change))
+        assert bert.load(folder) is None

@@ -170,7 +170,9 @@ class LoraAdapter(ModelHubMixin):
         given = isinstance(model, PeftModel)
         # PEFT takes an adapter that fits nothing without a word, so fitting is checked before anything is changed.
         target_modules(model.get_base_model() if given else model, self.spec)
-        config = LoraConfig(**{k: v for k, v in peft_io.adapter_config(self.spec).items() if k != "peft_type"})
+        # The base is the model at hand, whose name PEFT fills in.
+        left_out = ("peft_type", "base_model_name_or_path")
+        config = LoraConfig(**{k: v for k, v in peft_io.adapter_config(self.spec).items() if k not in left_out})
         if not given:
             model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=autocast_adapter_dtype)
         elif name in model.peft_config:

@@ -14,7 +14,7 @@ import torch
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, Size, build, check_ranges, to_plain
 from t2l.errors import CheckpointError
 from t2l.hypernet import Hypernet
-from t2l.io import new_folder, read_json, read_tensors, sha256
+from t2l.io import new_folder, only_shapes, read_json, read_tensors, sha256
 from t2l.spec import AdapterSpec
 
 FORMAT_VERSION = 2
@@ -130,7 +130,7 @@ def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> Chec
         CheckpointError: if anything in the folder is missing, damaged, pickled, or not what its checksum says.
     """
     spec, config = read_config(folder)
-    with torch.device("meta"):
+    with only_shapes():
         expected = _new_hypernet(spec, config).state_dict()
     state = read_tensors(folder / WEIGHTS, {name: tuple(value.shape) for name, value in expected.items()})
     found = sha256(folder / WEIGHTS)

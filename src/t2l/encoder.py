@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2l import hub
+from t2l import bert, hub
 from t2l.config import EncoderConfig
 from t2l.errors import ConfigError, DescriptionError
 from t2l.hub import FetchOptions
@@ -158,7 +158,11 @@ class SentenceEncoder:
         own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
         if own is not None and max_tokens > own:
             raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
-        model, tokenizer = hub.load_backbone(str(folder), device=device), hub.load_tokenizer(str(folder))
+        loaded: tuple[Any, Any] | None = bert.load(folder, device=device)
+        model, tokenizer = loaded or (
+            hub.load_backbone(str(folder), device=device),
+            hub.load_tokenizer(str(folder)),
+        )
         return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize, full_stop=full_stop)
 
     @torch.no_grad()
