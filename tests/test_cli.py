@@ -228,6 +228,7 @@ def test_one_description_is_one_folder(checkpoint: Path, tmp_path: Path) -> None
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "t2l.json",
     ]
     assert list(out.parent.iterdir()) == [out]
 

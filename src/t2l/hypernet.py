@@ -540,6 +540,18 @@ class _Head(nn.Module):
             change_b.append(b.unflatten(-1, (o, self.rank)))
         return change_a, change_b
 
+    def written(self, x: Tensor, m: int, part: int, number: int) -> Tensor:
+        """The first numbers that target m's shared matrix writes for a part, (N, L, …, number): no others are computed.
+
+        Args:
+            x: Features of all targets and parts, (N, L, M, P, …, D).
+            m: The target.
+            part: 0 for A, -1 for B.
+            number: How many numbers the part has.
+        """
+        # Contiguous: a matrix that meets a view is repeated for every row of it, which took ten times as long.
+        return F.linear(x[:, :, m, part].contiguous(), self.write[m].weight[:number])  # type: ignore[index]
+
     def cut(self, written: Sequence[Tensor]) -> Changes:
         """What is written of A and of B, (N, L, P, R, max(I, O)) for each target, cut to each part's size."""
         change_a = [parts[:, :, 0, :, :i] for parts, (i, _) in zip(written, self.sizes, strict=True) if i]
@@ -575,10 +587,9 @@ class HeadM(_Head):
         x_NLMPD = self.features(self.parts(features_NLMH))
         change_a, change_b = [], []
         for m, (i, o) in enumerate(self.sizes):
-            parts = self.write[m](x_NLMPD[:, :, m])
             if i:
-                change_a.append(parts[:, :, 0, : self.rank * i].unflatten(-1, (self.rank, i)))
-            change_b.append(parts[:, :, -1, : self.rank * o].unflatten(-1, (o, self.rank)))
+                change_a.append(self.written(x_NLMPD, m, 0, self.rank * i).unflatten(-1, (self.rank, i)))
+            change_b.append(self.written(x_NLMPD, m, -1, self.rank * o).unflatten(-1, (o, self.rank)))
         return change_a, change_b
 
 
@@ -604,7 +615,9 @@ class HeadS(_Head):
         even, odd = x[..., 0::2], x[..., 1::2]
         turned = torch.cat([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
         x_NLMPRD = self.features(turned)
-        return self.cut([matrix(x_NLMPRD[:, :, m]) for m, matrix in enumerate(self.write)])
+        change_a = [self.written(x_NLMPRD, m, 0, i) for m, (i, _) in enumerate(self.sizes) if i]
+        change_b = [self.written(x_NLMPRD, m, -1, o).mT for m, (_, o) in enumerate(self.sizes)]
+        return change_a, change_b
 
 
 class PublishedHeadM(HeadM):
