@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace) -> None:
             for size in map(int, options.batches.split(",")):
                 texts = [f"Description {n}." for n in range(size)]
                 with torch.no_grad():
-                    taken = seconds(lambda t=texts, s=size: generator.generate(t, batch_size=s), options.device)
+                    taken = seconds(lambda g=generator, t=texts: g.generate(t, batch_size=len(t)), options.device)
                 written = size * numbers
                 least = max(written * dtype.itemsize / bandwidth, 2 * HEAD_SIZES[variant] * written / flops)
                 adapters = generator.generate(texts[:8], batch_size=8)
