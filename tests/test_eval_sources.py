@@ -16,6 +16,7 @@ from t2l.errors import CheckpointError, ConfigError, DataError, OutputError
 from t2l.eval import answers, suites
 from t2l.eval.run import Settings, run
 from t2l.eval.sources import MultitaskLora, Sources, shipped_multitask
+from t2l.io import only_writer
 from t2l.tasks import written_descriptions
 from t2l.text_to_lora import DEFAULT, TextToLora
 
@@ -148,7 +149,7 @@ def test_two_runs_never_write_to_one_file(tasks_file: Path, checkpoint: str, tmp
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with answers.only_writer(out):
+        with only_writer(out):
             os.write(writer, b"x")
             time.sleep(60)
         os._exit(0)

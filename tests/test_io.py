@@ -164,6 +164,34 @@ def test_of_processes_that_write_at_once_one_wins(overwrite: bool, tmp_path: Pat
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"out{turn}" for turn in range(5)]
 
 
+GROW = """
+import sys, time
+from pathlib import Path
+from t2l import io
+with io.only_writer(Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("place", ["file", "folder", "nothing yet"])
+def test_what_grows_in_place_has_one_writer(place: str, tmp_path: Path) -> None:
+    """And one that was killed does not count."""
+    path = tmp_path / "out"
+    if place != "nothing yet":
+        path.mkdir() if place == "folder" else path.touch()
+    with subprocess.Popen([sys.executable, "-c", GROW, str(path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        with pytest.raises(OutputError, match="out: another process is writing to it"), io.only_writer(path):
+            pass
+        other.kill()
+    with io.only_writer(path):
+        assert (tmp_path / ".out.t2l-writing_").exists()
+    assert not (tmp_path / ".out.t2l-writing_").exists()
+    with pytest.raises(OutputError, match="not a regular file"), io.only_writer(Path("/dev/null")):
+        pass
+
+
 HANG = """
 import sys, time
 from pathlib import Path

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError, TensorMismatchError
+from t2l.locks import lock_folder, sweep, unlock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,6 +193,34 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                     raise OutputError(there) from error
 
 
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Makes sure, for the length of a block, that no other process writes what grows in place.
+
+    A folder beside it is locked meanwhile; one that a killed process left is taken over.
+
+    Args:
+        path: A file or folder, which need not be there yet.
+
+    Raises:
+        OutputError: if another process writes there, or nothing can be written there.
+    """
+    path = path.absolute() if path.is_dir() else regular_file(path.absolute())
+    claim = path.parent / f".{path.name}.t2l-writing_"
+    with writing(path):
+        claim.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(claim, wait=False)
+    held = lock is not None and claim.exists() and os.path.samestat(os.fstat(lock), claim.stat())
+    if not held and os.name == "posix":  # nothing is locked elsewhere
+        unlock(lock)
+        raise OutputError(f"{path}: another process is writing to it; wait until it has ended, or choose another place")
+    try:
+        yield
+    finally:
+        shutil.rmtree(claim, ignore_errors=True)
+        unlock(lock)
+
+
 def regular_file(path: Path) -> Path:
     """The path itself, or where it leads if it is a link.
 
@@ -236,48 +264,6 @@ def _temporary(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a folder that was renamed is no longer here
         unlock(lock)
-
-
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Removes what processes that were killed left in a folder. Whatever a living one writes is locked by it.
-
-    Args:
-        folder: Where to look; what is in its folders stays.
-        name: Of the file or folder that was to be written; None means any.
-    """
-    known = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.t2l-[a-z0-9_]{{8}}")
-    for entry in os.scandir(folder):
-        if not known.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
-            continue
-        lock = lock_folder(Path(entry.path), wait=False)
-        if lock is None:
-            continue
-        shutil.rmtree(entry.path, ignore_errors=True)
-        unlock(lock)
-
-
-def lock_folder(path: Path, *, wait: bool) -> int | None:
-    """A descriptor that holds the lock of a folder; None if another process has it or it cannot be locked."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing is locked there, and nothing is swept
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def unlock(descriptor: int | None) -> None:
-    """Gives a lock back."""
-    if descriptor is not None:
-        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -36,12 +36,14 @@ def data_build(
     if from_folder is not None and source is not None:
         raise typer.BadParameter("--from and --source are two places to read from: give one")
     from t2l.data import build
+    from t2l.io import only_writer
 
-    if from_folder is not None:
-        manifest = build.copy(from_folder, out, tasks=tasks, benchmarks=benchmarks)
-    else:
-        bar = sys.stderr.isatty()
-        manifest = build.build(out, tasks=tasks, benchmarks=benchmarks, template=source, say=say, progress=bar)
+    with only_writer(out):
+        if from_folder is not None:
+            manifest = build.copy(from_folder, out, tasks=tasks, benchmarks=benchmarks)
+        else:
+            bar = sys.stderr.isatty()
+            manifest = build.build(out, tasks=tasks, benchmarks=benchmarks, template=source, say=say, progress=bar)
     for name, entry in manifest["files"].items():
         say(f"{name}: {entry['rows']:,} rows, sha256 {entry['sha256'][:12]}…")
     if as_json:
@@ -104,10 +106,12 @@ def data_describe(
     """Ask a chat endpoint for more descriptions of each task; its key, if any, comes from OPENAI_API_KEY."""
     from t2l.data.describe import describe
     from t2l.endpoint import open_endpoint
+    from t2l.io import only_writer
     from t2l.tasks import load_own
 
     opened = open_endpoint(endpoint, model, timeout=timeout)
-    written = describe(load_own(tasks), out, opened, number=number, resume=resume, say=say)
+    with only_writer(out):
+        written = describe(load_own(tasks), out, opened, number=number, resume=resume, say=say)
     if as_json:
         print_json({"file": str(out), "tasks_written": written})
     else:

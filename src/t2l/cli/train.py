@@ -76,21 +76,23 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
         as_json: JsonOption = False,
     ) -> None:
         from t2l.config import build, load_yaml, override
+        from t2l.io import only_writer
 
         started = time.perf_counter()
         plain = override(load_yaml(config), overrides or [])
         if not resume:
             try_writing(run_folder.absolute())
         settings, train, more = load()
-        result = train(
-            build(settings, plain, where=str(config)),
-            run_folder,
-            resume=resume,
-            max_minutes=max_minutes,
-            device=checked_device(device),
-            log=say,
-            **more,
-        )
+        with only_writer(run_folder):
+            result = train(
+                build(settings, plain, where=str(config)),
+                run_folder,
+                resume=resume,
+                max_minutes=max_minutes,
+                device=checked_device(device),
+                log=say,
+                **more,
+            )
         what, folder = ("checkpoint", result) if isinstance(result, Path) else ("library", result.folder)
         if as_json:
             facts = {} if isinstance(result, Path) else {"adapters": len(result.names)}

@@ -17,7 +17,8 @@ from t2l.data.benchmarks import BENCHMARKS
 from t2l.data.convert import convert_benchmark, convert_task
 from t2l.data.fetching import MissingError, Say, fetch, patiently, quiet_datasets
 from t2l.errors import ConfigError, DataError, DownloadError, OutputError
-from t2l.io import new_file, parse_json, sha256, sweep, write_text, writing
+from t2l.io import new_file, parse_json, sha256, write_text, writing
+from t2l.locks import sweep
 from t2l.tasks import load_splits
 
 HUB_TASK = "Lots-of-LoRAs/{task}"

@@ -2,17 +2,14 @@
 
 import gzip
 import json
-import os
-import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t2l.errors import ConfigError, DataError, OutputError
-from t2l.io import lock_folder, parse_json, regular_file, unlock, write_text, writing
+from t2l.io import parse_json, regular_file, write_text
 
 FORMAT_VERSION = 3
 Key = tuple[str, str, int, str, str]
@@ -180,32 +177,6 @@ def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
     if merged != found.header:
         write_text(path, to_text(merged, found.lines))
     return {key_of(line) for line in found.lines}
-
-
-@contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """Makes sure, for the length of a block, that no other process appends to a file of answers.
-
-    A folder beside the file is locked meanwhile. One that a killed process left is taken over, or swept like any other
-    leftover (`t2l.io.sweep`).
-
-    Raises:
-        OutputError: if another process writes to the file, or its folder cannot be written.
-    """
-    path = regular_file(path)
-    claim = path.parent / f".{path.name}.t2l-writing_"
-    with writing(path):
-        claim.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(claim, wait=False)
-    held = lock is not None and claim.exists() and os.path.samestat(os.fstat(lock), claim.stat())
-    if not held and os.name == "posix":  # nothing is locked elsewhere
-        unlock(lock)
-        raise OutputError(f"{path}: another process is writing to it; wait until it has ended, or choose another file")
-    try:
-        yield
-    finally:
-        shutil.rmtree(claim, ignore_errors=True)
-        unlock(lock)
 
 
 def merge(files: Sequence[AnswerFile]) -> list[dict[str, Any]]:

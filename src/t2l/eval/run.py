@@ -24,7 +24,7 @@ from t2l.eval.report import below_floor, gather
 from t2l.eval.requests import Line, Request
 from t2l.eval.sources import BaseModels, MultitaskLora, Sources, base_model_of, load_sources, shipped_multitask
 from t2l.eval.suites import EvalInstance, EvalTask
-from t2l.io import write_text
+from t2l.io import only_writer, write_text
 from t2l.library import AdapterLibrary
 from t2l.pace import Pace
 from t2l.text_to_lora import TextToLora
@@ -117,7 +117,7 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         log=log,
     ) as backend:
         header = _header(settings, adapters, backend.facts(), bases.reference, tasks, chosen, left_out)
-        with answers.only_writer(out):
+        with only_writer(out):
             evaluate(adapters, backend, tasks, chosen, out, header=header, settings=settings, log=log)
 
 

@@ -1,0 +1,48 @@
+"""Locks of folders, by which what a killed process left is told from what a living one writes. Knows folders only."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what processes that were killed left in a folder. Whatever a living one writes is locked by it.
+
+    Args:
+        folder: Where to look; what is in its folders stays.
+        name: Of the file or folder that was to be written; None means any.
+    """
+    known = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.t2l-[a-z0-9_]{{8}}")
+    for entry in os.scandir(folder):
+        if not known.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+            continue
+        lock = lock_folder(Path(entry.path), wait=False)
+        if lock is None:
+            continue
+        shutil.rmtree(entry.path, ignore_errors=True)
+        unlock(lock)
+
+
+def lock_folder(path: Path, *, wait: bool) -> int | None:
+    """A descriptor that holds a lock; None if another process has it or nothing can be locked here."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing is locked there, and nothing is swept
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def unlock(descriptor: int | None) -> None:
+    """Gives a lock back."""
+    if descriptor is not None:
+        os.close(descriptor)
