@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l.apply import apply_adapters, hooked
 from t2l.config import LoraConfig
+from t2l.errors import DataError
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example
@@ -23,8 +24,9 @@ from t2l.train.augment import (
     AnswerChoice,
     LabelRemap,
 )
-from t2l.train.batches import Batch, Batches, Pool
+from t2l.train.batches import DROPPED, PATTERN, TOLD, UNTOLD, Batch, Batches, Pool
 from t2l.train.loss import answer_losses
+from t2l.train.options import LAYOUTS, ListedChoice, Listing
 from t2l.train.packing import SHARED
 
 
@@ -356,3 +358,75 @@ def test_the_negative_is_often_of_the_same_task_and_asks_something_else() -> Non
     pairs = [pair for pair in pairs if pair[0] != 3]
     assert set(pairs) == {(1, 0), (1, 2), (1, 3), (4, 0), (4, 2), (4, 3), (2, 0), (2, 1), (2, 3), (2, 4)}
     assert 0.35 < np.mean([theirs != 3 for _, theirs in pairs]) < 0.65
+
+
+# ------------------------------------------------------------------------- sources, options, and texts that say little
+
+
+def test_sources_come_as_their_weights_say_and_every_task_of_a_source_once_before_any_again() -> None:
+    pools = [replace(OTHER, name=f"{n}", source=int(n >= 5)) for n in range(8)]
+    settings: dict[str, Any] = {"rows": 10, "tokens": 200, "answer_tokens": 24, "in_prompt": 0.5, "seed": 3}
+    made = Batches(pools, SAID, make_tokenizer(), **settings, source_weights=(0.7, 0.3))
+    tasks = [made.task_of_row(step, row) for step in range(2 * PATTERN // 10) for row in range(10)]
+    for start in (0, PATTERN):
+        assert sum(task >= 5 for task in tasks[start : start + PATTERN]) == 0.3 * PATTERN
+    for source in (range(5), range(5, 8)):
+        own = [task for task in tasks if task in source]
+        for start in range(0, len(own) - len(source), len(source)):
+            assert sorted(own[start : start + len(source)]) == list(source)
+
+
+def test_a_source_without_a_task_is_an_error() -> None:
+    with pytest.raises(DataError, match="Source number 1 of 2 has no task"):
+        batches(OWN, source_weights=(0.5, 0.5))
+
+
+def test_options_are_listed_in_all_documents_of_a_row_or_in_none() -> None:
+    pool, seen = replace(OWN, options=("yes", "no")), set()
+    for step in range(6):
+        batch = batches(pool, option_placement_prob=0.5, in_prompt=0.0)[step]
+        for row in range(8):
+            inputs = [text.rpartition("<assistant>")[0] for text in documents(batch, row)]
+            listed = {"yes" in text and "no" in text for text in inputs}
+            assert len(listed) == 1
+            if int(batch.read[row]) == 3:
+                assert listed == {False}, "a task without few answers has no options"
+            else:
+                seen |= listed
+    assert seen == {True, False}
+
+
+def test_rows_whose_text_says_nothing_ask_for_what_the_input_or_the_prompt_says() -> None:
+    """Neither an adapter that is dropped nor one from a terse text can know other words for the answers."""
+    contained = replace(
+        OWN, descriptions=(0,), augmentation=ListedChoice(3, Listing(LAYOUTS[0], first=False), FEW), self_contained=True
+    )
+    pool = replace(OWN, variants=RELABELLED, variant_prob=1.0, auxiliary=(contained,), auxiliary_prob=0.3, terse=(2,))
+    told = dict.fromkeys((DROPPED, UNTOLD, TOLD), 0)
+    listed = 0
+    for step in range(20):
+        batch = batches(pool, dropout=0.3, terse_prob=0.3)[step]
+        for row in range(8):
+            if int(batch.read[row]) == 3:
+                continue
+            kind = int(batch.told[row])
+            told[kind] += 1
+            assert (int(batch.read[row]) == 2) == (kind == UNTOLD)
+            for text in documents(batch, row):
+                prompt, _, answer = text.rpartition("<assistant>")
+                listed += "Options:" in prompt
+                if answer in ("up</s>", "down</s>"):
+                    assert kind == TOLD or (kind == DROPPED and SAID[4] in prompt)
+                if kind == UNTOLD:
+                    assert SAID[4] not in prompt
+                    assert (SAID[2] in prompt) == bool(batch.in_prompt[row])
+    assert min(told.values()) > 10
+    assert listed
+
+
+def test_without_the_new_shares_nothing_is_drawn_otherwise() -> None:
+    plain = batches(replace(OWN, variants=RELABELLED, variant_prob=0.5))[1]
+    same = batches(replace(OWN, variants=RELABELLED, variant_prob=0.5, options=("yes", "no"), terse=(2,)))[1]
+    assert all(torch.equal(x, y) for x, y in zip(plain.rows, same.rows, strict=True))
+    assert torch.equal(plain.read, same.read)
+    assert (plain.told == TOLD).all()

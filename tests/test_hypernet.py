@@ -327,6 +327,39 @@ def test_pointers_learn_from_the_first_step(residual: AdapterSpec) -> None:
     assert all(pointer.gain.weight.grad.abs().max() > 0 for pointer in hypernet.pointers.values())
 
 
+def test_a_closed_gate_takes_away_what_pointers_add_and_nothing_else(residual: AdapterSpec) -> None:
+    hypernet = pointing(residual, pointer_gate=True)
+    size = residual.targets[1].out_features
+    states = torch.randn(2, 3, 2 * size, generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    without = hypernet(states, mask)
+    with torch.no_grad():
+        for pointer in hypernet.pointers.values():
+            pointer.gain.bias.fill_(0.5)
+    opened = hypernet(states, mask)
+    assert not close(opened, without)
+    with torch.no_grad():
+        hypernet.gate.decide.bias.fill_(-100.0)
+    assert close(hypernet(states, mask), without)
+
+
+def test_a_gate_learns_as_soon_as_pointers_add_something(residual: AdapterSpec) -> None:
+    hypernet = pointing(residual, pointer_gate=True)
+    with torch.no_grad():
+        for pointer in hypernet.pointers.values():
+            pointer.gain.bias.fill_(0.5)
+    size = residual.targets[1].out_features
+    states = torch.randn(1, 3, 2 * size, generator=torch.Generator().manual_seed(2))
+    written = hypernet(states, torch.ones(1, 3, dtype=torch.bool))
+    sum(x.square().sum() for x in written.b).backward()
+    assert hypernet.gate.decide.weight.grad.abs().max() > 0
+
+
+def test_a_gate_without_pointers_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"closes what hypernet\.pointer adds"):
+        HypernetConfig(pointer_gate=True)
+
+
 def test_pointers_that_cannot_be_are_refused(spec: AdapterSpec, residual: AdapterSpec) -> None:
     with pytest.raises(ConfigError, match=r"names o_proj, the targets are q_proj, v_proj"):
         make_hypernet(spec, kind="tokens", pointer=("o_proj",))

@@ -23,7 +23,7 @@ from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
 from t2l.train import sft
-from t2l.train.batches import Batch
+from t2l.train.batches import DROPPED, TOLD, UNTOLD, Batch
 from t2l.train.config import SftConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.embeddings import EmbeddingCache
@@ -263,18 +263,37 @@ def test_dropped_conditioning_leaves_the_shared_lora(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
 ) -> None:
     dropping = shorter(still, conditioning_dropout=0.5)
-    data, batch = prepared(dropping)
+    data, _ = prepared(dropping)
     trainer = make_trainer(dropping, own_base, data)
     offset = trainer.hypernet.shared_lora.b[0]
     seen = set()
-    for _ in range(8):
-        written = trainer.adapters(batch.read, learning=True).b[0]
+    for step in range(8):
+        batch = data.train[step]
+        written = trainer.adapters(batch.read, learning=True, kept=batch.told != DROPPED).b[0]
         whole = trainer.adapters(batch.read, learning=False).b[0]
         for row in range(4):
             kept, dropped = torch.allclose(written[row], whole[row]), torch.equal(written[row], offset)
             assert kept is not dropped
+            assert dropped is bool(batch.told[row] == DROPPED)
             seen.add(kept)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("kind", [DROPPED, UNTOLD])
+def test_rows_whose_own_text_says_nothing_have_no_margin(
+    kind: int, make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+) -> None:
+    """The margin loss is then that of the other rows alone."""
+    comparing = shorter(still, margin_loss_weight=1.0, margin=5.0, description_in_prompt_prob=0.0)
+    data, batch = prepared(comparing)
+    trainer = make_trainer(comparing, own_base, data)
+    right, wrong, _ = trainer.compare(batch, learning=False)
+    told = torch.full_like(batch.told, TOLD)
+    told[0] = kind
+    some = batch._replace(told=told)
+    rest = batch._replace(rows=batch.rows.part(1, 4), in_prompt=batch.in_prompt[1:], told=batch.told[1:])
+    expected = trainer._hinge(rest, right.losses[1:], wrong.losses[1:])
+    assert torch.allclose(trainer._hinge(some, right.losses, wrong.losses), expected, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient(

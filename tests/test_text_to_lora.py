@@ -14,7 +14,7 @@ from conftest import DESCRIPTIONS
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import LoraAdapter, TextToLora, apply_adapters
-from t2l.errors import CheckpointError, DescriptionError, ModelNotFoundError
+from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
 from t2l.lora import LoraTensors
 from t2l.text_to_lora import checkpoint_folder
 
@@ -106,6 +106,29 @@ def test_card_says_where_the_adapter_came_from(t2l: TextToLora, checkpoint: Path
     sha256 = json.loads((checkpoint / "config.json").read_text())["weights_sha256"]
     for fact in ("> Write a poem.\n> Two lines.", sha256, str(checkpoint), "| training seed | 7 |", "rank 4, alpha 8"):
         assert fact in card
+
+
+def test_strength_goes_from_the_shared_lora_to_what_was_trained(t2l: TextToLora) -> None:
+    """What a description changes is added in proportion, so three strengths lie on one line."""
+    none, half, full, plain = (
+        t2l.generate(DESCRIPTIONS, **({} if strength is None else {"strength": strength}))
+        for strength in (0.0, 0.5, 1.0, None)
+    )
+    shared = t2l.hypernet.shared_adapter().map(torch.Tensor.detach)
+    for at_none, at_half, at_full, usual in zip(none, half, full, plain, strict=True):
+        assert difference(at_none.lora, shared) == 0
+        assert difference(at_full.lora, usual.lora) == 0
+        assert difference(at_full.lora, shared) > 1e-3
+        for low, middle, high in zip(at_none.lora.b, at_half.lora.b, at_full.lora.b, strict=True):
+            assert torch.allclose(middle, (low + high) / 2, atol=1e-6)
+    assert "| strength | 0.5 |" in half[0].card()
+    assert "strength" not in full[0].card()
+
+
+@pytest.mark.parametrize("strength", [-0.1, 2.5, float("nan")])
+def test_strength_out_of_range_is_refused(t2l: TextToLora, strength: float) -> None:
+    with pytest.raises(ConfigError, match=f"between 0, the shared LoRA alone, and 2, got {strength:g}"):
+        t2l.generate(DESCRIPTIONS, strength=strength)
 
 
 def test_two_processes_write_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:

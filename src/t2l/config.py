@@ -158,6 +158,9 @@ class HypernetConfig:
     pointer: tuple[str, ...] = ()
     """Targets that write to the residual stream, such as `o_proj` and `down_proj`: words of the description are added
     to the columns of their B. Needs an encoder of the base's own token states whose first layer is 0."""
+    pointer_gate: bool = False
+    """Whether a number between 0 and 1 that the description decides, one for the whole adapter, says how much of what
+    the pointers add is taken, so that a description without a word to answer with can close them."""
     output_std: bool = False
     """Whether each element of A and B that the head writes is multiplied by a constant of its own, saved with the
     weights; reconstruction sets these to the elements' standard deviations over the library."""
@@ -168,6 +171,10 @@ class HypernetConfig:
             raise ConfigError(f"hypernet.width must be divisible by 4, got {self.width}")
         if self.variant == "none" and not self.train_shared_lora:
             raise ConfigError("hypernet.variant 'none' with train_shared_lora false leaves nothing to train")
+        if self.pointer_gate and not self.pointer:
+            raise ConfigError(
+                "hypernet.pointer_gate closes what hypernet.pointer adds; name targets there or leave it out"
+            )
         if self.variant == "basis" and self.pointer:
             raise ConfigError(
                 "hypernet.pointer chooses words for each layer; variant 'basis' knows the description as a whole"

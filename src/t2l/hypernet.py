@@ -61,6 +61,7 @@ class Hypernet(nn.Module):
             self.head = HEADS[config.variant].build(written, num_layers=num_layers, rank=rank, config=config)
         self.output_std = OutputStd(written, num_layers=num_layers, rank=rank) if config.output_std else None
         self.pointers = _build_pointers(spec, embedding_size, kind, config)
+        self.gate = PointerGate(config.width) if config.pointer_gate else None
 
     def forward(self, states: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> LoraTensors:
         """Writes one adapter per description.
@@ -82,9 +83,10 @@ class Hypernet(nn.Module):
             states = self.normalizer(states)
         features_NLMH = self.trunk(states, mask)
         change_a, change_b = self.head(features_NLMH)
+        open_N111 = None if self.gate is None else self.gate(features_NLMH)
         for m, pointer in self.pointers.items():
             pointed = pointer(features_NLMH[:, :, int(m)], states, words, mask)
-            change_b[int(m)] = change_b[int(m)] + pointed
+            change_b[int(m)] = change_b[int(m)] + (pointed if open_N111 is None else open_N111 * pointed)
         if scale is not None:
             factor = scale[:, None, None, None]
             change_a, change_b = [factor * x for x in change_a], [factor * x for x in change_b]
@@ -476,6 +478,28 @@ class Pointer(nn.Module):
         unit_NSO = words_NSE[..., : self.size] * self.size**-0.5
         found_NLRO = (share_NLRS * self.gain(features_NLH)[..., None]) @ unit_NSO[:, None].to(share_NLRS.dtype)
         return found_NLRO.mT
+
+
+class PointerGate(nn.Module):
+    """How much of what the pointers add is taken: a number in (0, 1) for each adapter, decided by its features.
+
+    Args:
+        width: H.
+    """
+
+    OPEN = 2.0
+    """What it starts from, before the sigmoid: .88 for every description."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decide = nn.Linear(width, 1)
+        nn.init.zeros_(self.decide.weight)
+        nn.init.constant_(self.decide.bias, self.OPEN)
+
+    def forward(self, features_NLMH: Tensor) -> Tensor:
+        """(N, L, M, H) to (N, 1, 1, 1)."""
+        open_N1: Tensor = self.decide(features_NLMH.mean((1, 2))).sigmoid()
+        return open_N1[..., None, None]
 
 
 Changes = tuple[list[Tensor], list[Tensor]]

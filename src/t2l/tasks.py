@@ -45,6 +45,8 @@ class Task:
     category: str | None = None
     definition: str | None = None
     """Which of the descriptions is the task's full definition, where it has one."""
+    source: str = ""
+    """Where the task comes from, if training mixes several sources; blank for the main one."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,41 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
     Raises:
         DataError: if files or tasks are missing.
     """
+    return _load_packed("sni", names, splits=splits, folder=folder or data_dir())
+
+
+def load_t0(*, splits: Sequence[str] = ("train", "val"), folder: Path | None = None) -> list[Task]:
+    """Reads all packed T0 training tasks; they have no test examples.
+
+    Args:
+        splits: Which examples to read.
+        folder: Where the files are; `T2L_DATA` if not given.
+
+    Returns:
+        The tasks in the order of their names.
+
+    Raises:
+        DataError: if files are missing.
+    """
     folder = folder or data_dir()
-    wanted = sorted(set(names))
+    if not (folder / "t0_tasks.parquet").is_file():
+        raise DataError(
+            f"{folder} holds no t0_tasks.parquet; take 't0' out of data.extra_tasks or point T2L_DATA to it"
+        )
+    return _load_packed("t0", None, splits=splits, folder=folder)
+
+
+def load_everyday() -> list[Task]:
+    """Reads the thirty everyday tasks that ship with the package: one description and ten test examples each."""
+    with resources.as_file(resources.files("t2l.data").joinpath("everyday.jsonl")) as path:
+        return load_jsonl(path)
+
+
+def _load_packed(files: str, names: Collection[str] | None, *, splits: Sequence[str], folder: Path) -> list[Task]:
+    """Reads tasks from the packed files whose names begin with `files`; all of them if no names are given."""
     columns = ("task", "definition", "summary", "descriptions", "category")
-    rows = {row["task"]: row for row in read_parquet(folder / "sni_tasks.parquet", columns).to_pylist()}
+    rows = {row["task"]: row for row in read_parquet(folder / f"{files}_tasks.parquet", columns).to_pylist()}
+    wanted = sorted(rows if names is None else set(names))
     unknown = [name for name in wanted if name not in rows]
     if unknown:
         raise DataError(f"{folder} has no task {', '.join(unknown[:5])}")
@@ -200,7 +233,7 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
         import pyarrow.compute as pc
 
         parts = ("task", "id", "input", "outputs")
-        table = read_parquet(folder / f"sni_{split}.parquet", parts)
+        table = read_parquet(folder / f"{files}_{split}.parquet", parts)
         table = table.filter(pc.is_in(table["task"], value_set=pa.array(wanted, pa.string())))
         for task, id_, text, outputs in zip(*(table[part].to_pylist() for part in parts), strict=True):
             examples[task][split].append(Example(id_, text, tuple(outputs)))

@@ -159,7 +159,9 @@ class TextToLora(ModelHubMixin):
         return self.config.prompt
 
     @torch.no_grad()
-    def generate(self, descriptions: str | Sequence[str], *, batch_size: int = 64) -> list[LoraAdapter]:
+    def generate(
+        self, descriptions: str | Sequence[str], *, strength: float = 1.0, batch_size: int = 64
+    ) -> list[LoraAdapter]:
         """Writes one adapter per description, a batch of them in each forward pass.
 
         The adapters of a batch are views of one tensor for each target, so keeping one keeps its batch in memory;
@@ -167,6 +169,8 @@ class TextToLora(ModelHubMixin):
 
         Args:
             descriptions: N task descriptions, or a single one.
+            strength: How much of a description's change is added to the LoRA that all descriptions share. 1 is what was
+                trained, 0 leaves the shared LoRA alone; anything but 1 is written into the adapters' cards.
             batch_size: How many are written at once.
 
         Returns:
@@ -175,8 +179,12 @@ class TextToLora(ModelHubMixin):
         Raises:
             DescriptionError: if a description is blank, no text, or longer than the encoder's window; nothing is
                 written then.
-            ConfigError: if `batch_size` is below 1.
+            ConfigError: if the strength is not between 0 and 2, or `batch_size` is below 1.
         """
+        if not 0 <= strength <= 2:
+            raise ConfigError(
+                f"strength must be between 0, the shared LoRA alone, and 2, got {strength:g}; 1 is what was trained"
+            )
         texts = [descriptions] if isinstance(descriptions, str) else list(descriptions)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
@@ -184,12 +192,15 @@ class TextToLora(ModelHubMixin):
             raise DescriptionError("No description given")
         checked = [check_description(t, f" (description {n} of {len(texts)})") for n, t in enumerate(texts, start=1)]
         parameter, facts = next(self.hypernet.parameters()), self._provenance()
+        if strength != 1:
+            facts["strength"] = f"{strength:g}"
         adapters = []
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             encoded = self.encoder.encode(batch)
             mask = None if encoded.mask is None else encoded.mask.to(parameter.device)
-            lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask)
+            scale = None if strength == 1 else parameter.new_full((len(batch),), strength)
+            lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask, scale)
             # What all adapters share is the hypernetwork's own memory; an adapter's must be its own.
             lora = lora.map(lambda x: x if x.stride(0) else x.contiguous())
             pairs = zip(lora.unbind(), checked[start : start + batch_size], strict=True)

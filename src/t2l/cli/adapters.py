@@ -51,6 +51,9 @@ def generate(
         typer.Option(metavar="FILE", help="One description per line, blank lines skipped; - is standard input."),
     ] = None,
     checkpoint: CheckpointOption = DEFAULT,
+    strength: Annotated[
+        float, typer.Option(min=0, max=2, help="Share of the description's change; 0 is the shared LoRA alone.")
+    ] = 1.0,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it holds adapters.")] = False,
     as_json: JsonOption = False,
@@ -76,7 +79,7 @@ def generate(
         check_description(text, f" (description {number} of {len(texts)})")
     writer = TextToLora.from_pretrained(checkpoint)
     loaded = time.perf_counter()
-    adapters = writer.generate(texts)
+    adapters = writer.generate(texts, strength=strength)
     generated = time.perf_counter()
     paths = _save(adapters, output, dtype=getattr(torch, dtype.value), single=single, overwrite=overwrite)
     facts = {

@@ -180,12 +180,12 @@ def answer_variants(
             change = LabelRemap(new)
         else:
             change = draw.choice(list(FORMATS))
-        texts = [_with_sentence(text, change, draw) for text in _texts_for_variant(task, draw)]
+        texts = [_with_sentence(text, change, draw) for text in texts_for_variant(task, draw)]
         found.append(Variant(change, task.examples.get("train", ()), tuple(dict.fromkeys(texts))))
     return found
 
 
-def _texts_for_variant(task: Task, draw: random.Random) -> list[str]:
+def texts_for_variant(task: Task, draw: random.Random) -> list[str]:
     """Some of a task's descriptions, to be reworded; where there are few, the same ones several times."""
     some = draw.sample(task.descriptions, min(TEXTS_EACH, len(task.descriptions)))
     return (some * TEXTS_EACH)[:TEXTS_EACH]
@@ -215,7 +215,7 @@ def _with_sentence(text: str, change: LabelRemap | FormatVariation, draw: random
     text = text.strip()
     if draw.random() < 0.2:
         return f"{sentence} {text}"
-    return f"{_ended(text)} {sentence}"
+    return f"{ended(text)} {sentence}"
 
 
 def _naming(new: Mapping[str, str], draw: random.Random) -> str:
@@ -243,7 +243,7 @@ def _joined(parts: Sequence[str], word: str) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
 
 
-def _ended(text: str) -> str:
+def ended(text: str) -> str:
     """The text with a full stop if nothing ends it."""
     return text if text[-1:] in ".?!:" else text + "."
 
@@ -263,8 +263,8 @@ def auxiliary_tasks(task: Task, seed: int, *, number: int = AUXILIARY_TASKS) -> 
     for turn in range(number if examples else 0):
         draw = random.Random(f"{seed}/{task.name}/derive/{turn}")
         change, sentences, names = (_choice if turn % 2 else _check)(examples, draw)
-        texts = _texts_for_variant(task, draw)
-        said = [draw.choice(sentences).format(task=_ended(text.strip()), **names) for text in texts]
+        texts = texts_for_variant(task, draw)
+        said = [draw.choice(sentences).format(task=ended(text.strip()), **names) for text in texts]
         found.append(Variant(change, examples, tuple(dict.fromkeys(said))))
     return found
 

@@ -20,10 +20,16 @@ from t2l.errors import DataError
 from t2l.prompt import render, token_ids
 from t2l.tasks import Example
 from t2l.train.augment import Augmentation
+from t2l.train.options import Listing, placed
 from t2l.train.packing import Documents, PackedRows, answer_text, pack, require_end_of_sequence
 
 CANDIDATES = 12
 """Examples that are drawn for a row at a time; those that do not fit any more are left out."""
+DROPPED, UNTOLD, TOLD = 0, 1, 2
+"""What the adapter of a row is written from: nothing, so that it is the shared LoRA alone; a text that does not say
+what to answer; a description that does."""
+PATTERN = 200
+"""Rows over which the tasks of each source come as often as the source's weight says."""
 
 
 class Batch(NamedTuple):
@@ -37,6 +43,8 @@ class Batch(NamedTuple):
     """(B,) a text of another task, or of the row's own task where `Batches.has_negatives` is false."""
     in_prompt: Tensor
     """(B,) whether the prompts of the row show the description."""
+    told: Tensor
+    """(B,) one of `DROPPED`, `UNTOLD` and `TOLD`."""
     skipped: Tensor
     """() number of examples that were drawn and are too long for any row."""
 
@@ -66,6 +74,14 @@ class Pool:
     """Auxiliary tasks made of the task's examples."""
     auxiliary_prob: float = 0.0
     """Share of the task's rows that belong to an auxiliary task; the other rows may belong to a variant."""
+    options: tuple[str, ...] = ()
+    """The possible answers, where they are few; they may be listed in the input."""
+    self_contained: bool = False
+    """Whether the input alone says what an auxiliary task asks, so that no description has to."""
+    terse: tuple[int, ...] = ()
+    """Positions of texts that say next to nothing of the task."""
+    source: int = 0
+    """Which of the run's sources the task comes from."""
 
     def pose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
         """The input that an example asks here, and one right answer to it."""
@@ -92,7 +108,11 @@ class _Row:
     """Which description the prompt shows, if it shows one."""
     prompt: PromptConfig
     negative: int
+    told: int = TOLD
     read: int = -1
+    """The text that its adapter is written from; -1 until one is chosen."""
+    listing: Listing | None = None
+    """How the options are listed in its inputs, if they are."""
     left: list[int] = field(default_factory=list)
     """Examples that have not been drawn yet."""
     shared: int = 0
@@ -131,11 +151,15 @@ class Batches(Dataset):
             hypernetwork reads it either, nothing would say what to answer.
         random_texts: Positions of texts that describe nothing.
         random_text_prob: Share of rows that read one of them, while their prompts and answers stay as they are.
+        terse_prob: Share of rows that read, and may show, a text that says next to nothing of their task.
+        dropout: Share of rows whose adapter is the shared LoRA alone.
+        option_placement_prob: Share of the rows of tasks with few answers whose inputs list these as options.
+        source_weights: How often tasks of each source come; the weights sum to 1. Without them all tasks come alike.
         share_beginnings: Whether the tokens that all prompts of a row begin with stand there once, or in each document.
         prompt: How prompts are rendered; whether a prompt shows the description is drawn by `in_prompt`.
 
     Raises:
-        DataError: if the tokenizer has no way to end an answer.
+        DataError: if the tokenizer has no way to end an answer, or a source has no task.
     """
 
     def __init__(
@@ -153,6 +177,10 @@ class Batches(Dataset):
         augment_unsaid: bool = True,
         random_texts: Sequence[int] = (),
         random_text_prob: float = 0.0,
+        terse_prob: float = 0.0,
+        dropout: float = 0.0,
+        option_placement_prob: float = 0.0,
+        source_weights: Sequence[float] = (),
         share_beginnings: bool = True,
         prompt: PromptConfig | None = None,
     ) -> None:
@@ -161,10 +189,12 @@ class Batches(Dataset):
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.augment_unsaid, self.prompt = augment_unsaid, prompt or PromptConfig()
         self.random_texts, self.random_text_prob = random_texts, random_text_prob
+        self.terse_prob, self.dropout, self.option_placement_prob = terse_prob, dropout, option_placement_prob
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
         self.eos = require_end_of_sequence(tokenizer)
         self._own = [frozenset(pool.readable) for pool in self.pools]
+        self._sources, self._pattern = _by_source(self.pools, source_weights)
 
     @property
     def readable(self) -> list[int]:
@@ -179,9 +209,19 @@ class Batches(Dataset):
         return all(everything - own for own in self._own)
 
     def task_of_row(self, step: int, row: int) -> int:
-        """Tasks come in shuffled order, each once before any comes again."""
-        epoch, place = divmod(step * self.rows + row, len(self.pools))
-        return int(np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.pools))[place])
+        """Tasks come in shuffled order, each once before any comes again; with weights, those of each source do."""
+        turn = step * self.rows + row
+        if not len(self._pattern):
+            epoch, place = divmod(turn, len(self.pools))
+            return int(np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.pools))[place])
+        # Each block of the pattern is shuffled; a source's turn counts its places before this one.
+        block, place = divmod(turn, PATTERN)
+        sources = np.random.default_rng((self.seed, 10, block)).permutation(self._pattern)
+        source = int(sources[place])
+        turn = block * int((self._pattern == source).sum()) + int((sources[:place] == source).sum())
+        epoch, place = divmod(turn, len(self._sources[source]))
+        order = np.random.default_rng((self.seed, 4, source, epoch)).permutation(self._sources[source])
+        return int(order[place])
 
     def __getitem__(self, step: int) -> Batch:
         """Builds the batch of a step.
@@ -193,9 +233,16 @@ class Batches(Dataset):
         # without the others.
         rng = self._stream(0, step)
         rows = self._sample(step, rng)
+        self._choose_told(rows, self._stream(7, step), self._stream(8, step))
         self._augment(rows, self._stream(6, step))
-        self._choose_read(rows, self._stream(7, step))
-        skipped = self._fill(rows, rng)
+        for row in rows:
+            if row.read < 0:  # where it is an example's input, `_fill` says which
+                row.read = row.pool.reads[0] if row.pool.reads else row.description
+        listings = self._stream(9, step)
+        for row in rows:
+            if row.pool.options and listings.random() < self.option_placement_prob:
+                row.listing = Listing.drawn(listings)
+        skipped = self._fill(rows, rng, listings)
         if not any(row.documents for row in rows):
             raise DataError(
                 f"Step {step}: none of the drawn examples fits into {self.tokens} tokens with {self.answer_tokens} "
@@ -206,6 +253,7 @@ class Batches(Dataset):
             torch.tensor([row.read for row in rows]),
             torch.tensor([row.negative for row in rows]),
             torch.tensor([row.prompt.description_in_prompt for row in rows]),
+            torch.tensor([row.told for row in rows]),
             torch.tensor(skipped),
         )
 
@@ -235,31 +283,40 @@ class Batches(Dataset):
     def _augment(self, rows: list[_Row], rng: np.random.Generator) -> None:
         """Puts variants and auxiliary tasks in the place of some rows' tasks.
 
-        In half of these rows the negative is of the same task too, but asks for other answers.
+        Not where neither adapter nor prompt would say what is asked, unless the input does. In half of these rows the
+        negative is of the same task too, but asks for other answers.
         """
         for row in rows:
-            own = row.pool
-            said = self.augment_unsaid or row.prompt.description_in_prompt
-            if own.auxiliary and said and rng.random() < own.auxiliary_prob:
-                changed, near = own.auxiliary, (own, *own.auxiliary)
+            own, terse = row.pool, row.description in row.pool.terse
+            said = (self.augment_unsaid and row.told == TOLD) or (row.prompt.description_in_prompt and not terse)
+            auxiliary = own.auxiliary if said else tuple(pool for pool in own.auxiliary if pool.self_contained)
+            if auxiliary and rng.random() < own.auxiliary_prob * len(auxiliary) / len(own.auxiliary):
+                changed, near = auxiliary, (own, *(pool for pool in own.auxiliary if not pool.self_contained))
             elif own.variants and said and rng.random() < own.variant_prob:
                 changed = near = own.variants
             else:
                 continue
             row.pool = changed[int(rng.integers(len(changed)))]
-            row.description = int(rng.choice(row.pool.descriptions))
+            if not terse:
+                row.description = int(rng.choice(row.pool.descriptions))
+            # Where the input says what is asked, the task's own texts do no harm.
             unlike = [pool for pool in near if pool.augmentation != row.pool.augmentation]
+            unlike = [] if row.pool.self_contained else unlike
             if unlike and rng.random() < 0.5:
                 row.negative = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 
-    def _choose_read(self, rows: list[_Row], rng: np.random.Generator) -> None:
-        """The text that each row's adapter is written from; where it is an example's input, `_fill` says which."""
+    def _choose_told(self, rows: list[_Row], random: np.random.Generator, rng: np.random.Generator) -> None:
+        """Which rows read random words or a terse text, and which read nothing."""
         for row in rows:
-            row.read = row.pool.reads[0] if row.pool.reads else row.description
-            if self.random_texts and rng.random() < self.random_text_prob:
-                row.read = int(rng.choice(self.random_texts))
+            if self.random_texts and random.random() < self.random_text_prob:
+                row.told, row.read = UNTOLD, int(random.choice(self.random_texts))
+            draw = rng.random()
+            if draw < self.dropout:
+                row.told, row.read = DROPPED, -1
+            elif draw < self.dropout + self.terse_prob and row.pool.terse:
+                row.told, row.read, row.description = UNTOLD, -1, int(rng.choice(row.pool.terse))
 
-    def _fill(self, rows: list[_Row], rng: np.random.Generator) -> int:
+    def _fill(self, rows: list[_Row], rng: np.random.Generator, listings: np.random.Generator) -> int:
         """Draws examples for all rows until each has one that fits; returns how many are too long for any row."""
         skipped = 0
         for row in rows:
@@ -269,7 +326,8 @@ class Batches(Dataset):
             drawn = [(row, int(pick)) for row in waiting for pick in row.left[: self.candidates]]
             for row in waiting:
                 row.left = row.left[self.candidates :]
-            tokenized = self._tokenize([(row, row.pool.pose(row.pool.examples[pick], rng)) for row, pick in drawn])
+            posed = [(row, row.pool.pose(row.pool.examples[pick], rng)) for row, pick in drawn]
+            tokenized = self._tokenize([(row, (_listed(row, text, listings), said)) for row, (text, said) in posed])
             if self.share_beginnings:
                 for row in waiting:
                     row.shared = _beginning([p for (r, _), (p, _) in zip(drawn, tokenized, strict=True) if r is row])
@@ -312,6 +370,25 @@ class Batches(Dataset):
             generator=torch.Generator(),
             worker_init_fn=_quiet_worker if workers else None,
         )
+
+
+def _by_source(pools: Sequence[Pool], weights: Sequence[float]) -> tuple[list[list[int]], np.ndarray]:
+    """The tasks of each source, and which source each of `PATTERN` rows is of; nothing without weights."""
+    if not weights:
+        return [], np.zeros(0, np.int64)
+    sources = [[n for n, pool in enumerate(pools) if pool.source == source] for source in range(len(weights))]
+    if not all(sources):
+        raise DataError(
+            f"Source number {sources.index([])} of {len(weights)} has no task that can be trained on; take it out of "
+            "data.extra_tasks and data.extra_weights"
+        )
+    ends = np.round(np.cumsum(weights) * PATTERN).astype(int)
+    return sources, np.searchsorted(ends, np.arange(PATTERN), side="right").clip(max=len(weights) - 1)
+
+
+def _listed(row: _Row, text: str, rng: np.random.Generator) -> str:
+    """The input as the row shows it, with its options if the row lists them."""
+    return text if row.listing is None else placed(text, row.pool.options, rng, row.listing)
 
 
 def _beginning(prompts: list[list[int]]) -> int:

@@ -78,7 +78,9 @@ def _network(config: SftConfig | CheckpointConfig, base: str, revision: str) -> 
             "layers": list(config.encoder.layers),
             "revision": revision and f"{revision} ({model})",
         },
-        "hypernet": {n: getattr(config.hypernet, n) for n in ("variant", "pointer", "normalize_inputs", *sizes)},
+        "hypernet": {
+            n: getattr(config.hypernet, n) for n in ("variant", "pointer", "pointer_gate", "normalize_inputs", *sizes)
+        },
     }
 
 
@@ -89,6 +91,8 @@ def portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any]
     for key in ("tasks", "descriptions"):
         if not plain["data"][key].startswith("hf:"):
             plain["data"][key] = Path(plain["data"][key]).name
+    extra = plain["data"]["extra_tasks"]
+    plain["data"]["extra_tasks"] = [source if source.startswith("hf:") else Path(source).name for source in extra]
     return plain
 
 

@@ -29,6 +29,11 @@ class DataConfig:
     tasks: str = "sni"
     """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`. Otherwise own tasks as
     `t2l.tasks.load_own` reads them: a JSONL file, a folder of such files, or `hf:NAME`."""
+    extra_tasks: tuple[str, ...] = ()
+    """Further sources of training tasks: `t0` for the packed T0 tasks from `T2L_DATA`, `computed` for the templates of
+    `t2l.train.computed`, or own tasks as for `tasks`."""
+    extra_weights: tuple[float, ...] = ()
+    """For each of them the share of rows that it gets; `tasks` has the rest. Without weights all tasks come alike."""
     descriptions: str = "own"
     """`own`: the descriptions that come with the tasks. `definitions`: only their full definition; `paraphrases`: all
     descriptions but the definition; both of these leave out tasks that do not have the two kinds, so that they train
@@ -48,6 +53,12 @@ class DataConfig:
     random_description_prob: Share = 0.0
     """Share of rows whose adapter is written from random words while prompt and answers stay as they are, so that a
     text which describes nothing does no harm."""
+    terse_description_prob: Share = 0.0
+    """Share of rows whose description, in adapter and prompt, is a text that says next to nothing of the task, such as
+    the name of its category, so that the adapter then does what the shared LoRA does."""
+    option_placement_prob: Share = 0.0
+    """Share of the rows of a task with a few short answers whose inputs list these as options, in random order and in
+    many forms. Above 0, some auxiliary tasks also list answers in the input and are answered in their words."""
     held_out_descriptions: NaturalNumber = 4
     """Descriptions of each task that are kept for evaluation, where the task has enough of them."""
     held_out_tasks: NaturalNumber = 0
@@ -57,6 +68,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
+        if len(set(self.extra_tasks)) < len(self.extra_tasks) or "" in self.extra_tasks:
+            raise ConfigError(f"data.extra_tasks must be different sources, got {list(self.extra_tasks)}")
+        if self.extra_weights and len(self.extra_weights) != len(self.extra_tasks):
+            raise ConfigError(
+                f"data.extra_weights has {len(self.extra_weights)} shares for {len(self.extra_tasks)} sources in "
+                "data.extra_tasks; give each source one"
+            )
+        if self.extra_weights and (min(self.extra_weights) <= 0 or sum(self.extra_weights) >= 1):
+            raise ConfigError(
+                f"data.extra_weights must be above 0 and add up to less than 1, got {list(self.extra_weights)}"
+            )
         if self.extra_descriptions_prob == 1:
             raise ConfigError("data.extra_descriptions_prob 1 never draws a task's own descriptions; use less than 1")
         if self.extra_descriptions_prob and self.descriptions in KINDS_OF_DESCRIPTIONS:
@@ -64,6 +86,11 @@ class DataConfig:
                 "data.extra_descriptions_prob needs a file in data.descriptions, which is "
                 f"'{self.descriptions}'; name a file or leave extra_descriptions_prob out"
             )
+
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """The share of rows that each source gets, that of `tasks` first; none where all tasks come alike."""
+        return (1 - sum(self.extra_weights), *self.extra_weights) if self.extra_weights else ()
 
     @property
     def augmented(self) -> list[str]:
@@ -174,6 +201,11 @@ class SftConfig:
             what = "freeze_a" if self.hypernet.freeze_a else "variant 'basis'"
             raise ConfigError(f"hypernet.{what} is for `t2l train reconstruction`; leave it out here")
         train = self.train
+        if train.conditioning_dropout + self.data.terse_description_prob > 1:
+            raise ConfigError(
+                f"train.conditioning_dropout {train.conditioning_dropout:g} and data.terse_description_prob "
+                f"{self.data.terse_description_prob:g} are shares of the same rows and must not exceed 1 together"
+            )
         if train.margin_loss_weight and train.description_in_prompt_prob == 1:
             raise ConfigError(
                 "train.margin_loss_weight compares only rows whose prompt does not show the description; "

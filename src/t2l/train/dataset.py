@@ -21,12 +21,14 @@ from t2l.tasks import (
     load_own,
     load_sni,
     load_splits,
+    load_t0,
     made_up_words,
     require_trainable,
     written_descriptions,
 )
 from t2l.train.augment import (
     WORDS,
+    AnswerCheck,
     FormatVariation,
     LabelRemap,
     Variant,
@@ -36,8 +38,10 @@ from t2l.train.augment import (
     vocabulary,
 )
 from t2l.train.batches import Batches, Pool
+from t2l.train.computed import computed_tasks
 from t2l.train.config import DataConfig, SftConfig
 from t2l.train.filtering import CountTokens, Fitting, filter_tasks
+from t2l.train.options import ListedChoice, listed_choices, terse_descriptions
 
 SUBSET_SEED = 0
 """Seed of `held_out_tasks`, `max_tasks` and the augmentations, apart from the run's: runs of several seeds train on the
@@ -85,6 +89,11 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
         if not train:
             raise DataError(f"{config.tasks} has no task with examples of split 'train'")
         held_out = _with_descriptions(held_out, config, trained=False)
+    train = [*train, *(task for source in config.extra_tasks for task in load_source(source))]
+    names = [task.name for task in train]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"data.extra_tasks: {', '.join(twice[:5])} come from two sources; rename one of each")
     train = _with_descriptions(train, config)
     train, more = _take_out(train, config.held_out_tasks)
     if config.max_tasks is not None and config.max_tasks < len(train):
@@ -94,6 +103,25 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     if empty:
         raise DataError(f"No training examples for {', '.join(empty[:5])}; take them out or give them some")
     return train, [*held_out, *more]
+
+
+def load_source(source: str) -> list[Task]:
+    """Training tasks of one of `data.extra_tasks`, each of which names the source.
+
+    Raises:
+        DataError: if data are missing, hold no training example, or hold a task that may not be trained on.
+    """
+    if source == "t0":
+        tasks = load_t0(splits=("train", "val"))
+    elif source == "computed":
+        tasks = computed_tasks()
+    else:
+        tasks = load_own(source)
+    require_trainable(task.name for task in tasks)
+    tasks = [replace(task, source=source) for task in tasks if task.examples.get("train")]
+    if not tasks:
+        raise DataError(f"data.extra_tasks: {source} has no task with examples of split 'train'")
+    return tasks
 
 
 def _with_descriptions(tasks: list[Task], config: DataConfig, *, trained: bool = True) -> list[Task]:
@@ -163,6 +191,8 @@ class _Trained:
     held_out_descriptions: tuple[str, ...]
     variants: tuple[Variant, ...]
     auxiliary: tuple[Variant, ...]
+    terse: tuple[str, ...] = ()
+    """Texts that say next to nothing of the task."""
 
 
 def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) -> list[_Trained]:
@@ -178,7 +208,7 @@ def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) ->
     words = vocabulary(read) if data.label_remap_prob else ()
     words = words if len(words) > len(WORDS) else WORDS
     variants = [answer_variants(task, SUBSET_SEED, words=words) if _variant_prob(task, data) else [] for task in read]
-    auxiliary = [auxiliary_tasks(task, SUBSET_SEED) if data.auxiliary_task_prob else [] for task in read]
+    auxiliary = [_auxiliary(task, data) for task in read]
     kinds = {type(variant.augmentation) for made in variants for variant in made}
     if data.label_remap_prob and LabelRemap not in kinds:
         raise DataError("data.label_remap_prob: no task has a few short answers that other words could stand for")
@@ -190,10 +220,27 @@ def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) ->
             "data.auxiliary_task_prob: no task has different short answers, and descriptions that leave room for a "
             f"sentence in encoder.max_tokens ({window})"
         )
+    terse = _terse(read, count_tokens, window) if data.terse_description_prob else [()] * len(read)
     return [
-        _Trained(task, held_out, tuple(some), tuple(more))
-        for task, (_, held_out), some, more in zip(read, split, variants, auxiliary, strict=True)
+        _Trained(task, held_out, tuple(some), tuple(more), few)
+        for task, (_, held_out), some, more, few in zip(read, split, variants, auxiliary, terse, strict=True)
     ]
+
+
+def _auxiliary(task: Task, config: DataConfig) -> list[Variant]:
+    """The auxiliary tasks of a task; where options may stand in inputs, choices among listed answers too."""
+    if not config.auxiliary_task_prob:
+        return []
+    listed = listed_choices(task, SUBSET_SEED) if config.option_placement_prob else []
+    return [*auxiliary_tasks(task, SUBSET_SEED), *listed]
+
+
+def _terse(tasks: list[Task], count_tokens: CountTokens, window: int) -> list[tuple[str, ...]]:
+    """For each task the texts that say next to nothing of it and that the encoder can read."""
+    made = [terse_descriptions(task) for task in tasks]
+    texts = sorted({text for found in made for text in found})
+    counts = dict(zip(texts, count_tokens(texts), strict=True))
+    return [tuple(text for text in found if counts[text] <= window) for found in made]
 
 
 def _variant_prob(task: Task, config: DataConfig) -> float:
@@ -237,6 +284,8 @@ def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -
     number = len(descriptions)
     if config.data.random_description_prob:  # after all others, whose places then do not depend on them
         descriptions += _random_texts(count_tokens, config.encoder.max_tokens)
+    random_texts = range(number, len(descriptions))
+    descriptions += sorted({text for task in trained for text in task.terse} - set(descriptions))
     texts = _texts_to_read(config, fitting, descriptions)
     pools = _Pools(config, texts, descriptions)
     in_prompt = config.train.description_in_prompt_prob
@@ -247,7 +296,8 @@ def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -
         config,
         in_prompt=in_prompt,
         seed=config.seed,
-        random_texts=range(number, len(descriptions)),
+        random_texts=random_texts,
+        augmented=True,
     )
     suites = {
         "seen": [pools.of(t.task, "val", t.held_out_descriptions or t.task.descriptions) for t in trained],
@@ -292,12 +342,23 @@ class _Pools:
         """A task that is trained on, with its variants and auxiliary tasks."""
         task, data = trained.task, self.config.data
         preferred = self.preferred.get(task.name, ())
-        own = self.of(task, "train", _preferred(task.descriptions, preferred, data.extra_descriptions_prob))
+        answers = answers_of(task)
+        own = replace(
+            self.of(task, "train", _preferred(task.descriptions, preferred, data.extra_descriptions_prob)),
+            options=answers,
+            terse=self._places(trained.terse),
+            source=("", *data.extra_tasks).index(task.source),
+        )
 
         def variants(made: Sequence[Variant]) -> tuple[Pool, ...]:
             return tuple(
                 replace(
-                    own, examples=v.examples, descriptions=self._places(v.descriptions), augmentation=v.augmentation
+                    own,
+                    examples=v.examples,
+                    descriptions=self._places(v.descriptions),
+                    augmentation=v.augmentation,
+                    options=_options(v, answers),
+                    self_contained=isinstance(v.augmentation, ListedChoice),
                 )
                 for v in made
             )
@@ -312,6 +373,14 @@ class _Pools:
 
     def _places(self, texts: Sequence[str]) -> tuple[int, ...]:
         return tuple(self.place[text] for text in texts)
+
+
+def _options(variant: Variant, answers: Sequence[str]) -> tuple[str, ...]:
+    """What may be answered in a variant of a task with these answers, where it is one of a few."""
+    change = variant.augmentation
+    if isinstance(change, LabelRemap):
+        return tuple(change.new[answer] for answer in answers)
+    return (change.right, change.wrong) if isinstance(change, AnswerCheck) else ()
 
 
 def _preferred(texts: Sequence[str], some: Sequence[str], share: float) -> tuple[str, ...]:
@@ -331,7 +400,15 @@ def _batches(
     in_prompt: float,
     seed: int,
     random_texts: Sequence[int] = (),
+    augmented: bool = False,
 ) -> Batches:
+    data = config.data
+    training: dict[str, Any] = {
+        "terse_prob": data.terse_description_prob,
+        "dropout": config.train.conditioning_dropout,
+        "option_placement_prob": data.option_placement_prob,
+        "source_weights": data.source_weights,
+    }
     return Batches(
         pools,
         descriptions,
@@ -344,7 +421,8 @@ def _batches(
         one_example=config.conditioning == "input",
         augment_unsaid=not config.unconditional,
         random_texts=random_texts,
-        random_text_prob=config.data.random_description_prob,
+        random_text_prob=data.random_description_prob,
+        **(training if augmented else {}),
         # Noise on the base's embeddings is drawn for each document by its own length.
         share_beginnings=not config.train.neftune_noise_alpha,
         prompt=config.prompt,

@@ -29,7 +29,7 @@ from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.train.batches import Batch
+from t2l.train.batches import DROPPED, TOLD, Batch
 from t2l.train.checkpoints import card, initialize, portable, require_origin, save_model
 from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.dataset import RunData, prepare_data
@@ -78,19 +78,20 @@ class Trainer:
         """What the optimiser changes."""
         return self.base if self.hypernet is None else self.hypernet
 
-    def adapters(self, read: Tensor, *, learning: bool) -> LoraTensors:
-        """Adapters (N of them) from the texts at `read` (N,); in training some of them are the shared LoRA alone."""
+    def adapters(self, read: Tensor, *, learning: bool, kept: Tensor | None = None) -> LoraTensors:
+        """Adapters (N of them) from the texts at `read` (N,); the shared LoRA alone where `kept` (N,) is false."""
         if self.hypernet is None:
             return NO_ADAPTER
         encoded = Encoded(read[:, None]) if self.cache is None else self.cache[read]
-        scale, dropout = None, self.config.train.conditioning_dropout
-        if learning and dropout:
-            scale = (torch.rand(len(read), device=self.device) >= dropout).float()
+        # Without dropout there is no scale at all, so that a compiled hypernetwork need not multiply by ones.
+        scale = kept.float() if kept is not None and self.config.train.conditioning_dropout else None
         # Evaluation runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
         write = self.write if learning and self.write is not None else self.hypernet
         return write(encoded.states, encoded.mask, scale).map(Tensor.contiguous)
 
-    def forward(self, rows: PackedRows, read: Tensor, *, learning: bool) -> tuple[AnswerLosses, LoraTensors]:
+    def forward(
+        self, rows: PackedRows, read: Tensor, *, learning: bool, kept: Tensor | None = None
+    ) -> tuple[AnswerLosses, LoraTensors]:
         """Losses of the answers of rows under the adapters written from `read` (B,); and these adapters."""
         train, noise, smoothing = self.config.train, None, None
         if train.neftune_noise_alpha:  # zeros in evaluation, so that there is one compiled function
@@ -100,7 +101,7 @@ class Trainer:
             smoothing = torch.full((), train.label_smoothing_factor if learning else 0.0, device=self.device)
         enabled = self.device.type == "cuda" if train.bf16 is None else train.bf16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            lora = self.adapters(read, learning=learning)
+            lora = self.adapters(read, learning=learning, kept=kept)
             answers = self.losses(rows, lora if lora.a else None, noise, smoothing)
         if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
             answers, lora = answers._replace(losses=answers.losses.detach()), lora.map(Tensor.detach)
@@ -115,7 +116,9 @@ class Trainer:
         train, number = self.config.train, len(batch.read)
         again = math.ceil(train.margin_loss_share * number) if train.margin_loss_weight else 0
         rows = batch.rows.followed_by(batch.rows.part(0, again))
-        answers, lora = self.forward(rows, torch.cat([batch.read, batch.negatives[:again]]), learning=learning)
+        kept = torch.cat([batch.told, batch.told[:again]]) != DROPPED if learning else None
+        read = torch.cat([batch.read, batch.negatives[:again]])
+        answers, lora = self.forward(rows, read, learning=learning, kept=kept)
         right, wrong = (AnswerLosses(*(x[part] for x in answers)) for part in (slice(number), slice(number, None)))
         if not learning and again < number:
             negatives = torch.cat([batch.negatives, batch.negatives[:again]])
@@ -127,7 +130,7 @@ class Trainer:
         """The training loss: mean over rows, over a row's documents, over a document's answer tokens."""
         train, weights = self.config.train, batch.rows.weights
         if not train.margin_loss_weight:
-            answers, lora = self.forward(batch.rows, batch.read, learning=True)
+            answers, lora = self.forward(batch.rows, batch.read, learning=True, kept=batch.told != DROPPED)
             loss = (answers.losses * weights).sum()
         else:
             right, wrong, lora = self.compare(batch, learning=True)
@@ -140,12 +143,16 @@ class Trainer:
         return loss if commitment is None else loss + COMMITMENT * commitment
 
     def _hinge(self, batch: Batch, right: Tensor, wrong: Tensor) -> Tensor:
-        """How much the margins of the compared rows lack, on average over those whose prompt shows no description."""
+        """How much the margins of the compared rows lack, on average over those whose adapter alone says what to do.
+
+        The prompt of such a row shows no description, and its adapter is written from one: where a row's own text says
+        nothing of its task, another text need cost nothing more.
+        """
         number = len(wrong)
         weights = batch.rows.weights[:number]
         share = weights.sum(1)
         margin = ((wrong * weights).sum(1) - (right[:number] * weights).sum(1)) / share.clamp_min(1e-12)
-        share = share.masked_fill(batch.in_prompt[:number], 0.0)
+        share = share.masked_fill(batch.in_prompt[:number] | (batch.told[:number] != TOLD), 0.0)
         return (F.relu(self.config.train.margin - margin) * share).sum() / share.sum().clamp_min(1e-12)
 
     def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
