@@ -20,6 +20,7 @@ from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train import dataset as train_data
 from t2l.train.checkpoints import save_model
+from t2l.train.computed import computed_tasks
 from t2l.train.config import SftConfig
 from t2l.train.metrics import read_metrics
 from t2l.train.sft import train
@@ -136,6 +137,8 @@ def tiny(
             config, folder = shrink(path), root / names(path)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train_data, "load_sni", lambda _, splits: fake_tasks(splits[0]))
+                patch.setattr(train_data, "load_t0", lambda splits: [replace(fake_tasks("train")[1], name="t0_one")])
+                patch.setattr(train_data, "computed_tasks", lambda: computed_tasks()[:2])
                 patch.chdir(ROOT.parent)
                 train(config, folder, device="cpu", log=lambda _: None)
             done[path] = folder, config

@@ -22,6 +22,7 @@ from t2l.train.augment import AnswerCheck, AnswerChoice
 from t2l.train.config import DataConfig, SftConfig, TrainConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.embeddings import EmbeddingCache
+from t2l.train.options import TERSE
 from t2l.train.packing import SHARED
 from t2l.train.sft import train
 
@@ -320,3 +321,48 @@ def test_texts_over_the_window_are_left_out_and_no_auxiliary_task_at_all_is_an_e
         DataError, match=r"data\.auxiliary_task_prob: no task has different short answers.*max_tokens \(64\)"
     ):
         prepare("one", auxiliary_task_prob=0.3)
+
+
+def test_extra_tasks_come_as_often_as_their_weights_say(config: SftConfig, sft_jsonl: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in sft_jsonl.read_text().splitlines()]
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row | {"task": f"more-{row['task']}"}) + "\n" for row in rows))
+    mixed = replace(config, data=replace(config.data, extra_tasks=(str(more),), extra_weights=(0.25,)))
+    data = prepare_data(mixed, make_tokenizer(), lengths)
+    pools = data.train.pools
+    assert {pool.source for pool in pools if pool.name.startswith("more-")} == {1}
+    tasks = [pools[data.train.task_of_row(step, 0)] for step in range(0, 100 * mixed.train.tasks_per_batch, 1)]
+    assert 0.2 < sum(pool.source for pool in tasks) / len(tasks) < 0.3
+
+
+def test_a_task_of_two_sources_is_named(config: SftConfig, sft_jsonl: Path, tmp_path: Path) -> None:
+    same = tmp_path / "same.jsonl"
+    same.write_text(sft_jsonl.read_text())
+    twice = replace(config, data=replace(config.data, extra_tasks=(str(same),)))
+    with pytest.raises(DataError, match="come from two sources"):
+        prepare_data(twice, make_tokenizer(), lengths)
+
+
+def test_options_and_terse_texts_reach_the_pools(config: SftConfig) -> None:
+    data = replace(config.data, option_placement_prob=0.5, terse_description_prob=0.25)
+    made = prepare_data(
+        replace(config, encoder=replace(config.encoder, max_tokens=64), data=data), make_tokenizer(), lengths
+    )
+    for pool in made.train.pools:
+        assert pool.terse
+        assert {made.texts[n] for n in pool.terse} <= set(TERSE)
+    assert not any(pool.terse for batches in made.evaluation.values() for pool in batches.pools)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra_tasks": ("t0",), "extra_weights": (0.5, 0.2)}, "2 shares for 1 sources"),
+        ({"extra_tasks": ("t0", "computed"), "extra_weights": (0.5, 0.5)}, "add up to less than 1"),
+        ({"extra_tasks": ("t0", "t0")}, "must be different sources"),
+        ({"extra_tasks": ("",)}, "must be different sources"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**changes)

@@ -6,7 +6,7 @@ example is a pure function of the task's name and the example's number. Knows wo
 
 None of these tasks is one of the everyday tasks, on which nothing is trained: where the form is the same (JSON, dates,
 lists) what is asked for is something else. Nor is one a task of a public suite that is evaluated on, as sorting or
-finding the odd one out would be.
+finding the odd one out would be. This file is longer than 500 lines because it holds the words of all templates.
 """
 
 import json
@@ -44,7 +44,7 @@ THINGS = _words(
 ANIMALS = _words(
     "badger cat donkey eagle fox goat heron lizard moose newt otter panda rabbit seal tiger wolf yak zebra"
 )
-FOODS = _words("bread cheese soup salad pasta pizza stew pancake omelette curry pie sandwich porridge risotto")
+FOODS = _words("cheese soup salad pasta pizza stew pancake omelette curry pie sandwich porridge risotto")
 ADJECTIVES = _words("small quiet bright heavy broken new cheap soft narrow famous clean cold round tall green wooden")
 VERBS = _words("opened painted cleaned moved repaired borrowed sold noticed dropped carried found washed ordered")
 PLACES = _words("garden kitchen library station market office school harbour park hotel museum workshop bakery")
