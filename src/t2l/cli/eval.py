@@ -29,7 +29,7 @@ def _option(help: str, *names: str, **more: Any) -> Any:
 SuiteOption = Annotated[
     list[str],
     _option(
-        "seen, held-back, validation, test, benchmarks, likelihood, or own tasks; may be repeated.",
+        "seen, held-back, validation, test, everyday, benchmarks, likelihood, or own tasks; may be repeated.",
         "--suite",
         metavar="NAME|FILE",
     ),
