@@ -115,6 +115,7 @@ class Batch:
             raise ConfigError(f"{kind} takes no cache and masks like the server's: {error}") from error
         finally:
             self.rows.clear()
+            self.counts.clear()
             self._cache.release()
         if not worst <= (1e-3 if self._parameter.dtype == torch.float32 else 5e-2) * largest:
             raise ConfigError(
