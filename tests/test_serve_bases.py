@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL
-from serve_helpers import make_adapter, make_prompt, reference
-from test_bases import BASES
+from serve_helpers import make_prompt, reference
+from test_bases import BASES, make_adapter, make_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2l.errors import ConfigError
@@ -29,10 +29,10 @@ MORE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(kind: str, settings: dict[str, Any], attention: str) -> Any:
-    config = AutoConfig.for_model(kind, **(SMALL | {"max_position_embeddings": 128} | settings))
+def make(kind: str) -> Any:
+    config = AutoConfig.for_model(kind, **(SMALL | {"max_position_embeddings": 128} | MORE[kind]))
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
     model.generation_config.eos_token_id = 1
     return model
 
@@ -53,16 +53,16 @@ def serve(model: Any, tokenizer: Any, adapters: list[Any]) -> None:
 def test_rows_with_adapters_are_answered_as_alone(kind: str, attention: str, tiny_tokenizer: Any) -> None:
     if (kind, attention) == ("gemma2", "sdpa"):
         pytest.skip("gemma2 caps its scores, which this attention does not do, alone or in a batch")
-    settings, targets = BASES[kind]
-    model = make(kind, settings, attention)
-    names = tuple(name.rpartition(".")[2] for name in targets)
-    serve(model, tiny_tokenizer, [None, make_adapter(model, 1, targets=names)])
+    model = make_base(kind)
+    model.set_attn_implementation(attention)
+    model.generation_config.eos_token_id = 1
+    serve(model, tiny_tokenizer, [None, make_adapter(model, BASES[kind][1])])
 
 
 @pytest.mark.parametrize("kind", MORE)
 def test_other_bases_are_served_right_or_refused(kind: str, tiny_tokenizer: Any) -> None:
     try:
-        model = make(kind, MORE[kind], "eager")
+        model = make(kind)
     except Exception as error:
         pytest.skip(f"this version of Transformers makes no tiny {kind}: {error}")
     try:

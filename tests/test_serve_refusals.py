@@ -1,0 +1,225 @@
+"""Requests that are wrong in every way, and who may ask at all: each is refused, and the next request is served."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import make_base, make_config, make_tokenizer
+from serve_helpers import Server, running, wait_for
+
+from t2l.config import PromptConfig
+from t2l.serve.engine import Limits
+from t2l.serve.guard import LOCAL, Guard
+from t2l.serve.service import ServiceLimits
+
+USER: Any = [{"role": "user", "content": "What is it?"}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prompt = PromptConfig(description_in_prompt=True)
+    return make_checkpoint(tmp_path_factory.mktemp("refusals") / "checkpoint", prompt=prompt)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = make_base(make_config()), make_tokenizer()
+    limits = ServiceLimits(description_bytes=90, choices=6, max_tokens=400)
+    with running(checkpoint, base, tmp_path_factory.mktemp("refusals-store"), service_limits=limits) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+CHAT = {"model": "base", "messages": USER}
+BAD: list[tuple[str, bytes]] = [
+    ("/v1/chat/completions", b""),
+    ("/v1/chat/completions", b"{"),
+    ("/v1/chat/completions", b"\x80\x04\x95\x10."),
+    ("/v1/chat/completions", b'{"model": "\xff"}'),
+    ("/v1/chat/completions", b"[" * 100_000),
+    ("/v1/chat/completions", b"null"),
+    ("/v1/completions", b'{"model": "base", "prompt": "x", "temperature": NaN}'),
+    ("/v1/completions", b'{"model": "base", "prompt": "x", "temperature": 1e999}'),
+    ("/v1/completions", b'{"model": "base", "prompt": "\\ud800"}'),
+    ("/v1/completions", b'{"model": "base", "prompt": "x", "\\ud800": 1}'),
+    ("/v1/adapters", b'{"description": "\\ud800"}'),
+    *[
+        ("/v1/chat/completions", json.dumps({**CHAT, **change}).encode())
+        for change in (
+            {"messages": []},
+            {"messages": [{"role": "robot", "content": "x"}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://x"}]}]},
+            {"messages": "hello"},
+            {"model": 7},
+            {"model": ["base"]},
+            {"temperature": -1},
+            {"temperature": "hot"},
+            {"top_p": 0},
+            {"n": 0},
+            {"n": 7},
+            {"n": 10**9},
+            {"max_tokens": 0},
+            {"max_tokens": 401},
+            {"max_tokens": 10**30},
+            {"stop": [""]},
+            {"stop": ["a", "b", "c", "d", "e"]},
+            {"seed": 1.5},
+            {"logprobs": True, "top_logprobs": 21},
+            {"top_logprobs": 2},
+            {"stream": "maybe"},
+            {"tools": [{"type": "function"}]},
+            {"presence_penalty": 0.5},
+            {"path": "/etc/passwd"},
+            {"timeout": 0},
+            {"model": "t2l:"},
+            {"model": "t2l:  \n"},
+            {"model": "t2l:" + "x" * 200},
+            {"messages": [{"role": "user", "content": "x" * 600}]},
+        )
+    ],
+    *[
+        ("/v1/completions", json.dumps({"model": "base", **change}).encode())
+        for change in (
+            {"prompt": []},
+            {"prompt": ""},
+            {"prompt": [[]]},
+            {"prompt": [1, "x"]},
+            {"prompt": [99999]},
+            {"prompt": [-1]},
+            {"prompt": ["x"] * 7},
+            {"prompt": "x", "echo": True},
+            {"prompt": "x", "suffix": "y"},
+        )
+    ],
+    *[
+        ("/v1/adapters", json.dumps(change).encode())
+        for change in (
+            {},
+            {"description": ""},
+            {"description": "x" * 91},
+            {"description": ["x"]},
+            {"description": "x", "n": 2},
+            {"description": "x", "base": "http://169.254.169.254/"},
+            {"description": "x", "checkpoint": "../../etc"},
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BAD, ids=lambda value: str(value)[:60])
+def test_malformed_bodies_get_400_and_the_next_request_is_served(path: str, body: bytes, http: httpx.Client) -> None:
+    answer = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and error["message"]
+    fine = http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2, "temperature": 0})
+    assert fine.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-4",
+        "../x",
+        "/etc/passwd",
+        "%2e%2e%2f",
+        "t2l-0000000000000000",
+        "a\x00b",
+        "http://127.0.0.1/x",
+        "org/model",
+        "",
+    ],
+)
+def test_an_unknown_model_is_404_and_leads_nowhere(name: str, http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={"model": name, "messages": USER})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/adapters/..%2f..%2fx", "/v1/adapters/%2e%2e", "/v1/adapters/A%00", "/static/../app.py"]
+)
+def test_paths_in_addresses_lead_nowhere(path: str, server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert reply.split(b" ", 2)[1] in (b"404", b"400"), reply
+    assert b"import" not in reply
+
+
+def test_a_description_is_data(http: httpx.Client) -> None:
+    """Whatever it looks like, it is read as a text."""
+    for text in (
+        "/etc/passwd",
+        "http://169.254.169.254/",
+        "t2l:smollm2-135m",
+        "org/model@main",
+        "../../x",
+        "{{ 7*7 }}",
+    ):
+        made = http.post("/v1/adapters", json={"description": text})
+        assert made.status_code in (200, 201) and made.json()["description"] == text
+
+
+# --------------------------------------------------------------------------------------------------------- the guard
+
+
+def test_foreign_hosts_and_origins_are_refused(http: httpx.Client) -> None:
+    assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 421
+    assert http.get("/v1/models", headers={"host": "evil.example:80"}).status_code == 421
+    for name in LOCAL:
+        assert http.get("/v1/models", headers={"host": f"{name}:8000"}).status_code == 200
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        assert http.post("/v1/chat/completions", json=CHAT, headers={"origin": origin}).status_code == 403
+    own = str(http.base_url).rstrip("/")
+    assert http.get("/v1/models", headers={"origin": own}).status_code == 200
+
+
+def test_bodies_have_an_end(server: Server, http: httpx.Client) -> None:
+    huge = b'{"model": "' + b"x" * 2**20 + b'"}'
+    assert http.post("/v1/chat/completions", content=huge).status_code == 413
+    chunked = http.post("/v1/chat/completions", content=(huge[i : i + 4096] for i in range(0, len(huge), 4096)))
+    assert chunked.status_code == 413
+    assert http.get("/healthz").status_code == 200
+
+
+def test_every_answer_carries_the_policy(http: httpx.Client) -> None:
+    for answer in (http.get("/"), http.get("/v1/models"), http.get("/nowhere"), http.get("/v1/adapters/x")):
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["x-request-id"]
+    assert http.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_token_rate_and_queue(checkpoint: Path, tmp_path: Path) -> None:
+    base = make_base(make_config()), make_tokenizer()
+    guard = Guard(token="s3cret", requests_per_minute=8)
+    with (
+        running(checkpoint, base, tmp_path, limits=Limits(rows=1, waiting=1), guard=guard) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+    ):
+        assert http.get("/healthz").status_code == 200 and http.get("/").status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer s3cret!"}):
+            assert http.get("/v1/models", headers=headers).status_code == 401
+            assert http.get("/metrics", headers=headers).status_code == 401
+        http.headers["authorization"] = "Bearer s3cret"
+        assert http.get("/v1/models").status_code == 200
+        gate = threading.Event()
+        server.service.engine.run(gate.wait)
+        body = {"model": "base", "prompt": "x", "max_tokens": 2, "n": 2}
+        full = http.post("/v1/completions", json=body)
+        assert full.status_code == 429 and "1 requests wait" in full.json()["error"]["message"]
+        assert full.headers["retry-after"]
+        gate.set()
+        wait_for(lambda: not any(server.service.engine.state.values()))
+        codes = [http.post("/v1/completions", json={**body, "n": 1}).status_code for _ in range(10)]
+        assert codes[0] == 200 and codes[-1] == 429
