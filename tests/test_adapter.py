@@ -12,12 +12,14 @@ import pytest
 import torch
 import yaml
 from conftest import make_base, make_config, random_lora
-from peft import PeftModel
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaForCausalLM
 
 from t2l import LoraAdapter, TextToLora, apply_adapters
 from t2l.apply import hooked
+from t2l.cli.inspect import _inspect_adapter
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, CheckpointError, ConfigError, SpecMismatchError, UploadError
 from t2l.spec import AdapterSpec
@@ -337,3 +339,81 @@ def test_what_all_adapters_share_is_copied(make_checkpoint: Callable[..., Path],
     one, other = generator.generate(["One.", "Two."])
     one.lora.a[0].zero_()
     assert other.lora.a[0].any() and generator.hypernet.shared_lora.a[0].any()
+
+
+# ------------------------------------------------------------------------------------------- other people's folders
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"lora_bias": True},
+        {"use_qalora": True},
+        {"alora_invocation_tokens": [1]},
+        {"target_parameters": ["x"]},
+        {"bias": "all"},
+        {"from_the_future": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_settings_that_change_what_tensors_mean_are_refused(
+    change: dict[str, Any], base_folder: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(str(base_folder)).save_pretrained(tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps(plain | dict.fromkeys(change) | {"init_lora_weights": True, "lora_bias": False}))
+    LoraAdapter.from_pretrained(folder)  # the same settings, but off
+    path.write_text(json.dumps(plain | change))
+    with pytest.raises(CheckpointError, match=f"{next(iter(change))} is .*no plain LoRA"):
+        LoraAdapter.from_pretrained(folder)
+
+
+def test_a_pickled_adapter_is_called_so(base_folder: Path, tmp_path: Path) -> None:
+    folder = make_adapter(str(base_folder)).save_pretrained(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"holds its weights as a pickle \(adapter_model.bin\)"):
+        LoraAdapter.from_pretrained(folder)
+
+
+def test_inspect_reads_folders_that_leave_modules_out(base_folder: Path, tmp_path: Path) -> None:
+    """It needs no base, and a folder with gaps is sound."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    left_out = r".*\.1\.self_attn\.q_proj"
+    settings = PeftLoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], exclude_modules=left_out)
+    peft = get_peft_model(model, settings)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    peft.save_pretrained(tmp_path / "odd")
+    report = _inspect_adapter(tmp_path / "odd")
+    assert (report["modules"], report["layers"], report["scaling"]) == (5, 3, 3.0)
+    adapted = [peft.base_model.model.model.layers[n].self_attn.q_proj for n in (0, 2)]
+    mean = float(sum(module.get_delta_weight("default").detach().norm() for module in adapted)) / 2
+    assert report["norm_of_update_over_layers"]["q_proj"]["mean"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_an_adapter_of_a_multimodal_base_is_the_language_models(tmp_path: Path) -> None:
+    """Also in PEFT, which matches names by their ends and would find the vision tower's."""
+    text = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
+    heads = {"num_attention_heads": 4}
+    special = {"mm_tokens_per_image": 1, "boi_token_index": 260, "eoi_token_index": 261, "image_token_index": 262}
+    config = Gemma3Config(
+        text_config=text | heads | {"num_key_value_heads": 2}, vision_config=vision | heads, **special
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    spec = AdapterSpec.from_config(config, "tiny/gemma", LoraConfig(r=2, lora_alpha=4))
+    assert all("vision" not in target.path for target in spec.targets)
+    adapter = LoraAdapter(random_lora(spec), spec, "x")
+    expected = applied(model, adapter)
+    assert (expected - logits(model)).abs().max() > 1e-4
+    peft = adapter.to_peft(model)
+    assert torch.allclose(logits(peft.eval()), expected, atol=1e-5)
+    assert not [name for name, _ in peft.named_parameters() if "lora_" in name and "vision" in name]
+    alone = AdapterSpec.from_config(config.get_text_config(), "tiny/gemma-text", LoraConfig(r=2, lora_alpha=4))
+    with pytest.raises(SpecMismatchError, match="has no such module"):
+        applied(model, LoraAdapter(random_lora(alone), alone, "x"))

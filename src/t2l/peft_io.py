@@ -5,6 +5,7 @@ Shape letters as in `spec.py`. PEFT stores A as (R, I) and B as (O, R), as LoraT
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,11 @@ _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])
 
 def tensor_name(target: Target, layer: int, part: str) -> str:
     """PEFT's name of a tensor; `part` is A or B. No other module spells it."""
-    return f"base_model.model.{target.path.format(layer=layer)}.lora_{part}.weight"
+    return _tensor_name(target.path.format(layer=layer), part)
+
+
+def _tensor_name(path: str, part: str) -> str:
+    return f"base_model.model.{path}.lora_{part}.weight"
 
 
 def to_state_dict(lora: LoraTensors, spec: AdapterSpec) -> dict[str, torch.Tensor]:
@@ -199,6 +204,11 @@ class PeftFacts:
     modules: dict[str, tuple[int, int]]
     """Path of each adapted module to its (in, out) features, such as `model.layers.0.self_attn.q_proj`."""
 
+    @property
+    def scaling(self) -> float:
+        """Factor of B·A."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
 
 def read_facts(folder: Path) -> PeftFacts:
     """Reads a PEFT LoRA folder's settings and the names and shapes of its tensors.
@@ -211,8 +221,27 @@ def read_facts(folder: Path) -> PeftFacts:
     rank, alpha, base = config.get("r"), config.get("lora_alpha"), config.get("base_model_name_or_path")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(base, str):
         raise CheckpointError(f"{folder / CONFIG} lacks r, lora_alpha or base_model_name_or_path")
+    if isinstance(rank, bool) or not 1 <= rank <= 2**20 or not math.isfinite(alpha):
+        raise CheckpointError(f"{folder / CONFIG}: r is {rank} and lora_alpha {alpha}, which no LoRA can have")
     modules = read_modules(folder, rank)
     return PeftFacts(base, rank, float(alpha), bool(config.get("use_rslora", False)), modules)
+
+
+def read_norms(folder: Path, facts: PeftFacts) -> dict[str, float]:
+    """Frobenius norm of the weight update of each module that a folder adapts, by its path.
+
+    Raises:
+        CheckpointError: if the tensors' file is damaged, or holds NaN or infinite values.
+    """
+    name = _tensor_name
+    expected = {name(path, "A"): (facts.rank, i) for path, (i, _) in facts.modules.items()}
+    expected |= {name(path, "B"): (o, facts.rank) for path, (_, o) in facts.modules.items()}
+    state = read_tensors(folder / WEIGHTS, expected)
+    norms = {}
+    for path in facts.modules:
+        a, b = (state[name(path, part)].float() for part in "AB")
+        norms[path] = float(LoraTensors((a[None],), (b[None],), facts.scaling).norms()[0])
+    return norms
 
 
 def read_modules(folder: Path, rank: int) -> dict[str, tuple[int, int]]:

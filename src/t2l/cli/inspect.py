@@ -77,19 +77,34 @@ def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _inspect_adapter(folder: Path) -> dict[str, Any]:
-    from t2l.peft_io import load_adapter, read_origin
+    """From the folder alone: its base model need not be at hand, and it may adapt any modules of any layers."""
+    from t2l.peft_io import read_facts, read_norms, read_origin
 
-    spec = _spec_of_adapter(folder)
-    lora = load_adapter(folder, spec)  # refuses NaN and infinite values
-    norms = {}
-    for target, norm in zip(spec.targets, lora.norms(), strict=True):
-        values = {"mean": norm.mean(), "min": norm.min(), "max": norm.max()}
-        norms[target.name] = {name: round(float(value), 6) for name, value in values.items()}
+    facts = read_facts(folder)
+    places: dict[str, list[str]] = {}
+    layers: set[int] = set()
+    for path in facts.modules:
+        places.setdefault(path.rsplit(".", 1)[-1], []).append(path)
+        if found := re.search(r"\.(\d+)\.", path):
+            layers.add(int(found[1]))
+    norms, of_path = {}, read_norms(folder, facts)  # refuses NaN and infinite values
+    for name, paths in places.items():
+        values = [of_path[path] for path in paths]
+        spread = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+        norms[name] = {key: round(value, 6) for key, value in spread.items()}
+    sizes = {name: sorted({facts.modules[path] for path in paths}) for name, paths in places.items()}
     return {
         "kind": "adapter",
         "path": str(folder),
         "description": read_origin(folder).description or None,
-        **_shape(spec),
+        "base_model": facts.base_model,
+        "targets": {name: ", ".join(f"{i} x {o}" for i, o in found) for name, found in sizes.items()},
+        "modules": len(facts.modules),
+        "layers": len(layers),
+        "rank": facts.rank,
+        "alpha": facts.alpha,
+        "scaling": facts.scaling,
+        "adapter_parameters": sum(facts.rank * (i + o) for i, o in facts.modules.values()),
         "norm_of_update_over_layers": norms,
         "finite": True,
     }
@@ -110,44 +125,6 @@ def _shape(spec: "AdapterSpec") -> dict[str, Any]:
 def needs_base(config: "CheckpointConfig") -> bool:
     """Whether generating needs the base model's weights."""
     return config.encoder.kind == "tokens" and config.encoder.model == "base"
-
-
-def _spec_of_adapter(folder: Path) -> "AdapterSpec":
-    """The shape of somebody's PEFT folder, from its own files: its base model need not be at hand."""
-    from t2l import peft_io
-    from t2l.io import read_json
-    from t2l.spec import AdapterSpec, Target
-
-    config = read_json(folder / peft_io.CONFIG)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    sizes: dict[str, tuple[int, int]] = {}
-    layers: set[int] = set()
-    if isinstance(rank, int):
-        for path, size in peft_io.read_modules(folder, rank).items():
-            if found := re.fullmatch(r"(.+?\.)(\d+)(\..+)", path):
-                sizes[f"{found[1]}{{layer}}{found[3]}"] = size
-                layers.add(int(found[2]))
-    if not sizes or not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{folder} holds no LoRA of a Transformer's layers that can be read")
-    named = config.get("target_modules")
-    order = [str(x) for x in named] if isinstance(named, list) else []
-
-    def place(path: str) -> tuple[int, str]:
-        return next((i for i, name in enumerate(order) if path.endswith("." + name)), len(order)), path
-
-    return AdapterSpec(
-        base_model=str(config.get("base_model_name_or_path")),
-        model_type="unknown",
-        num_layers=max(layers) + 1,
-        layers=tuple(sorted(layers)),
-        targets=tuple(
-            Target(name=path.rsplit(".", 1)[-1], path=path, in_features=sizes[path][0], out_features=sizes[path][1])
-            for path in sorted(sizes, key=place)
-        ),
-        rank=rank,
-        alpha=alpha,
-        use_rslora=bool(config.get("use_rslora", False)),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- doctor
