@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from t2l import io
 from t2l.config import load_yaml, override, parse_yaml
 from t2l.errors import CheckpointError, ConfigError, DataError, OutputError
+from t2l.names import require_folder_names
 
 
 @contextmanager
@@ -340,7 +341,7 @@ def test_yaml_values_are_read_as_before() -> None:
 @given(st.text(max_size=300))
 def test_a_name_that_is_let_through_names_a_folder_inside_its_parent(name: str) -> None:
     try:
-        io.require_folder_names([name], "a task", DataError)
+        require_folder_names([name], "a task", DataError)
     except DataError as error:
         assert "cannot name a task" in str(error) and len(str(error)) < 400
         return

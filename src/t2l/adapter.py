@@ -17,6 +17,7 @@ from t2l.errors import AdapterNotAppliedError, SpecMismatchError
 from t2l.lora import LoraTensors
 from t2l.peft_folder import open_adapter
 from t2l.spec import AdapterSpec
+from t2l.upload import push_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -113,7 +114,7 @@ class LoraAdapter(ModelHubMixin):
             folder = self.save_pretrained(Path(parent) / "adapter", dtype=dtype)
             card = self.card(for_hub=True)
             (folder / peft_io.CARD).write_text(card, encoding="utf-8", newline="")
-            return hub.push_folder(folder, repo_id, **options)
+            return push_folder(folder, repo_id, **options)
 
     def card(self, *, for_hub: bool = False) -> str:
         """The adapter's model card.

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, T2LError, UploadError
+from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, T2LError
 from t2l.io import reading
 from t2l.model_folder import TEXT_PATTERNS, check_config, check_weights, folder_fingerprint
 from t2l.pypi import KNOWN_PACKAGES, PREFIX, final_folder, is_complete, prepare
+from t2l.upload import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -396,66 +397,12 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# --- public: uploading ----------------------------------------------------------------------------------------------
-
-
 def is_hub_id(ref: str) -> bool:
     """Say whether a reference names a model of the Hub, without asking it."""
     try:
         return parse(ref).kind == "hub"
     except ModelNotFoundError:
         return False
-
-
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload by text-to-lora",
-    create_pr: bool = False,
-) -> str:
-    """Upload a folder as a model repository of the Hub, which is made if it is not there.
-
-    Args:
-        folder: What is uploaded.
-        repo_id: `name` or `organisation/name`.
-        token: As `huggingface_hub` takes it; None means the token that is saved, if there is one.
-        private: Whether a new repository is private; None means the organisation's default.
-        revision: Branch; None means the main one.
-        commit_message: Message of the commit.
-        create_pr: Whether a pull request is opened in place of a commit.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        UploadError: The Hub does not take it.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return str(
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
-        )
-    # As for downloads: which errors the client lets through differs by the version of its HTTP library.
-    except Exception as error:
-        raise UploadError(
-            f"cannot upload to {repo_id} on the Hugging Face Hub: {_first_line(error)}. Run `hf auth login` with a "
-            "token that may write there, and check the network"
-        ) from error
 
 
 # --- Hugging Face Hub -----------------------------------------------------------------------------------------------
@@ -523,7 +470,7 @@ def _snapshot(parsed: ModelRef, patterns: tuple[str, ...], *, progress: bool, **
     except Exception as error:
         packages = " or ".join(PREFIX + name for name in KNOWN_PACKAGES)
         raise DownloadError(
-            f"cannot fetch {parsed} from the Hugging Face Hub: {_first_line(error)}. Check the network (and that "
+            f"cannot fetch {parsed} from the Hugging Face Hub: {first_line(error)}. Check the network (and that "
             "HF_HUB_OFFLINE is unset), or download the model elsewhere and give its folder, or use a model that "
             f"needs no Hub: {packages}"
         ) from error
@@ -542,8 +489,3 @@ def _quiet_hub(quiet: bool) -> Iterator[None]:
     finally:
         if change:
             enable_progress_bars()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

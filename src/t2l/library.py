@@ -19,8 +19,9 @@ import torch
 from t2l import peft_io
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
-from t2l.io import new_folder, read_json, read_tensors, require_folder_names, sha256
+from t2l.io import new_folder, read_json, read_tensors, sha256
 from t2l.lora import LoraTensors
+from t2l.names import require_folder_names
 from t2l.spec import ALL_LINEAR, AdapterSpec
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
 from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
 from t2l.io import require_only
+from t2l.upload import push_folder
 
 __all__ = ["DEFAULT", "LoraAdapter", "TextToLora", "checkpoint_folder"]
 
@@ -146,7 +147,7 @@ class TextToLora(ModelHubMixin):
         """
         with TemporaryDirectory() as parent:
             folder = self.save_pretrained(Path(parent) / "checkpoint", dtype=dtype)
-            return hub.push_folder(folder, repo_id, **options)
+            return push_folder(folder, repo_id, **options)
 
     @property
     def device(self) -> torch.device:

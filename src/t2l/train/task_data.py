@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from t2l.errors import ConfigError, DataError
-from t2l.io import require_folder_names
+from t2l.names import require_folder_names
 from t2l.tasks import Example, Task, data_dir, load_own, load_sni, load_splits, read_parquet, require_trainable
 from t2l.train.packing import PackedRows, Stream, TaskDocuments, fixed_rows, pack, tokenize_examples
 from t2l.train.slots import StepSizes, step_sizes

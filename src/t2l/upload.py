@@ -1,0 +1,62 @@
+"""Folders become model repositories of the Hugging Face Hub. Knows nothing of what is in them."""
+
+from pathlib import Path
+
+from t2l.errors import UploadError
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload by text-to-lora",
+    create_pr: bool = False,
+) -> str:
+    """Upload a folder as a model repository of the Hub, which is made if it is not there.
+
+    Args:
+        folder: What is uploaded.
+        repo_id: `name` or `organisation/name`.
+        token: As `huggingface_hub` takes it; None means the token that is saved, if there is one.
+        private: Whether a new repository is private; None means the organisation's default.
+        revision: Branch; None means the main one.
+        commit_message: Message of the commit.
+        create_pr: Whether a pull request is opened in place of a commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UploadError: The Hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return str(
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        )
+    # As for downloads: which errors the client lets through differs by the version of its HTTP library.
+    except Exception as error:
+        raise UploadError(
+            f"cannot upload to {repo_id} on the Hugging Face Hub: {first_line(error)}. Run `hf auth login` with a "
+            "token that may write there, and check the network"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
