@@ -275,12 +275,16 @@ async function snippets() {
   const text = encodeURIComponent(at("input").value.trim() || "An input for the task");
   const id = encodeURIComponent(state.adapter.id);
   state.snippets = (await call("GET", `/v1/adapters/${id}/snippets?text=${text}`)).data;
-  at("tabs").replaceChildren(...state.snippets.map(({ title }, n) => {
-    const tab = make("button", { type: "button", role: "tab", textContent: title });
-    tab.setAttribute("aria-controls", "snippet-panel");
-    tab.addEventListener("click", () => choose(n));
-    return tab;
-  }));
+  // New tabs would take the focus away from one that the user is on; only other titles are a reason for them.
+  const shown = [...at("tabs").children].map((tab) => tab.textContent);
+  if (shown.join("\n") !== state.snippets.map(({ title }) => title).join("\n")) {
+    at("tabs").replaceChildren(...state.snippets.map(({ title }, n) => {
+      const tab = make("button", { type: "button", role: "tab", textContent: title });
+      tab.setAttribute("aria-controls", "snippet-panel");
+      tab.addEventListener("click", () => choose(n));
+      return tab;
+    }));
+  }
   choose(Math.min(state.tab, state.snippets.length - 1));
 }
 
