@@ -202,6 +202,12 @@ def load_jsonl(path: Path) -> list[Task]:
     return _collect(((where, str(number), row) for where, number, row in _json_lines(path)), str(path))
 
 
+def load_everyday() -> list[Task]:
+    """Reads the thirty everyday tasks that ship with the package: one description and ten test examples each."""
+    with resources.as_file(resources.files("t2l.data").joinpath("everyday.jsonl")) as path:
+        return load_jsonl(path)
+
+
 def load_own(source: str | Path) -> list[Task]:
     """Reads a user's own tasks from wherever they are.
 

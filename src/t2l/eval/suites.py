@@ -19,6 +19,7 @@ from t2l.tasks import (
     as_sentence,
     data_dir,
     held_out_descriptions,
+    load_everyday,
     load_own,
     load_sni,
     load_splits,
@@ -26,9 +27,10 @@ from t2l.tasks import (
     written_descriptions,
 )
 
-SUITES = ("seen", "held-back", "validation", "test", "benchmarks", "likelihood")
+SUITES = ("seen", "held-back", "validation", "test", "everyday", "benchmarks", "likelihood")
 """New instances of training tasks; tasks held back from training to choose settings; the validation and the zero-shot
-test tasks of the frozen split; the ten benchmarks answered in words; those with options by each option's likelihood."""
+test tasks of the frozen split; thirty tasks as an application developer would write them, never trained or tuned on;
+the ten benchmarks answered in words; those with options by each option's likelihood."""
 MAX_SHOT_CHARACTERS = 1500
 """A longer example is not shown in a prompt."""
 TEXTS = 3
@@ -211,6 +213,9 @@ def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[J
     elif suite == "test":
         tasks = load_sni(splits.test, splits=("train", "test"))
         described = written_descriptions("test")
+    elif suite == "everyday":
+        tasks = load_everyday()
+        described = {task.name: task.descriptions for task in tasks}
     else:
         tasks = load_own(suite)
         described = {task.name: task.descriptions for task in tasks}
