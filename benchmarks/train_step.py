@@ -36,7 +36,7 @@ from t2l.encoder import Encoded
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.train.batches import Batch
+from t2l.train.batches import TOLD, Batch
 from t2l.train.data import DescriptionBank
 from t2l.train.settings import SftConfig, TrainConfig
 from t2l.train.sft import Trainer, _checkpoint_layers, answer_losses, make_optimizer
@@ -141,7 +141,8 @@ def packed_batch(shape: Shape, descriptions: int, device: torch.device) -> Batch
     read = torch.arange(shape.rows) % descriptions
     fields = (tokens, positions, documents, label_positions, labels, label_documents, weights)
     texts = (read, (read + 1) % descriptions, read)
-    return Batch(*(x.to(device) for x in (*fields, *texts, torch.zeros(shape.rows, dtype=torch.bool), torch.tensor(0))))
+    shows, told = torch.zeros(shape.rows, dtype=torch.bool), torch.full((shape.rows,), TOLD)
+    return Batch(*(x.to(device) for x in (*fields, *texts, shows, told, torch.tensor(0))))
 
 
 def padded_batch(packed: Batch) -> Batch:

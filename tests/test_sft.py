@@ -37,7 +37,7 @@ from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task
 from t2l.train import data as train_data
 from t2l.train import sft
-from t2l.train.batches import SHARED, Batch, Batches, Pool
+from t2l.train.batches import DROPPED, SHARED, Batch, Batches, Pool
 from t2l.train.data import DescriptionBank, RunData, prepare_data
 from t2l.train.settings import DataConfig, SftConfig, TrainConfig
 from t2l.train.sft import (
@@ -1047,7 +1047,7 @@ def test_distilled_loss_is_the_divergence_document_by_document(
     trainer = make_trainer(config, own_base, data)
     plain = make_trainer(without, make_base(own_base.config), data)
     spec, hypernet = trainer_spec(trainer), trainer.hypernet
-    students = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=True).unbind()
+    students = trainer.adapters(batch.descriptions, batch.partners, batch, learning=True).unbind()
     offset = LoraTensors(*hypernet.offset(), hypernet.scaling)
 
     def log_probabilities(tokens: torch.Tensor, number: int, lora: LoraTensors | None) -> torch.Tensor:
@@ -1105,7 +1105,7 @@ def test_l2_is_the_mean_square_of_what_is_written(
     data, batch = prepared(still)
     plain = make_trainer(still, own_base, data).loss(batch)
     trainer = make_trainer(shorter(still, l2=0.5), make_base(own_base.config), data)
-    lora = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=True)
+    lora = trainer.adapters(batch.descriptions, batch.partners, batch, learning=True)
     squares = [torch.stack([x.square().mean() for x in part]).mean() for part in (lora.a, lora.b)]
     assert (trainer.loss(batch) - plain - 0.5 * (squares[0] + squares[1])).abs() <= 1e-5
     assert 0.5 * (squares[0] + squares[1]) > 1e-2
@@ -1144,17 +1144,19 @@ def test_neftune_disturbs_training_alone(
 def test_dropped_descriptions_leave_the_offset(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
 ) -> None:
-    dropping = shorter(still, description_dropout=0.5)
-    data, batch = prepared(dropping)
+    dropping = shorter(still, conditioning_dropout=0.5)
+    data, _ = prepared(dropping)
     trainer = make_trainer(dropping, own_base, data)
     offset = trainer.hypernet.offset.b[0]
     seen = set()
-    for _ in range(8):
-        written = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=True).b[0]
-        whole = trainer.adapters(batch.descriptions, batch.partners, batch.in_prompt, learning=False).b[0]
+    for step in range(8):
+        batch = data.train[step]
+        written = trainer.adapters(batch.descriptions, batch.partners, batch, learning=True).b[0]
+        whole = trainer.adapters(batch.descriptions, batch.partners, batch, learning=False).b[0]
         for row in range(4):
             kept, dropped = torch.allclose(written[row], whole[row]), torch.equal(written[row], offset)
             assert kept is not dropped
+            assert dropped is bool(batch.conditioning[row] == DROPPED)
             seen.add(kept)
     assert seen == {True, False}
 

@@ -90,6 +90,9 @@ class HypernetConfig:
     pointer: tuple[str, ...] = ()
     """Targets that write to the residual stream, such as `o_proj` and `down_proj`: words of the description are added
     to the columns of their B. Needs an encoder of the base's own token states whose first layer is 0."""
+    pointer_gate: bool = False
+    """Whether a number between 0 and 1 that the description decides, one for the whole adapter, says how much of what
+    the pointers add is taken: descriptions that hold no word to answer with can close it."""
     own_units: bool = False
     """Whether each element of A and B is written in a unit of its own, saved with the weights; reconstruction sets them
     to the elements' standard deviations over the library."""
@@ -106,6 +109,10 @@ class HypernetConfig:
             raise ConfigError(f"hypernet.max_change must be positive or null, got {self.max_change}")
         if self.variant == "none" and not self.train_offset:
             raise ConfigError("hypernet.variant 'none' with train_offset false leaves nothing to train")
+        if self.pointer_gate and not self.pointer:
+            raise ConfigError(
+                "hypernet.pointer_gate closes what hypernet.pointer adds; name targets there or leave it out"
+            )
         if self.variant == "basis" and self.pointer:
             raise ConfigError(
                 "hypernet.pointer chooses words for each layer; variant 'basis' knows the description as a whole"

@@ -19,7 +19,7 @@ from t2l import __version__, models, peft_io
 from t2l.checkpoint import Checkpoint, load_checkpoint
 from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
-from t2l.errors import CheckpointError, ModelNotFoundError
+from t2l.errors import CheckpointError, ConfigError, ModelNotFoundError
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 
@@ -130,11 +130,15 @@ class TextToLora:
         return self.config.hypernet.prompt_aware
 
     @torch.no_grad()
-    def generate(self, descriptions: Sequence[str], *, prompt: PromptConfig | None = None) -> list[Adapter]:
+    def generate(
+        self, descriptions: Sequence[str], *, strength: float = 1.0, prompt: PromptConfig | None = None
+    ) -> list[Adapter]:
         """Writes one adapter per description, all in one forward pass.
 
         Args:
             descriptions: N task descriptions.
+            strength: How much of the description's change is added to the LoRA that all descriptions share: 1 is what
+                was trained, 0 leaves the shared LoRA alone. It is written into the adapter's card.
             prompt: How the prompts that they are for are rendered; the checkpoint's own setting if absent. It makes a
                 difference to checkpoints with `hypernet.prompt_aware`.
 
@@ -143,7 +147,10 @@ class TextToLora:
 
         Raises:
             DescriptionError: if a description is blank, no text, or longer than the encoder's window.
+            ConfigError: if the strength is not between 0 and 2.
         """
+        if not 0 <= strength <= 2:
+            raise ConfigError(f"strength must be between 0 (the shared LoRA alone) and 2, got {strength:g}")
         if isinstance(descriptions, str):
             descriptions = [descriptions]
         encoded = self.encoder.encode(descriptions)
@@ -154,7 +161,11 @@ class TextToLora:
         if self.prompt_aware:
             in_prompt = torch.full((len(descriptions),), prompt.description_in_prompt, device=parameter.device)
             facts["for prompts"] = "with the description" if prompt.description_in_prompt else "without the description"
-        lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask, in_prompt=in_prompt)
+        scale = None
+        if strength != 1:
+            scale = torch.full((len(descriptions),), strength, device=parameter.device)
+            facts["strength"] = f"{strength:g}"
+        lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask, scale, in_prompt)
         return [
             Adapter(single.map(torch.clone), self.spec, check_description(text), facts)
             for text, single in zip(descriptions, lora.unbind(), strict=True)

@@ -101,6 +101,7 @@ class Hypernet(nn.Module):
                         f"description's tokens; this encoder gives {embedding_size} a {what}"
                     )
                 self.pointers[str(m)] = Pointer(config.width, embedding_size, target.out_features, rank=spec.rank)
+        self.gate = Gate(config.width) if config.pointer_gate else None
         if len(self.pointers) < len(config.pointer):
             raise ConfigError(
                 f"hypernet.pointer names {', '.join(config.pointer)}, the targets are "
@@ -135,9 +136,10 @@ class Hypernet(nn.Module):
             states = self.standard(states)
         features_NLMH = self.trunk(states, mask, in_prompt)
         change_a, change_b = self.head(features_NLMH)
+        open_N = None if self.gate is None else self.gate(features_NLMH)
         for m, pointer in self.pointers.items():
             pointed = pointer(features_NLMH[:, :, int(m)], states, words, mask)
-            change_b[int(m)] = change_b[int(m)] + pointed
+            change_b[int(m)] = change_b[int(m)] + (pointed if open_N is None else open_N * pointed)
         if self.max_change is not None:
             change_a, change_b = ([_capped(x, self.max_change) for x in change] for change in (change_a, change_b))
         if scale is not None:
@@ -534,6 +536,23 @@ class Pointer(nn.Module):
         unit_NSO = words_NSE[..., : self.size] * self.size**-0.5
         found_NLRO = (share_NLRS * self.gain(features_NLH)[..., None]) @ unit_NSO[:, None].to(share_NLRS.dtype)
         return found_NLRO.mT
+
+
+class Gate(nn.Module):
+    """How much of what the pointers add is taken, a number in (0, 1) for each adapter that its features decide."""
+
+    OPEN = 2.0
+    """Where it starts, before the sigmoid: .88 for every description."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decide = nn.Linear(width, 1)
+        nn.init.zeros_(self.decide.weight)
+        nn.init.constant_(self.decide.bias, self.OPEN)
+
+    def forward(self, features_NLMH: Tensor) -> Tensor:
+        """(N, L, M, H) to (N, 1, 1, 1)."""
+        return self.decide(features_NLMH.mean((1, 2))).sigmoid()[..., None, None]
 
 
 Changes = tuple[list[Tensor], list[Tensor]]

@@ -41,6 +41,8 @@ class Task:
     category: str | None = None
     definition: str | None = None
     """Which of the descriptions is the task's full definition, where it has one."""
+    source: str = ""
+    """Where the task comes from, if training mixes several sources; blank for the main one."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,34 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
     Raises:
         DataError: if files or tasks are missing.
     """
+    return _load_packed("sni", names, splits=splits, folder=folder)
+
+
+def load_t0(*, splits: Sequence[str] = ("train", "val"), folder: Path | None = None) -> list[Task]:
+    """Reads the packed T0 training tasks, all of them; they have no test examples.
+
+    Args:
+        splits: Which examples to read.
+        folder: Where the files are; `T2L_DATA` if not given.
+
+    Returns:
+        The tasks in the order of their names.
+
+    Raises:
+        DataError: if files are missing.
+    """
+    folder = folder or data_dir()
+    if not (folder / "t0_tasks.parquet").is_file():
+        raise DataError(
+            f"{folder} holds no t0_tasks.parquet; take 't0' out of data.extra_tasks or point T2L_DATA to it"
+        )
+    return _load_packed("t0", None, splits=splits, folder=folder)
+
+
+def _load_packed(
+    files: str, names: Collection[str] | None, *, splits: Sequence[str], folder: Path | None
+) -> list[Task]:
+    """Reads tasks from the three files whose names begin with `files`; all of them if no names are given."""
     try:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -150,14 +180,14 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
         raise DataError("Reading packed tasks needs pyarrow: pip install 't2l[train]'") from error
 
     folder = folder or data_dir()
-    wanted = sorted(set(names))
-    rows = {row["task"]: row for row in pq.read_table(folder / "sni_tasks.parquet").to_pylist()}
+    rows = {row["task"]: row for row in pq.read_table(folder / f"{files}_tasks.parquet").to_pylist()}
+    wanted = sorted(rows if names is None else set(names))
     unknown = [name for name in wanted if name not in rows]
     if unknown:
         raise DataError(f"{folder} has no task {', '.join(unknown[:5])}")
     examples: dict[str, dict[str, list[Example]]] = {name: defaultdict(list) for name in wanted}
     for split in splits:
-        table = pq.read_table(folder / f"sni_{split}.parquet", columns=["task", "id", "input", "outputs"])
+        table = pq.read_table(folder / f"{files}_{split}.parquet", columns=["task", "id", "input", "outputs"])
         import pyarrow as pa
 
         table = table.filter(pc.is_in(table["task"], value_set=pa.array(wanted, pa.string())))

@@ -24,6 +24,13 @@ from t2l.config import PromptConfig
 from t2l.errors import DataError
 from t2l.prompt import render, spaced, token_ids
 from t2l.tasks import Example, Task
+from t2l.train.options import Listing, placed
+
+DROPPED, UNTOLD, TOLD = 0, 1, 2
+"""What a row's adapter is written from: nothing, so that it is the offset alone; a text that does not say what to
+answer; a description that does."""
+PATTERN = 200
+"""Rows over which tasks of several sources come as often as their weights say."""
 
 CANDIDATES = 12
 """Examples drawn for a row at a time; those that do not fit any more are left out."""
@@ -60,6 +67,8 @@ class Batch(NamedTuple):
     """(B,) one more of the row's own task, drawn anew: the same as `descriptions` now and then."""
     in_prompt: Tensor
     """(B,) whether the row's prompts show the description."""
+    conditioning: Tensor
+    """(B,) one of `DROPPED`, `UNTOLD` and `TOLD`."""
     skipped: Tensor
     """() examples that were drawn and are too long for any row."""
     teacher_tokens: Tensor = NO_TEACHER
@@ -98,6 +107,14 @@ class Pool:
     """Tasks that ask something else of the same examples, each with descriptions that say so."""
     derived_share: float = 0.0
     """Share of the task's rows that are of a derived one; the rest may be of a variant."""
+    options: tuple[str, ...] = ()
+    """What may be answered, where that is one of a few; such options can be listed in the input."""
+    self_contained: bool = False
+    """Whether the input alone says what a derived task asks, so that no description need say it."""
+    terse: tuple[int, ...] = ()
+    """Positions of texts that say next to nothing of the task."""
+    source: int = 0
+    """Which of the run's sources the task comes from."""
 
     def pose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
         """What is asked of an example, and one right answer to it."""
@@ -136,6 +153,10 @@ class Batches(Dataset):
             description: not where nothing else reads it.
         made_up: Positions of texts that describe nothing.
         made_up_share: Share of rows that read one of them; their prompts and answers are the right ones.
+        terse_share: Share of rows that read, and show in their prompts, a text that says next to nothing of the task.
+        dropout: Share of rows whose adapter is the offset alone, as for no description at all.
+        option_placement: Share of the rows of tasks with few answers whose inputs list these as options.
+        source_weights: How often tasks of each source come, summing to 1; without them all tasks come alike.
         share_beginnings: Whether what a row's prompts begin with stands there once; without it, in each document.
         prompt: The run's setting; whether a prompt shows the description is drawn by `in_prompt`.
 
@@ -161,6 +182,10 @@ class Batches(Dataset):
         relabel_unsaid: bool = True,
         made_up: Sequence[int] = (),
         made_up_share: float = 0.0,
+        terse_share: float = 0.0,
+        dropout: float = 0.0,
+        option_placement: float = 0.0,
+        source_weights: Sequence[float] = (),
         share_beginnings: bool = True,
         prompt: PromptConfig | None = None,
     ) -> None:
@@ -170,6 +195,7 @@ class Batches(Dataset):
         self.teacher_tokens, self.shots = teacher_tokens, shots
         self.relabel_unsaid, self.prompt = relabel_unsaid, prompt or PromptConfig()
         self.made_up, self.made_up_share = made_up, made_up_share
+        self.terse_share, self.dropout, self.option_placement = terse_share, dropout, option_placement
         self.share_beginnings = share_beginnings and not one_example
         self.candidates = 2 if one_example else CANDIDATES
         self.read = [frozenset(pool.readable) for pool in self.pools]
@@ -179,6 +205,16 @@ class Batches(Dataset):
             for number, pool in enumerate(self.pools):
                 found.setdefault(pool.category or "", []).append(number)
             self.groups = [found[name] for name in sorted(found)]
+        self.pattern = np.zeros(0, np.int64)
+        if source_weights:
+            of_source = [[n for n, p in enumerate(self.pools) if p.source == s] for s in range(len(source_weights))]
+            if not all(of_source):
+                raise DataError(
+                    f"Source {[bool(x) for x in of_source].index(False)} has no task that can be trained on"
+                )
+            self.groups = of_source
+            ends = np.round(np.cumsum(source_weights) * PATTERN).astype(int)
+            self.pattern = np.searchsorted(ends, np.arange(PATTERN), side="right").clip(max=len(of_source) - 1)
         eos = tokenizer.eos_token
         if eos is None:
             raise DataError("The base model's tokenizer has no end-of-sequence token, so answers could not end")
@@ -187,6 +223,15 @@ class Batches(Dataset):
     def task_of_row(self, step: int, row: int) -> int:
         """Tasks come in shuffled order, each once before any comes again; so do categories, if they are drawn first."""
         turn, group, stream = step * self.rows + row, self.groups[0], 0
+        if len(self.pattern):
+            # Each block of the pattern is shuffled; a source's turn counts its places in this block and those before.
+            block, place = divmod(turn, PATTERN)
+            sources = self.pattern[self._shuffled(PATTERN, 10, block)]
+            stream = int(sources[place])
+            group = self.groups[stream]
+            turn = block * int((self.pattern == stream).sum()) + int((sources[:place] == stream).sum())
+            epoch, place = divmod(turn, len(group))
+            return group[int(self._shuffled(len(group), 4, stream, epoch)[place])]
         if len(self.groups) > 1:
             turn, place = divmod(turn, len(self.groups))
             stream = int(self._shuffled(len(self.groups), 3, turn)[place])
@@ -234,17 +279,28 @@ class Batches(Dataset):
         pools = [self.pools[task] for task in tasks]
         shown = [int(rng.choice(pool.descriptions)) for pool in pools]
         prompts = [self.prompt.asked(bool(rng.random() < self.in_prompt)) for _ in pools]
-        self._change(step, tasks, pools, shown, others, partners, prompts)
+        conditioning, in_place = self._conditioning(step, pools, shown)
+        self._change(step, tasks, pools, shown, others, partners, prompts, conditioning)
         chosen = [pool.reads[0] if pool.reads else text for pool, text in zip(pools, shown, strict=True)]
-        if self.made_up:
-            third = np.random.default_rng((self.seed, 7, step))
-            chosen = [int(third.choice(self.made_up)) if third.random() < self.made_up_share else x for x in chosen]
+        chosen = [text if other is None else other for text, other in zip(chosen, in_place, strict=True)]
+        fourth = np.random.default_rng((self.seed, 9, step))
+        listings = [
+            Listing.drawn(fourth) if pool.options and fourth.random() < self.option_placement else None
+            for pool in pools
+        ]
         left = {row: list(rng.permutation(len(pool.examples))) for row, pool in enumerate(pools)}
         while left:  # a second time only for rows into which nothing drawn so far fits
             drawn = [(row, pick) for row, picks in left.items() for pick in picks[: self.candidates]]
             left = {row: picks[self.candidates :] for row, picks in left.items()}
             examples = [pools[row].examples[pick] for row, pick in drawn]
             posed = [pools[row].pose(e, rng) for (row, _), e in zip(drawn, examples, strict=True)]
+            posed = [
+                (
+                    text if (listing := listings[row]) is None else placed(text, pools[row].options, fourth, listing),
+                    said,
+                )
+                for (row, _), (text, said) in zip(drawn, posed, strict=True)
+            ]
             rendered = [
                 render(self.tokenizer, self.texts[shown[row]], text, prompts[row])
                 for (row, _), (text, _) in zip(drawn, posed, strict=True)
@@ -286,7 +342,29 @@ class Batches(Dataset):
         texts = map(torch.tensor, (chosen, others, partners))
         teacher = self._teacher(step, taught, pools, shown, weights) if self.teacher_tokens else [NO_TEACHER] * 5
         shows = torch.tensor([prompt.description_in_prompt for prompt in prompts])
-        return Batch._make([*arrays, *texts, shows, torch.tensor(skipped), *teacher])
+        return Batch._make([*arrays, *texts, shows, torch.tensor(conditioning), torch.tensor(skipped), *teacher])
+
+    def _conditioning(self, step: int, pools: Sequence[Pool], shown: list[int]) -> tuple[list[int], list[int | None]]:
+        """For each row what its adapter is written from, and a made-up text that is read in its description's place.
+
+        A row with a terse text shows that text where its prompt shows the description.
+        """
+        kinds = [TOLD] * len(pools)
+        in_place: list[int | None] = [None] * len(pools)
+        if self.made_up:
+            rng = np.random.default_rng((self.seed, 7, step))
+            for row in range(len(pools)):
+                if rng.random() < self.made_up_share:
+                    kinds[row], in_place[row] = UNTOLD, int(rng.choice(self.made_up))
+        rng = np.random.default_rng((self.seed, 8, step))
+        for row, pool in enumerate(pools):
+            draw = rng.random()
+            if draw < self.dropout:
+                kinds[row], in_place[row] = DROPPED, None
+            elif draw < self.dropout + self.terse_share and pool.terse:
+                kinds[row], in_place[row] = UNTOLD, None
+                shown[row] = int(rng.choice(pool.terse))
+        return kinds, in_place
 
     def _change(
         self,
@@ -297,26 +375,31 @@ class Batches(Dataset):
         others: list[int],
         partners: list[int],
         prompts: Sequence[PromptConfig],
+        conditioning: Sequence[int],
     ) -> None:
         """Puts derived tasks and variants in the place of some rows' tasks, and their descriptions of what is shown.
 
-        In half of these rows the other description is of the same task too, but of other answers.
+        Not where neither adapter nor prompt would say what is asked, unless the input does. In half of these rows the
+        other description is of the same task too, but of other answers.
         """
         rng = np.random.default_rng((self.seed, 6, step))
         for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
-            own = self.pools[task]
-            said = self.relabel_unsaid or prompt.description_in_prompt
-            if own.derived and said and rng.random() < own.derived_share:
-                changed, near = own.derived, (own, *own.derived)
+            own, terse = self.pools[task], shown[row] in self.pools[task].terse
+            said = (self.relabel_unsaid and conditioning[row] == TOLD) or (prompt.description_in_prompt and not terse)
+            derived = own.derived if said else tuple(pool for pool in own.derived if pool.self_contained)
+            if derived and rng.random() < own.derived_share * len(derived) / len(own.derived):
+                changed, near = derived, (own, *(pool for pool in own.derived if not pool.self_contained))
             elif own.variants and said and rng.random() < own.variant_share:
                 changed = near = own.variants
             else:
                 continue
             pools[row] = changed[int(rng.integers(len(changed)))]
-            shown[row] = int(rng.choice(pools[row].descriptions))
-            if changed is own.derived:  # what is asked here, no text of the task itself says
+            if not terse:
+                shown[row] = int(rng.choice(pools[row].descriptions))
+            if changed is derived:  # what is asked here, no text of the task itself says
                 partners[row] = int(rng.choice(pools[row].descriptions))
-            unlike = [x for x in near if not x.like(pools[row])]
+            # Where the input says what is asked, the task's own texts do no harm.
+            unlike = [] if pools[row].self_contained else [x for x in near if not x.like(pools[row])]
             if unlike and rng.random() < 0.5:
                 others[row] = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 

@@ -25,12 +25,15 @@ from t2l.tasks import (
     load_own,
     load_sni,
     load_splits,
+    load_t0,
     made_up_words,
     require_trainable,
     written_descriptions,
 )
 from t2l.train.batches import Batches, Pool, answer_text, without_long
+from t2l.train.computed import computed_tasks
 from t2l.train.derive import Check, Choose, derived
+from t2l.train.options import Pick, picks, terse_descriptions
 from t2l.train.relabel import MOST_ANSWERS, Form, Words, answers_of, variants, vocabulary
 from t2l.train.settings import DataConfig, SftConfig
 
@@ -76,6 +79,11 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
         if not train:
             raise DataError(f"{config.tasks} has no task with examples of split 'train'")
         held_out = _with_descriptions(held_out, config, trained=False)
+    train = [*train, *(task for source in config.extra_tasks for task in load_source(source))]
+    names = [task.name for task in train]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"data.extra_tasks: {', '.join(twice[:5])} come from two sources; rename one of each")
     train = _with_descriptions(train, config)
     train, more = _take_out(train, config.hold_out, config.seed)
     if config.only:
@@ -92,6 +100,25 @@ def load_tasks(config: DataConfig) -> tuple[list[Task], list[Task]]:
     if empty:
         raise DataError(f"No training examples for {', '.join(empty[:5])}; take them out or give them some")
     return train, [*held_out, *more]
+
+
+def load_source(source: str) -> list[Task]:
+    """Training tasks of one of `data.extra_tasks`, each with `source` as where it comes from.
+
+    Raises:
+        DataError: if data are missing, hold no training example, or hold a task that may not be trained on.
+    """
+    if source == "t0":
+        tasks = load_t0(splits=("train", "val"))
+    elif source == "computed":
+        tasks = computed_tasks()
+    else:
+        tasks = load_own(source)
+    require_trainable(task.name for task in tasks)
+    tasks = [replace(task, source=source) for task in tasks if task.examples.get("train")]
+    if not tasks:
+        raise DataError(f"data.extra_tasks: {source} has no task with examples of split 'train'")
+    return tasks
 
 
 def _with_descriptions(tasks: list[Task], config: DataConfig, *, trained: bool = True) -> list[Task]:
@@ -201,6 +228,9 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
     # After all others, whose places then do not depend on them.
     made_up = _made_up(lengths, window) if config.data.made_up else []
     descriptions += made_up
+    terse_of = _terse(read_in_training, lengths, window) if config.data.terse_description_prob else {}
+    known = set(descriptions)
+    descriptions += sorted({text for texts in terse_of.values() for text in texts} - known)
     texts = _texts_to_read(config, train, validation, descriptions)
     place, read = {text: i for i, text in enumerate(descriptions)}, {text: i for i, text in enumerate(texts)}
     share = config.data.file_share
@@ -214,17 +244,35 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
 
     def training_pool(task: Task) -> Pool:
         texts = _preferred(kept[task.name][0], preferred.get(task.name, ()), share)
-        own = pool(task, "train", texts)
+        answers = answers_of(task)
+        own = replace(
+            pool(task, "train", texts),
+            options=answers,
+            terse=tuple(place[text] for text in terse_of.get(task.name, ())),
+            source=("", *config.data.extra_tasks).index(task.source),
+        )
         return replace(
             own,
             variant_share=_variant_share(task, config.data),
             variants=tuple(
-                replace(own, descriptions=tuple(place[text] for text in said), reword=reword)
+                replace(
+                    own,
+                    descriptions=tuple(place[text] for text in said),
+                    reword=reword,
+                    options=tuple(map(reword, answers)),
+                )
                 for reword, said in others[task.name]
             ),
             derived_share=config.data.derive,
             derived=tuple(
-                replace(own, examples=ask.examples, descriptions=tuple(place[text] for text in said), ask=ask)
+                replace(
+                    own,
+                    examples=ask.examples,
+                    descriptions=tuple(place[text] for text in said),
+                    ask=ask,
+                    options=(ask.right, ask.wrong) if isinstance(ask, Check) else (),
+                    self_contained=isinstance(ask, Pick),
+                )
                 for ask, said in asked[task.name]
             ),
         )
@@ -237,6 +285,10 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         by_category: bool = False,
         teacher_tokens: int = 0,
         made_up: Sequence[int] = (),
+        terse_share: float = 0.0,
+        dropout: float = 0.0,
+        option_placement: float = 0.0,
+        source_weights: Sequence[float] = (),
     ) -> Batches:
         return Batches(
             pools,
@@ -254,6 +306,10 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
             relabel_unsaid=not config.blind,
             made_up=made_up,
             made_up_share=config.data.made_up,
+            terse_share=terse_share,
+            dropout=dropout,
+            option_placement=option_placement,
+            source_weights=source_weights,
             # Noise on the base's embeddings is drawn for each document by its own length.
             share_beginnings=not config.train.neftune_alpha,
             prompt=config.prompt,
@@ -266,7 +322,11 @@ def prepare_data(config: SftConfig, tokenizer: Any, lengths: Lengths) -> RunData
         seed=config.seed,
         by_category=config.data.by_category,
         teacher_tokens=config.train.teacher_tokens if config.train.distill else 0,
-        made_up=range(len(descriptions) - len(made_up), len(descriptions)),
+        made_up=[place[text] for text in made_up],
+        terse_share=config.data.terse_description_prob,
+        dropout=config.train.conditioning_dropout,
+        option_placement=config.data.option_placement_prob,
+        source_weights=config.data.source_weights,
     )
     suites = {
         "seen": [pool(t, "val", kept[t.name][1] or kept[t.name][0]) for t in train if t.examples.get("val")],
@@ -329,11 +389,19 @@ def _variants(
 
 def _derived(
     tasks: list[Task], config: DataConfig, lengths: Lengths, window: int
-) -> dict[str, list[tuple[Check | Choose, tuple[str, ...]]]]:
-    """What is derived of each task, with texts made of its descriptions."""
+) -> dict[str, list[tuple[Check | Choose | Pick, tuple[str, ...]]]]:
+    """What is derived of each task, with texts made of its descriptions.
+
+    Where options may stand in inputs, half as many choices among listed answers come on top.
+    """
     if not config.derive:
         return {task.name: [] for task in tasks}
-    made = _readable({task.name: derived(task, config.derive_variants, config.seed) for task in tasks}, lengths, window)
+    listed = (config.derive_variants + 1) // 2 if config.option_placement_prob else 0
+    found: dict[str, list[tuple[Check | Choose | Pick, tuple[str, ...]]]] = {
+        task.name: [*derived(task, config.derive_variants, config.seed), *picks(task, listed, config.seed)]
+        for task in tasks
+    }
+    made = _readable(found, lengths, window)
     if not any(made.values()):
         raise DataError(
             "data.derive: no task has different short answers, and descriptions that leave room for a sentence in "
@@ -353,6 +421,14 @@ def _readable(
         for name, found in made.items()
     }
     return {name: [variant for variant in found if variant[1]] for name, found in fitting.items()}
+
+
+def _terse(tasks: list[Task], lengths: Lengths, window: int) -> dict[str, tuple[str, ...]]:
+    """Texts that say next to nothing of each task and that the encoder can read."""
+    made = {task.name: terse_descriptions(task) for task in tasks}
+    texts = sorted({text for found in made.values() for text in found})
+    counts = dict(zip(texts, lengths(texts), strict=True))
+    return {name: tuple(text for text in found if counts[text] <= window) for name, found in made.items()}
 
 
 def _made_up(lengths: Lengths, window: int, number: int = 512) -> list[str]:

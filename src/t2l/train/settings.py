@@ -14,6 +14,11 @@ class DataConfig:
     tasks: str = "sni"
     """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`; or own tasks as
     `t2l.tasks.load_own` reads them: a JSONL file, a folder of such files, or `hf:NAME`."""
+    extra_tasks: tuple[str, ...] = ()
+    """Further sources of training tasks: `t0` for the packed T0 tasks from `T2L_DATA`, `computed` for the templates of
+    `t2l.train.computed`, or own tasks as for `tasks`."""
+    extra_weights: tuple[float, ...] = ()
+    """For each of them the share of rows that it gets; `tasks` has the rest. Without them all tasks come alike."""
     only: tuple[str, ...] = ()
     """Names of the training tasks that are used; none means all. Other held-out tasks are then not judged."""
     descriptions: str = "own"
@@ -42,6 +47,12 @@ class DataConfig:
     made_up: float = 0.0
     """Share of rows whose adapter is written from made-up words, while prompt and answers stay: what describes nothing
     then does no harm."""
+    terse_description_prob: float = 0.0
+    """Share of rows whose description, in adapter and prompt, is a text that says next to nothing of the task, such as
+    the name of its category: the shared LoRA should then do what it can."""
+    option_placement_prob: float = 0.0
+    """Share of the rows of tasks with a few short answers whose inputs list these as options, in random order and in
+    many forms; above 0, `derive` also makes choices among listed answers that are replied in their words."""
     with_definition: bool = False
     """Leave out tasks that lack a definition within the encoder's window, or any other description: runs on either
     kind then train on the same tasks."""
@@ -58,15 +69,36 @@ class DataConfig:
     drop_long_tasks: bool = False
     """Leave out tasks none of whose examples fits into a row; otherwise they are an error."""
 
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """The share of rows that each source gets, that of `tasks` first; none where all tasks come alike."""
+        return (1 - sum(self.extra_weights), *self.extra_weights) if self.extra_weights else ()
+
     def __post_init__(self) -> None:
         for name in ("held_out_descriptions", "hold_out"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("derive", "file_share", "made_up", "reform", "relabel"):
+        shares = ("derive", "file_share", "made_up", "option_placement_prob", "reform", "relabel")
+        for name in (*shares, "terse_description_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.file_share == 1:
             raise ConfigError("data.file_share 1 leaves a task's other descriptions out; set keep_descriptions false")
+        if self.extra_weights and len(self.extra_weights) != len(self.extra_tasks):
+            raise ConfigError(
+                f"data.extra_weights has {len(self.extra_weights)} shares for {len(self.extra_tasks)} sources in "
+                "data.extra_tasks; give each one"
+            )
+        if self.extra_weights and (min(self.extra_weights) <= 0 or sum(self.extra_weights) >= 1):
+            raise ConfigError(
+                f"data.extra_weights must be above 0 and add up to less than 1, got {list(self.extra_weights)}"
+            )
+        if len(set(self.extra_tasks)) < len(self.extra_tasks) or "" in self.extra_tasks:
+            raise ConfigError(f"data.extra_tasks must be different sources, got {list(self.extra_tasks)}")
+        if self.extra_weights and self.by_category:
+            raise ConfigError(
+                "data.by_category draws all categories alike, data.extra_weights sources; set one of them"
+            )
         for name in ("derive_variants", "relabel_variants"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
@@ -128,8 +160,9 @@ class TrainConfig:
     neftune_alpha: float = 0.0
     """Uniform noise on the base's input embeddings, at most alpha / sqrt(T·E) in each of the E places of each of a
     document's T tokens (arXiv 2310.05914; the paper: 5). T is counted for each document, not for a packed row."""
-    description_dropout: float = 0.0
-    """Share of rows whose adapter is the offset alone, as for no description at all."""
+    conditioning_dropout: float = 0.0
+    """Share of rows whose adapter is the offset alone, as for no description at all: the shared LoRA then learns to
+    serve by itself."""
     encoding_noise: float = 0.0
     """Gaussian noise on what the hypernetwork reads, as a share of its root mean square."""
     mix_descriptions: float = 0.0
@@ -180,7 +213,7 @@ class TrainConfig:
             "description_in_prompt",
             "warmup",
             "label_smoothing",
-            "description_dropout",
+            "conditioning_dropout",
             "mix_descriptions",
         )
         for name in shares:
@@ -243,10 +276,15 @@ class SftConfig:
         if self.data.made_up and (self.reads != "description" or self.blind):
             raise ConfigError("data.made_up needs a hypernetwork that reads descriptions")
         if self.blind:
-            reading = ("contrast", "description_dropout", "encoding_noise", "mix_descriptions")
+            reading = ("contrast", "conditioning_dropout", "encoding_noise", "mix_descriptions")
             idle = [f"train.{name}" for name in reading if getattr(train, name)]
             if idle:
                 raise ConfigError(f"Nothing reads a description here, so {', '.join(idle)} would do nothing")
+        if train.conditioning_dropout + self.data.terse_description_prob > 1:
+            raise ConfigError(
+                f"train.conditioning_dropout {train.conditioning_dropout:g} and data.terse_description_prob "
+                f"{self.data.terse_description_prob:g} are shares of the same rows and must not exceed 1 together"
+            )
         if self.hypernet.prompt_aware and train.description_in_prompt in (0, 1):
             raise ConfigError(
                 "hypernet.prompt_aware tells prompts with the description from those without; "

@@ -32,7 +32,7 @@ from t2l.files import new_folder, sha256
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.train.batches import SHARED, Batch
+from t2l.train.batches import DROPPED, SHARED, TOLD, Batch
 from t2l.train.curves import write_report
 from t2l.train.data import DescriptionBank, RunData, prepare_data
 from t2l.train.running import schedule, versions
@@ -192,7 +192,7 @@ class Trainer:
         """What the optimiser changes."""
         return self.base if self.hypernet is None else self.hypernet
 
-    def adapters(self, read: Tensor, partners: Tensor, in_prompt: Tensor, *, learning: bool) -> LoraTensors:
+    def adapters(self, read: Tensor, partners: Tensor, batch: Batch, *, learning: bool) -> LoraTensors:
         """Adapters (N of them) from the texts at `read` (N,); in training, from what the settings make of them."""
         if self.hypernet is None:
             return LoraTensors((), (), 1.0)
@@ -200,11 +200,11 @@ class Trainer:
         scale = None
         if learning and self.bank is not None:
             encoded = self._disturbed(encoded, self.bank, partners)
-            if self.config.train.description_dropout:
-                scale = (torch.rand(len(read), device=self.device) >= self.config.train.description_dropout).float()
+            if self.config.train.conditioning_dropout:
+                scale = (batch.conditioning != DROPPED).float()
         # Judging runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
         write = self.write if learning else self.hypernet
-        shows = in_prompt if self.config.hypernet.prompt_aware else None
+        shows = batch.in_prompt if self.config.hypernet.prompt_aware else None
         return write(encoded.states, encoded.mask, scale, shows).map(Tensor.contiguous)
 
     def _disturbed(self, encoded: Encoded, bank: DescriptionBank, partners: Tensor) -> Encoded:
@@ -233,7 +233,7 @@ class Trainer:
             smoothing = torch.full((), train.label_smoothing if learning else 0.0, device=self.device)
         enabled = self.device.type == "cuda" if train.bfloat16 is None else train.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            lora = self.adapters(read, partners, batch.in_prompt, learning=learning)
+            lora = self.adapters(read, partners, batch, learning=learning)
             teacher = self.teacher(batch) if learning and train.distill else None
             losses, hits, *rest = self.losses(*batch[:5], lora.a, lora.b, lora.scaling, noise, smoothing, teacher)
         if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
@@ -282,7 +282,8 @@ class Trainer:
         else:
             (losses, _), (others, _), lora, divergence = self.compare(batch, learning=True)
             weights = batch.weights[: len(others)]
-            share = weights.sum(1)
+            # Another text need cost nothing more where the row's own says nothing of its task.
+            share = weights.sum(1).masked_fill(batch.conditioning[: len(others)] != TOLD, 0.0)
             right, wrong = (losses[: len(others)] * weights).sum(1), (others * weights).sum(1)
             hinge = F.relu(train.contrast_margin - (wrong - right) / share.clamp_min(1e-12))
             if not train.contrast_in_prompt:
@@ -672,7 +673,7 @@ def _start_from(hypernet: Hypernet, config: SftConfig, spec: AdapterSpec, revisi
         if whole:
             model = spec.base_model if config.encoder.model == "base" else config.encoder.model
             sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
-            shape = ("variant", "writes", "centre", "pointer", "prompt_aware", "standardize", *sizes)
+            shape = ("variant", "writes", "centre", "pointer", "pointer_gate", "prompt_aware", "standardize", *sizes)
             found |= {
                 "reads": config.reads,
                 "encoder": {
@@ -709,6 +710,7 @@ def _portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any
     for key in ("tasks", "descriptions"):
         if not plain["data"][key].startswith("hf:"):
             plain["data"][key] = Path(plain["data"][key]).name
+    plain["data"]["extra_tasks"] = [x if x.startswith("hf:") else Path(x).name for x in plain["data"]["extra_tasks"]]
     return plain
 
 
