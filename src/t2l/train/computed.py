@@ -405,7 +405,7 @@ TEMPLATES: tuple[Template, ...] = (
     Template(
         "date_dotted",
         (
-            "Give the date in the text in the form DD.MM.YYYY.",
+            "Which day is meant? Answer in the form DD.MM.YYYY.",
             "Write the date the German way: day, month and year with dots between, two digits for day and month.",
             "Dates with dots",
             "Normalise the date that is mentioned. Format: 07.03.1999.",
@@ -435,7 +435,7 @@ TEMPLATES: tuple[Template, ...] = (
     Template(
         "date_json",
         (
-            'Split the date in the text into JSON: {"day": number, "month": name, "year": number}.',
+            'Split the day that is named into JSON: {"day": number, "month": name, "year": number}.',
             "Return day, month (its name) and year of the date as a JSON object.",
             "Dates as JSON records",
             "Calendar import: give me the date as JSON with the fields day, month and year.",
