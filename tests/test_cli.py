@@ -150,7 +150,7 @@ def test_waiting_threads_sleep_unless_told_otherwise(
 
 
 def test_help_and_import_load_nothing_heavy(record_property: Callable[[str, object], None]) -> None:
-    done = python("-X", "importtime", "-m", "t2l.cli", "--help")
+    done = python("-X", "importtime", "-m", "t2l", "--help")
     assert done.returncode == 0
     rows = [line.split("|") for line in done.stderr.splitlines() if line.startswith("import time:")]
     loaded = {row[2].strip() for row in rows}
@@ -208,7 +208,7 @@ def test_interrupted_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = python("-m", "t2l.cli", "inspect", str(tmp_path / "absent"), T2L_DEBUG="1")
+    done = python("-m", "t2l", "inspect", str(tmp_path / "absent"), T2L_DEBUG="1")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
@@ -290,7 +290,7 @@ def test_bad_files_write_nothing(data: bytes, part: str, checkpoint: Path, tmp_p
 
 
 def test_raw_bytes_on_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "t2l.cli", "generate", b"caf\xe9", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "t2l", "generate", b"caf\xe9", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 1
     assert b"not valid UTF-8" in done.stderr

@@ -21,7 +21,7 @@ from t2l.serve.launch import Settings, is_loopback
 
 @contextmanager
 def program(checkpoint: Path, folder: Path) -> Any:
-    command = [sys.executable, "-m", "t2l.cli", "serve", "--port", "0", "--checkpoint", str(checkpoint)]
+    command = [sys.executable, "-m", "t2l", "serve", "--port", "0", "--checkpoint", str(checkpoint)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("T2L_TOKEN", None)
     with subprocess.Popen(

@@ -1,5 +1,0 @@
-"""`python -m t2l.cli`."""
-
-from t2l.cli import main
-
-main()
