@@ -161,6 +161,10 @@ def add_one(state: dict[str, torch.Tensor]) -> None:
     state["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"] = torch.ones(4, 32)
 
 
+def add_a_whole_matrix(state: dict[str, torch.Tensor]) -> None:
+    state["base_model.model.lm_head.weight"] = torch.ones(256, 32)
+
+
 def to_integers(state: dict[str, torch.Tensor]) -> None:
     for name in state:
         state[name] = state[name].int()
@@ -178,8 +182,20 @@ def to_integers(state: dict[str, torch.Tensor]) -> None:
         (change_weights(to_integers), CheckpointError, "only floats"),
         (change_weights(drop_one), SpecMismatchError, r"lacks .*layers\.1\.self_attn\.v_proj\.lora_B.*1 missing"),
         (change_weights(add_one), SpecMismatchError, r"unknown .*layers\.1\.mlp\.up_proj\.lora_A"),
+        (change_weights(add_a_whole_matrix), SpecMismatchError, r"unknown .*lm_head\.weight"),
     ],
-    ids=["truncated", "header cut", "pickle", "torch.save", "absent", "nan", "integers", "missing key", "unknown key"],
+    ids=[
+        "truncated",
+        "header cut",
+        "pickle",
+        "torch.save",
+        "absent",
+        "nan",
+        "integers",
+        "missing key",
+        "unknown key",
+        "lm_head in full",
+    ],
 )
 def test_bad_weights_are_refused(
     damage: Callable[[Path], None], error: type[Exception], match: str, adapter: LoraAdapter, tmp_path: Path
@@ -190,6 +206,18 @@ def test_bad_weights_are_refused(
     with pytest.raises(error, match=match) as caught:
         load_adapter(folder, adapter.spec)
     assert type(caught.value) is error
+
+
+def test_the_format_is_written_and_not_needed(adapter: LoraAdapter, tmp_path: Path) -> None:
+    """Some readers refuse a file without `format`; some writers leave it out."""
+    from safetensors import safe_open
+
+    folder = adapter.save_pretrained(tmp_path / "adapter")
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    again = load_adapter(folder, adapter.spec)
+    assert all(torch.equal(x, y) for x, y in zip(again.b, adapter.lora.b, strict=True))
 
 
 @pytest.mark.parametrize("letters", [b"PK", b"\x80\x02", b"\x80\x04"])
