@@ -40,7 +40,7 @@ def test_the_first_interrupt_asks_and_the_second_one_insists() -> None:
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(KeyboardInterrupt):
-        stop.raise_if_interrupted()
+        stop.raise_if_interrupted(print, "is saved")
 
 
 def test_a_thread_without_signals_can_train_too() -> None:

@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import Any
@@ -53,9 +54,15 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         """Whether the run has to stop now."""
         return self.interrupted or self.minutes > self.max_minutes
 
-    def raise_if_interrupted(self) -> None:
-        """Raises KeyboardInterrupt if that is why the run stopped; called once its state is saved."""
+    def raise_if_interrupted(self, log: Callable[[str], None], saved: str) -> None:
+        """Says what was saved and raises KeyboardInterrupt, if that is why the run stopped; called once it is saved.
+
+        Args:
+            log: Where the line goes.
+            saved: What there is to go on from, as it continues "interrupted: the state".
+        """
         if self.interrupted:
+            log(f"interrupted: the state {saved}; go on with --resume")
             raise KeyboardInterrupt
 
     def __enter__(self) -> "StopRequest":

@@ -192,9 +192,7 @@ def train_reconstruction(
     )
     with logger, StopRequest(max_minutes, started=started) as stop:
         step = trainer.fit(run, first, logger, stop)
-    if stop.interrupted:
-        log(f"interrupted: the state after step {step} is saved; go on with --resume")
-    stop.raise_if_interrupted()
+    stop.raise_if_interrupted(log, f"after step {step} is saved")
     return save(trainer, run / "checkpoint", step, log)
 
 

@@ -302,9 +302,7 @@ def train(
     )
     with logger, StopRequest(max_minutes, started=started) as stop:
         fit(session, run, progress, logger, stop)
-    if stop.interrupted:
-        log(f"interrupted: the state after step {progress.step} is saved; go on with --resume")
-    stop.raise_if_interrupted()
+    stop.raise_if_interrupted(log, f"after step {progress.step} is saved")
     return save(session, run, progress, log)
 
 

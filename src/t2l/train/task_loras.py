@@ -390,9 +390,7 @@ def train_task_loras(
     )
     with logger, StopRequest(max_minutes, started=started) as stop:
         trainer.fit(logger, stop)
-    if stop.interrupted:
-        log(f"interrupted: the state is saved, {trainer.left} adapters are left; go on with --resume")
-    stop.raise_if_interrupted()
+    stop.raise_if_interrupted(log, f"is saved, {trainer.left} adapters are left")
     if not trainer.finished:
         raise TrainingError(f"No adapter was finished within {max_minutes} minutes; go on with --resume")
     return trainer.library(run / "library")
