@@ -11,8 +11,8 @@ written from inputs or task names (`conditioning`), the base's own weights (`met
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -282,6 +282,7 @@ def train(
     max_minutes: float | None = None,
     device: str | None = None,
     bar: bool = False,
+    watch: "Watch | None" = None,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Runs a training to its end, its early stop or its time budget.
@@ -294,6 +295,7 @@ def train(
         max_minutes: Wall time after which the state is saved and the run stops.
         device: `cuda`, `cpu`; the GPU if there is one.
         bar: Draw a progress bar on standard error in place of most lines.
+        watch: Looks on; see `Watch`.
         log: Where lines go.
 
     Returns:
@@ -323,7 +325,7 @@ def train(
         log=log,
     )
     with logger, StopRequest(max_minutes, started=started) as stop:
-        fit(session, run, progress, logger, stop)
+        fit(session, run, progress, logger, stop, watch)
     stop.raise_if_interrupted(log, f"after step {progress.step} is saved")
     return save(session, run, progress, log)
 
@@ -401,19 +403,40 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
     return Session(config, device, tokenizer, base, encoder, data, cache, spec, hypernet, origin, optimizer)
 
 
-def fit(session: Session, run: Path, progress: Progress, logger: MetricLogger, stop: StopRequest) -> None:
-    """Trains on from where `progress` stands, and evaluates, logs and saves on the way."""
-    train, data, device = session.config.train, session.data, session.device
-    if progress.stopped:
-        return
-    hypernet, first = session.hypernet, progress.step
+Watch = Callable[[Session, Trainer, int, Callable[[str], None]], None]
+"""Looks on: called before the first step, and after every planned evaluation, with what the run has, what takes its
+steps, the number of steps done, and where lines go. It leaves weights, optimiser and random state as they are."""
+
+
+@contextmanager
+def stepping(session: Session) -> Iterator[Trainer]:
+    """What takes the steps, for as long as the base bears its hooks."""
+    train, hypernet = session.config.train, session.hypernet
     layers = compiled(session.base, session.spec) if train.torch_compile else nullcontext()
     with hooked(session.base, session.spec) as slots, layers:
         losses = answer_losses(session.base, slots, keep=train.gradient_checkpointing, fuse=train.torch_compile)
         write = torch.compile(hypernet, dynamic=False) if train.torch_compile and hypernet is not None else hypernet
-        trainer = Trainer(
-            session.config, session.base, hypernet, write, losses, session.cache, session.optimizer, device
+        yield Trainer(
+            session.config, session.base, hypernet, write, losses, session.cache, session.optimizer, session.device
         )
+
+
+def fit(
+    session: Session,
+    run: Path,
+    progress: Progress,
+    logger: MetricLogger,
+    stop: StopRequest,
+    watch: Watch | None = None,
+) -> None:
+    """Trains on from where `progress` stands, and evaluates, logs and saves on the way."""
+    train, data, device = session.config.train, session.data, session.device
+    if progress.stopped:
+        return
+    first = progress.step
+    with stepping(session) as trainer:
+        if watch is not None:
+            watch(session, trainer, first, logger.log)
         vocabulary = session.base.config.get_text_config().vocab_size
         monitor = StepMonitor(session.config, data, device, vocabulary=vocabulary, started=stop.started)
         steps, workers = range(first, train.max_steps), train.dataloader_num_workers
@@ -436,6 +459,8 @@ def fit(session: Session, run: Path, progress: Progress, logger: MetricLogger, s
                     # One that only a time budget brought about must not count, or the resumed run were another.
                     if train.early_stopping != "off" and planned:
                         _keep_best(trainer, progress, report)
+                    if watch is not None and planned:
+                        watch(session, trainer, progress.step, logger.log)
                 if saving or progress.stopped:
                     save_state(run, trainer.trained, trainer.optimizer, progress)
             if last or progress.stopped:

@@ -14,8 +14,8 @@ Shape letters as in `spec.py`; K slots, B = K · rows_per_task rows.
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,20 @@ class Trainer:
         """Number of tasks that are not done."""
         return len(self.data) - len(self.finished)
 
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Puts the hooks on the base; steps can be taken for as long as they are there."""
+        compile_ = self.config.train.torch_compile
+        layers = compiled(self.base, self.spec) if compile_ else nullcontext()
+        with hooked(self.base, self.spec) as hooks, layers:
+            self.losses = answer_losses(self.base, hooks, fuse=compile_)
+            self.update = torch.compile(adamw, dynamic=False) if compile_ else adamw
+            yield
+
     def fit(self, logger: MetricLogger, stop: StopRequest) -> None:
         """Trains until all tasks are done or the run has to stop, and saves the state then."""
         train = self.config.train
-        layers = compiled(self.base, self.spec) if train.torch_compile else nullcontext()
-        with hooked(self.base, self.spec) as hooks, layers:
-            self.losses = answer_losses(self.base, hooks, fuse=train.torch_compile)
-            self.update = torch.compile(adamw, dynamic=False) if train.torch_compile else adamw
+        with self.stepping():
             while True:
                 self._fill()
                 before = self.steps
