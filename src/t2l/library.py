@@ -9,10 +9,10 @@ Knows adapters, specs and files. Knows no tasks, no training and no hypernetwork
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ from t2l.spec import ALL_LINEAR, AdapterSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 WEIGHTS, SPEC, INDEX = "adapters.safetensors", "spec.json", "index.json"
@@ -240,43 +242,34 @@ def from_peft_folders(
     whole = AdapterSpec.from_config(config, base_model, LoraConfig(target_modules=(ALL_LINEAR,)))
     by_path = {t.path.format(layer=n): (t.name, n) for t in whole.targets for n in whole.layers}
     refused: dict[str, str] = {}
-    shapes: dict[str, _Shape] = {}
-    for path in paths:
-        try:
-            shapes[path.name] = _shape(path, by_path, base_model)
-        except (CheckpointError, SpecMismatchError) as error:
-            refused[path.name] = str(error)
-    usual = Counter(shapes.values()).most_common(1)
+    shapes = _each(paths, lambda path: _shape(path, by_path, base_model), refused)
     loaded: dict[str, LoraTensors] = {}
-    spec = None
-    if usual:
-        shape = usual[0][0]
-        spec = AdapterSpec.from_config(
-            config,
-            base_model,
-            LoraConfig(
-                target_modules=shape.targets,
-                layers_to_transform=shape.layers,
-                r=shape.rank,
-                lora_alpha=shape.alpha,
-                use_rslora=shape.use_rslora,
-            ),
-        )
-        for path in paths:
-            if path.name in refused:
-                continue
+    if shapes:
+        shape = Counter(shapes.values()).most_common(1)[0][0]
+        spec = AdapterSpec.from_config(config, base_model, shape.config())
+
+        def load(path: Path) -> LoraTensors:
             if shapes[path.name] != shape:
-                refused[path.name] = f"{shapes[path.name].difference(shape)} in most of the others"
-                continue
-            try:
-                loaded[path.name] = peft_io.load_adapter(path, spec)
-            except (CheckpointError, SpecMismatchError) as error:
-                refused[path.name] = str(error)
-    if not loaded or spec is None or (refused and not leave_out):
+                raise SpecMismatchError(f"{shapes[path.name].difference(shape)} in most of the others")
+            return peft_io.load_adapter(path, spec)
+
+        loaded = _each([path for path in paths if path.name in shapes], load, refused)
+    if not loaded or (refused and not leave_out):
         listed = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         raise SpecMismatchError(f"{len(refused)} of {len(paths)} PEFT folders do not fit into one library:\n{listed}")
     about = {name: dict((facts or {}).get(name, {})) for name in loaded}
     return save_library(folder, LoraTensors.stack(list(loaded.values())), spec, about), refused
+
+
+def _each(paths: Sequence[Path], read: Callable[[Path], T], refused: dict[str, str]) -> dict[str, T]:
+    """What `read` makes of each folder, by its name; a folder that it refuses goes into `refused` with the reason."""
+    found = {}
+    for path in paths:
+        try:
+            found[path.name] = read(path)
+        except (CheckpointError, SpecMismatchError) as error:
+            refused[path.name] = str(error)
+    return found
 
 
 @dataclass(frozen=True)
@@ -288,6 +281,16 @@ class _Shape:
     use_rslora: bool
     targets: tuple[str, ...]
     layers: tuple[int, ...]
+
+    def config(self) -> LoraConfig:
+        """The settings that give a spec of this shape."""
+        return LoraConfig(
+            target_modules=self.targets,
+            layers_to_transform=self.layers,
+            r=self.rank,
+            lora_alpha=self.alpha,
+            use_rslora=self.use_rslora,
+        )
 
     def difference(self, other: "_Shape") -> str:
         """The first field that differs, with both values."""

@@ -25,6 +25,7 @@ from t2l.cli.common import (
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError
 
 if TYPE_CHECKING:
+    from t2l.session import Session
     from t2l.text_to_lora import LoraAdapter
 
 ANSWERS_AT_ONCE = 8
@@ -179,15 +180,7 @@ def run(
     """Answer inputs with the base model and with the adapter, given the same prompt."""
     if not inputs and input_file is None:
         raise typer.BadParameter("no input is given: give --input TEXT or --input-file FILE")
-    if description is None and adapter is None:
-        raise typer.BadParameter("no description is given: give DESCRIPTION, or --adapter DIR")
-    if adapter is not None and not adapter.is_dir():
-        raise CheckpointError(f"{adapter} is not an adapter folder")
-    if description is None and adapter is not None:
-        from t2l.peft_io import read_origin
-
-        if not read_origin(adapter).description:
-            raise typer.BadParameter(f"{adapter} names no description: give DESCRIPTION")
+    _require_description(description, adapter)
     texts = [*(inputs or []), *(read_lines(input_file, "input") if input_file else [])]
     for text in texts:
         _check_input(text)
@@ -201,13 +194,7 @@ def run(
     change = session.largest_change(prompts[0])
     if not as_json and sys.stdout.isatty():
         for text, prompt in zip(texts, prompts, strict=True):
-            print(f"Input    {text}")
-            print("Base     ", end="", flush=True)
-            session.stream(prompt, max_new_tokens)
-            print("Adapted  ", end="", flush=True)
-            with session.adapted():
-                session.stream(prompt, max_new_tokens)
-            print()
+            _stream(session, text, prompt, max_new_tokens)
         return
     answers = []
     for start in range(0, len(texts), ANSWERS_AT_ONCE):
@@ -231,6 +218,29 @@ def run(
             "peak_memory_bytes": peak_memory(),
         }
         print_json({**facts, "answers": answers})
+
+
+def _require_description(description: str | None, adapter: Path | None) -> None:
+    """Raises before anything slow is loaded if there is nothing that says what the task is."""
+    if description is None and adapter is None:
+        raise typer.BadParameter("no description is given: give DESCRIPTION, or --adapter DIR")
+    if adapter is not None and not adapter.is_dir():
+        raise CheckpointError(f"{adapter} is not an adapter folder")
+    if description is None and adapter is not None:
+        from t2l.peft_io import read_origin
+
+        if not read_origin(adapter).description:
+            raise typer.BadParameter(f"{adapter} names no description: give DESCRIPTION")
+
+
+def _stream(session: "Session", text: str, prompt: str, max_new_tokens: int) -> None:
+    print(f"Input    {text}")
+    print("Base     ", end="", flush=True)
+    session.stream(prompt, max_new_tokens)
+    print("Adapted  ", end="", flush=True)
+    with session.adapted():
+        session.stream(prompt, max_new_tokens)
+    print()
 
 
 def _check_input(text: str) -> None:
