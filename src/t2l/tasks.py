@@ -68,14 +68,14 @@ class Splits:
 @cache
 def load_splits() -> Splits:
     """Reads the frozen split that ships with the package."""
-    data = _frozen("splits")
+    data = shipped_data("splits")
     return Splits(
         train=frozenset(data["train"]),
         validation=frozenset(data["validation"]),
         test=frozenset(data["test"]),
         test_unseen_category=frozenset(data["test_unseen_category"]),
         excluded=data["excluded"],
-        held_back=frozenset(_frozen("held_back")["held_back"]),
+        held_back=frozenset(shipped_data("held_back")["held_back"]),
     )
 
 
@@ -95,11 +95,11 @@ def written_descriptions(what: Literal["benchmarks", "choosing", "test"]) -> dic
     files = {kind: f"{kind.removesuffix('s')}_descriptions" for kind in ("benchmarks", "choosing", "test")}
     if what not in files:
         raise DataError(f"There are written descriptions of {', '.join(files)}, not of {what!r}")
-    return {name: tuple(texts) for name, texts in _frozen(files[what]).items()}
+    return {name: tuple(texts) for name, texts in shipped_data(files[what]).items()}
 
 
-def _frozen(name: str) -> dict[str, Any]:
-    """A JSON file that ships with the package."""
+def shipped_data(name: str) -> dict[str, Any]:
+    """The JSON file `data/{name}.json` of this package."""
     return parse_json(resources.files("t2l.data").joinpath(f"{name}.json").read_bytes(), f"{name}.json", DataError)
 
 

@@ -32,7 +32,7 @@ class DataConfig:
     """`sni`: the frozen split's training tasks without the held-back ones, from `T2L_DATA`. Otherwise own tasks as
     `t2l.tasks.load_own` reads them: a JSONL file, a folder of such files, or `hf:NAME`."""
     extra_tasks: tuple[str, ...] = ()
-    """Further sources of training tasks: `t0` for the packed T0 tasks from `T2L_DATA`, `computed` for the templates of
+    """Further sources of training tasks: `t0` for the packed T0 tasks from `T2L_DATA`, `computed` for the rules of
     `t2l.train.computed`, or own tasks as for `tasks`."""
     extra_weights: tuple[float, ...] = ()
     """For each of them the share of rows that it gets; `tasks` has the rest. Without weights all tasks come alike."""
