@@ -167,16 +167,23 @@ def differences(
     return sorted(found)
 
 
-def save_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Writes everything that a run of one module and one optimiser needs to go on; see `write_state`."""
+def whole_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that a run of one module and one optimiser needs to go on: tensors by name, and facts."""
     tensors = {f"weight/{name}": value for name, value in weights(module).items()}
     tensors |= {f"best/{name}": value for name, value in progress.best.items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in values.items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    write_state(run, tensors, {x.name: getattr(progress, x.name) for x in fields(progress) if x.name != "best"})
+    return tensors, {x.name: getattr(progress, x.name) for x in fields(progress) if x.name != "best"}
+
+
+def save_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Writes what `whole_state` says of a run; see `write_state`."""
+    write_state(run, *whole_state(module, optimizer, progress))
 
 
 def read_progress(run: Path) -> Progress:
