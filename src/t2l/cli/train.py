@@ -1,10 +1,11 @@
 """`t2l train sft`, `t2l train task-loras` and `t2l train reconstruction`."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 import typer.core
@@ -13,6 +14,7 @@ from t2l.cli.common import DeviceOption, JsonOption, app, checked_device, print_
 
 if TYPE_CHECKING:
     from t2l.tasks import Task
+    from t2l.train.estimate import Estimate
 
 train_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Train a hypernetwork, or a LoRA for every task."
@@ -21,13 +23,20 @@ app.add_typer(train_app, name="train")
 
 
 ConfigOption = Annotated[Path, typer.Option(metavar="FILE", help="YAML settings; see configs/.")]
-RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="Folder of the run.")]
+RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", show_default=False, help="Folder of the run.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as train.max_steps=100; may be repeated.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run's saved state.")]
 MinutesOption = Annotated[
     float | None, typer.Option(min=0.0, show_default=False, help="Stop and save after this time.")
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Take a few steps, say what memory, time and disk the run needs, write nothing.",
+    ),
 ]
 
 
@@ -38,29 +47,56 @@ def benchmark_tasks() -> "list[Task]":
     return benchmark_tasks()
 
 
-Trainer = tuple[type, Callable[..., Any], dict[str, Any]]
-"""The settings' class, the function that trains, and what the function takes that the others do not."""
+class Trainer(NamedTuple):
+    """One of the trainings."""
+
+    settings: type
+    train: Callable[..., Any]
+    dry_run: Callable[..., Any]
+    own: dict[str, Any]
+    """What `train` takes that the others do not."""
+    source: dict[str, Any]
+    """What `train` and `dry_run` take that the others do not."""
 
 
 def _sft() -> Trainer:
     """Train through the base model's loss on the tasks' answers; prints the checkpoint's folder."""
+    from t2l.train.dry_run import dry_run_sft
     from t2l.train.sft import SftConfig, train
 
-    return SftConfig, train, {"bar": sys.stderr.isatty()}
+    return Trainer(SftConfig, train, dry_run_sft, {"bar": sys.stderr.isatty()}, {})
 
 
 def _task_loras() -> Trainer:
     """Train one LoRA for every task of a suite, many at once; prints the library's folder."""
+    from t2l.train.dry_run import dry_run_task_loras
     from t2l.train.task_loras import TaskLorasConfig, train_task_loras
 
-    return TaskLorasConfig, train_task_loras, {"benchmarks": benchmark_tasks}
+    return Trainer(TaskLorasConfig, train_task_loras, dry_run_task_loras, {}, {"benchmarks": benchmark_tasks})
 
 
 def _reconstruction() -> Trainer:
     """Train a hypernetwork to write a library's adapters from their descriptions; prints the checkpoint's folder."""
+    from t2l.train.dry_run import dry_run_reconstruction
     from t2l.train.reconstruction import ReconstructionConfig, train_reconstruction
 
-    return ReconstructionConfig, train_reconstruction, {"bar": sys.stderr.isatty()}
+    return Trainer(ReconstructionConfig, train_reconstruction, dry_run_reconstruction, {"bar": sys.stderr.isatty()}, {})
+
+
+def _print_estimate(found: "Estimate", run_folder: Path | None, as_json: bool) -> None:
+    """Prints an estimate, and what the disk has left for the run."""
+    from t2l.train.estimate import size
+
+    nearest = (run_folder or Path()).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    free, needed = shutil.disk_usage(nearest).free, sum(found.disk.values())
+    if as_json:
+        print_json(found.plain() | {"disk_free": free})
+        return
+    print(found.table())
+    if needed > free:
+        print(f"{'disk full':<12}{nearest} has {size(free)} left; name another folder with --run")
 
 
 def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
@@ -68,30 +104,40 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
 
     def run(
         config: ConfigOption,
-        run_folder: RunOption,
+        run_folder: RunOption = None,
         overrides: SetOption = None,
+        dry_run: DryRunOption = False,
         resume: ResumeOption = False,
         max_minutes: MinutesOption = None,
         device: DeviceOption = None,
         as_json: JsonOption = False,
     ) -> None:
         from t2l.config import build, load_yaml, override
-        from t2l.io import only_writer
 
         started = time.perf_counter()
         plain = override(load_yaml(config), overrides or [])
-        if not resume:
+        if run_folder is None and not dry_run:
+            raise typer.BadParameter("where to? Name the run's folder with --run DIR")
+        if run_folder is not None and not (resume or dry_run):
             try_writing(run_folder.absolute())
-        settings, train, more = load()
+        trainer = load()
+        settings: Any = build(trainer.settings, plain, where=str(config))
+        where = checked_device(device)
+        if run_folder is None or dry_run:
+            _print_estimate(trainer.dry_run(settings, device=where, log=say, **trainer.source), run_folder, as_json)
+            return
+        from t2l.io import only_writer
+
         with only_writer(run_folder):
-            result = train(
-                build(settings, plain, where=str(config)),
+            result = trainer.train(
+                settings,
                 run_folder,
                 resume=resume,
                 max_minutes=max_minutes,
-                device=checked_device(device),
+                device=where,
                 log=say,
-                **more,
+                **trainer.own,
+                **trainer.source,
             )
         what, folder = ("checkpoint", result) if isinstance(result, Path) else ("library", result.folder)
         if as_json:

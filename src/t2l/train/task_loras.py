@@ -117,7 +117,7 @@ class Trainer:
         train = self.config.train
         with self.stepping():
             while True:
-                self._fill()
+                self.fill()
                 before = self.steps
                 if self.left:
                     logger.record(self._train_segment(stop))
@@ -181,7 +181,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ between steps
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Gives empty slots to waiting tasks; the new ones' validation loss as they start is their first."""
         fresh: list[tuple[int, Running]] = []
         for slot, running in enumerate(self.running):
