@@ -220,6 +220,23 @@ def test_an_adapter_is_made_listed_shown_and_deleted(http: httpx.Client, server:
         assert answer.json()["error"]["code"] == "model_not_found"
 
 
+def test_another_strength_is_another_adapter(http: httpx.Client, server: Server, names: list[str]) -> None:
+    """The id is that of the weights: what the library writes at this strength, served, shown and never mixed up."""
+    body = {"description": DESCRIPTIONS[0], "strength": 0.5}
+    made, again = (http.post("/v1/adapters", json=body) for _ in range(2))
+    assert (made.status_code, again.status_code) == (201, 200) and made.json()["id"] == again.json()["id"] != names[0]
+    whole = http.post("/v1/adapters", json={**body, "strength": 1, "n": 1})
+    assert (whole.status_code, whole.json()["id"], whole.json()["strength"]) == (200, names[0], 1)
+    (expected,) = server.service.generator.generate([DESCRIPTIONS[0]], strength=0.5)
+    stored = server.service.store.get(made.json()["id"])
+    assert all(torch.equal(x, y) for x, y in zip(stored.lora.b, expected.lora.b, strict=True))
+    assert http.get(f"/v1/adapters/{stored.entry.id}").json()["strength"] == 0.5 and "0.5" in stored.entry.card
+    # A description as a model's name is the trained strength, whatever was written last.
+    reply = http.post("/v1/completions", json={"model": f"t2l:{DESCRIPTIONS[0]}", "prompt": "x", "max_tokens": 1})
+    assert reply.json()["model"] == names[0]
+    http.delete(f"/v1/adapters/{stored.entry.id}")
+
+
 def test_a_downloaded_folder_is_what_peft_reads(
     http: httpx.Client, names: list[str], tmp_path: Path, client: openai.OpenAI, server: Server
 ) -> None:
@@ -344,7 +361,7 @@ def test_a_failing_request_changes_nothing(http: httpx.Client, server: Server, m
     body = {"model": "base", "prompt": "The base", "max_tokens": 8, "temperature": 0, "logprobs": 5}
     before = http.post("/v1/completions", json=body).json()["choices"]
 
-    def broken(descriptions: Any) -> Any:
+    def broken(descriptions: Any, strength: float) -> Any:
         server.model(torch.tensor([[1, 2]]))
         raise RuntimeError("/secret/path is not for clients")
 

@@ -143,9 +143,22 @@ def test_the_whole_journey(page: Any, server: Server, tmp_path: Path) -> None:
         assert path.name == f"{name}.{suffix}" and path.stat().st_size > 1000
     assert f"{name}/adapter_config.json" in zipfile.ZipFile(tmp_path / f"{name}.zip").namelist()
 
+    # Another strength is another adapter; the slider goes by keys.
+    page.get_by_label("Strength").press("ArrowLeft")
+    page.get_by_role("button", name="Write the adapter").click()
+    page.wait_for_function("name => document.querySelector('#adapter-id').textContent !== name", arg=name)
+    weaker = page.locator("#adapter-id").inner_text()
+    assert httpx.get(f"{server.url}/v1/adapters/{weaker}").json()["strength"] == 0.9
+    assert page.locator("#adapter-strength").inner_text() == "0.9"
+    page.locator("#history [aria-current=true]", has_text="strength 0.9").wait_for()
+    page.get_by_role("button", name="Delete").click()
+    page.locator("#adapter").wait_for(state="hidden")
+
     # What is there stays there, and can be deleted.
     page.reload()
     page.get_by_role("button", name="Say yes or no.").click()
+    page.locator("#adapter").wait_for()
+    assert page.get_by_label("Strength").input_value() == "1"
     page.get_by_role("button", name="Delete").click()
     page.locator("#adapter").wait_for(state="hidden")
     assert httpx.get(f"{server.url}/v1/adapters/{name}").status_code == 404

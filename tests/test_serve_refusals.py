@@ -109,6 +109,12 @@ BAD: list[tuple[str, bytes]] = [
             {"description": "x" * 91},
             {"description": ["x"]},
             {"description": "x", "n": 2},
+            {"description": "x", "n": 0},
+            {"description": "x", "n": True},
+            {"description": "x", "strength": -0.1},
+            {"description": "x", "strength": 2.5},
+            {"description": "x", "strength": "strong"},
+            {"description": "x", "strength": None},
             {"description": "x", "base": "http://169.254.169.254/"},
             {"description": "x", "checkpoint": "../../etc"},
         )

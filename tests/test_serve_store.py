@@ -137,7 +137,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     code = f"from pathlib import Path; from t2l.serve.store import AdapterStore; AdapterStore(Path({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "a folder of its own" in done.stderr
+    assert done.returncode == 1 and "give this one its own" in done.stderr
     store.close()
     blocked = tmp_path / "file"
     blocked.write_text("")

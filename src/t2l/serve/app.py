@@ -149,7 +149,7 @@ async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
 def _serve_adapters(app: FastAPI, service: Service, *, token: bool) -> None:
     @app.post("/v1/adapters")
     async def create(body: AdapterRequest) -> Json:
-        entry, new = await service.create(body.description)
+        entry, new = await service.create(body.description, body.strength)
         return Json(_about(service, entry), 201 if new else 200, headers={"location": f"/v1/adapters/{entry.id}"})
 
     @app.get("/v1/adapters")
@@ -196,6 +196,7 @@ def _about(service: Service, entry: Entry, *, norms: bool = False) -> dict[str, 
         "created": entry.created,
         "parent": service.base_model,
         "description": entry.description,
+        "strength": entry.strength,
         "sha256": entry.sha256,
         "seconds": entry.seconds,
         "bytes": entry.bytes,

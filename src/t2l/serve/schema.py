@@ -6,7 +6,7 @@ it are served, and refused at any other.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
@@ -147,5 +147,16 @@ class AdapterRequest(Strict):
     """Body of `POST /v1/adapters`."""
 
     description: Text
-    n: Literal[1] | None = None
-    """One description gives one adapter, always the same."""
+    strength: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """How much of the description's change is added to the LoRA that all descriptions share, see
+    `TextToLora.generate`."""
+    n: Annotated[int, Field(strict=True)] | None = None
+
+    @field_validator("n")
+    @classmethod
+    def _one(cls, n: int | None) -> int | None:
+        if n not in (None, 1):
+            raise ValueError(
+                f"{n} adapters of one description would all be the same; ask for 1, or send the others' descriptions"
+            )
+        return n

@@ -58,8 +58,12 @@ class Service:
         self.started = int(time.time())
         self._remembered: OrderedDict[str, str] = OrderedDict()
 
-    async def create(self, description: str) -> tuple[Entry, bool]:
+    async def create(self, description: str, strength: float = 1.0) -> tuple[Entry, bool]:
         """Writes an adapter and stores it.
+
+        Args:
+            description: What it is for.
+            strength: As in `TextToLora.generate`.
 
         Returns:
             What is stored, and whether it was not there before.
@@ -77,15 +81,16 @@ class Service:
 
         def write() -> tuple[Any, float]:
             started = time.perf_counter()
-            (adapter,) = self.generator.generate([description])
+            (adapter,) = self.generator.generate([description], strength=strength)
             return adapter, time.perf_counter() - started
 
         adapter, seconds = await asyncio.wrap_future(self.engine.run(write))
-        entry, new = await asyncio.to_thread(self.store.add, adapter, seconds=seconds)
-        self._remembered[description] = entry.id
-        self._remembered.move_to_end(description)
-        if len(self._remembered) > REMEMBERED:
-            self._remembered.popitem(last=False)
+        entry, new = await asyncio.to_thread(self.store.add, adapter, seconds=seconds, strength=strength)
+        if strength == 1:
+            self._remembered[description] = entry.id
+            self._remembered.move_to_end(description)
+            if len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
         return entry, new
 
     async def resolve(self, model: str) -> StoredAdapter | None:

@@ -41,6 +41,7 @@ create table if not exists adapters (
     id text not null unique,
     sha256 text not null,
     description text not null,
+    strength real not null,
     created integer not null,
     seconds real not null,
     bytes integer not null,
@@ -48,7 +49,7 @@ create table if not exists adapters (
     card text not null,
     norms text not null
 )"""
-_COLUMNS = "id, sha256, description, created, seconds, bytes, spec, card, norms"
+_COLUMNS = "id, sha256, description, strength, created, seconds, bytes, spec, card, norms"
 
 
 class NewAdapter(Protocol):
@@ -77,6 +78,8 @@ class Entry:
     id: str
     sha256: str
     description: str
+    strength: float
+    """How much of the description's change it has; 1 is what was trained."""
     created: int
     """Seconds since 1970."""
     seconds: float
@@ -140,9 +143,10 @@ class AdapterStore:
             self._database.execute("begin exclusive")
             self._database.execute(_SCHEMA)
             self._database.execute("commit")
+            self._database.execute(f"select {_COLUMNS} from adapters limit 0")  # those of another version lack some
         except (OSError, sqlite3.Error) as error:
             raise OutputError(
-                f"{folder} cannot hold adapters ({error}); if another server uses it, give this one a folder of its own"
+                f"{folder} cannot hold adapters ({error}); if another server or version uses it, give this one its own"
             ) from error
         self._tidy()
 
@@ -156,12 +160,13 @@ class AdapterStore:
         with self._lock:
             return int(self._database.execute("select count(*) from adapters").fetchone()[0])
 
-    def add(self, adapter: NewAdapter, *, seconds: float = 0.0) -> tuple[Entry, bool]:
+    def add(self, adapter: NewAdapter, *, seconds: float = 0.0, strength: float = 1.0) -> tuple[Entry, bool]:
         """Stores an adapter and returns when it is safe on disk.
 
         Args:
             adapter: A generated adapter.
             seconds: How long it took to write it.
+            strength: What it was written with.
 
         Returns:
             What is stored, and whether it was not there before.
@@ -186,9 +191,8 @@ class AdapterStore:
                 raise BusyError(f"{self._most} adapters are stored, which is the limit; delete some")
             norms = {t.name: norm.tolist() for t, norm in zip(adapter.spec.targets, lora.norms(), strict=True)}
             size = sum(x.nbytes for x in (*lora.a, *lora.b))
-            entry = Entry(
-                name, sha256, adapter.description, int(time.time()), seconds, size, adapter.spec, adapter.card(), norms
-            )
+            now, card = int(time.time()), adapter.card()
+            entry = Entry(name, sha256, adapter.description, strength, now, seconds, size, adapter.spec, card, norms)
             self._write(entry, lora)
             self._keep(StoredAdapter(entry, lora))
         return entry, True
@@ -287,7 +291,7 @@ class AdapterStore:
         try:
             _write_durably(self._path(entry.id), data)
             values = (
-                entry.id, entry.sha256, entry.description, entry.created, entry.seconds, entry.bytes,
+                entry.id, entry.sha256, entry.description, entry.strength, entry.created, entry.seconds, entry.bytes,
                 entry.spec.to_json(), entry.card, json.dumps(entry.norms),
             )  # fmt: skip
             marks = ", ".join("?" * len(values))
@@ -318,10 +322,8 @@ class AdapterStore:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    name, sha256, description, created, seconds, size, spec, card, norms = row
-    return Entry(
-        name, sha256, description, created, seconds, size, AdapterSpec.from_json(spec), card, json.loads(norms)
-    )
+    fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    return Entry(**fields | {"spec": AdapterSpec.from_json(fields["spec"]), "norms": json.loads(fields["norms"])})
 
 
 def _write_durably(path: Path, data: bytes) -> None:

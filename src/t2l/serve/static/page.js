@@ -75,7 +75,8 @@ at("describe-form").addEventListener("submit", (event) => {
   act([at("describe-button")], async () => {
     at("describe-status").textContent = "Writing …";
     try {
-      const made = await call("POST", "/v1/adapters", { description: at("describe").value });
+      const body = { description: at("describe").value, strength: Number(at("strength").value) };
+      const made = await call("POST", "/v1/adapters", body);
       await show(made.id);
       await list();
       if (matchMedia("(pointer: fine)").matches) at("input").focus();
@@ -85,6 +86,9 @@ at("describe-form").addEventListener("submit", (event) => {
   });
 });
 
+const sayStrength = () => { at("strength-value").textContent = at("strength").value; };
+at("strength").addEventListener("input", sayStrength);
+
 const bytes = (count) => count < 1e6 ? `${(count / 1e3).toFixed(0)} kB` : `${(count / 1e6).toFixed(1)} MB`;
 const seconds = (count) => count < 1 ? `${Math.round(1000 * count)} ms` : `${count.toFixed(2)} s`;
 
@@ -92,7 +96,10 @@ async function show(id) {
   const adapter = await call("GET", `/v1/adapters/${encodeURIComponent(id)}`);
   state.adapter = adapter;
   at("describe").value = adapter.description;
+  at("strength").value = adapter.strength;
+  sayStrength();
   at("adapter-id").textContent = adapter.id;
+  at("adapter-strength").textContent = adapter.strength;
   at("adapter-seconds").textContent = seconds(adapter.seconds);
   at("adapter-size").textContent = bytes(adapter.bytes);
   at("adapter-parameters").textContent = adapter.parameters.toLocaleString("en");
@@ -136,7 +143,8 @@ async function list(after) {
   if (!after) at("history").replaceChildren();
   for (const adapter of found.data) {
     const button = make("button", { type: "button" },
-      make("span", { textContent: adapter.description }), make("code", { textContent: adapter.id }));
+      make("span", { textContent: adapter.description }),
+      make("code", { textContent: adapter.id + (adapter.strength === 1 ? "" : ` · strength ${adapter.strength}`) }));
     button.dataset.id = adapter.id;
     button.addEventListener("click", () => act([button], () => show(adapter.id)));
     at("history").append(make("li", {}, button));
