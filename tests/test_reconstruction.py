@@ -613,7 +613,7 @@ def test_settings_that_do_not_go_together(config: ReconstructionConfig) -> None:
     for change, message in (
         ({"variant": "none"}, "reads no description"),
         ({"normalize_inputs": True}, "hypernet.normalize_inputs has no place"),
-        ({"codebook": "vq"}, "hypernet.codebook has no place"),
+        ({"pointer": ("o_proj",)}, "hypernet.pointer has no place"),
     ):
         with pytest.raises(ConfigError, match=message):
             replace(config, hypernet=replace(config.hypernet, **change))

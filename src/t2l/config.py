@@ -145,10 +145,6 @@ class HypernetConfig:
     """Token-level encoders only."""
     token_dropout: Dropout = 0.1
     """Token-level encoders only: share of the description's tokens hidden at each training step."""
-    codebook: Literal["none", "vq", "softmax"] = "none"
-    """Sentence trunks only: the embedding becomes one of `codebook_size` learned codes (`vq`, arXiv 1711.00937, codes
-    as moving averages) or a mixture of them (`softmax`)."""
-    codebook_size: Annotated[int, Range(at_least=2, at_most=2**20)] = 32
     train_shared_lora: bool = True
     """Whether the shared LoRA, which every description's adapter starts from, is trained along."""
     normalize_inputs: bool = False

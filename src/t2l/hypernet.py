@@ -97,12 +97,6 @@ class Hypernet(nn.Module):
             self.scaling,
         )
 
-    @property
-    def commitment(self) -> Tensor | None:
-        """Distance of the last batch's embeddings to their codes, for the loss; None without a VQ codebook."""
-        codebook = self.trunk.codebook if isinstance(self.trunk, SentenceTrunk) else None
-        return codebook.commitment if isinstance(codebook, VectorQuantizer) else None
-
     def shared_adapter(self) -> LoraTensors:
         """The LoRA that all descriptions share, as a single adapter; its tensors are the parameters themselves."""
         a, b = self.shared_lora()
@@ -140,11 +134,7 @@ def _build_trunk(
             grid,
             width=config.width,
             dropout=config.dropout,
-            codebook=config.codebook,
-            codebook_size=config.codebook_size,
         )
-    if config.codebook != "none":
-        raise ConfigError(f"hypernet.codebook '{config.codebook}' needs one vector a text: a sentence encoder")
     return TokenTrunk(
         embedding_size,
         grid,
@@ -265,16 +255,10 @@ class SentenceTrunk(nn.Module):
         *,
         width: int,
         dropout: float,
-        codebook: Literal["none", "vq", "softmax"],
-        codebook_size: int,
     ) -> None:
         super().__init__()
         num_layers, num_targets = grid
         self.embedding = nn.Sequential(nn.Linear(embedding_size, width // 2), nn.LayerNorm(width // 2))
-        self.codebook: nn.Module | None = None
-        if codebook != "none":
-            kinds = {"vq": VectorQuantizer, "softmax": SoftmaxCodebook}
-            self.codebook = kinds[codebook](width // 2, codebook_size)
         self.depth = nn.Sequential(nn.Embedding(num_layers, width // 4), nn.LayerNorm(width // 4))
         self.target = nn.Sequential(nn.Embedding(num_targets, width // 4), nn.LayerNorm(width // 4))
         self.mixer = nn.Sequential(
@@ -294,68 +278,10 @@ class SentenceTrunk(nn.Module):
     def forward(self, states_NE: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, E) to features (N, L, M, H)."""
         n, (num_layers, num_targets) = states_NE.shape[0], self.grid
-        task_NH = self.embedding(states_NE)
-        if self.codebook is not None:
-            task_NH = self.codebook(task_NH)
-        task = task_NH[:, None, None].expand(n, num_layers, num_targets, -1)
+        task = self.embedding(states_NE)[:, None, None].expand(n, num_layers, num_targets, -1)
         depth = self.depth(self.layer_index)[None, :, None].expand(n, num_layers, num_targets, -1)
         target = self.target(self.target_index)[None, None].expand(n, num_layers, num_targets, -1)
         return self.block(self.mixer(torch.cat([task, depth, target], dim=-1)))
-
-
-class VectorQuantizer(nn.Module):
-    """Each vector becomes its nearest code (arXiv 1711.00937); codes are moving averages of the vectors they stand for.
-
-    The gradient passes straight through to the vector, which `commitment` also draws towards its code.
-    """
-
-    codes: Tensor
-    counts: Tensor
-    sums: Tensor
-
-    def __init__(self, width: int, size: int, *, decay: float = 0.99) -> None:
-        super().__init__()
-        self.decay = decay
-        codes = F.layer_norm(torch.randn(size, width), (width,))  # as the vectors themselves are
-        self.register_buffer("codes", codes)
-        self.register_buffer("counts", torch.ones(size))
-        self.register_buffer("sums", codes.clone())
-        self.commitment: Tensor | None = None
-
-    def forward(self, x_NH: Tensor) -> Tensor:
-        """(N, H) to the nearest codes (N, H)."""
-        with torch.autocast(x_NH.device.type, enabled=False):  # averages over thousands of steps need every digit
-            return self._quantize(x_NH.float()).to(x_NH.dtype)
-
-    def _quantize(self, exact: Tensor) -> Tensor:
-        nearest = torch.cdist(exact.detach(), self.codes).argmin(-1)
-        if self.training:
-            chosen = F.one_hot(nearest, len(self.codes)).to(exact.dtype)
-            with torch.no_grad():
-                self.counts.lerp_(chosen.sum(0), 1 - self.decay)
-                self.sums.lerp_(chosen.T @ exact, 1 - self.decay)
-        found = self.codes[nearest]
-        self.commitment = F.mse_loss(exact, found)
-        if self.training:
-            with torch.no_grad():
-                # A code that nothing has come near to for long stays where it was.
-                used = self.counts[:, None] > 1e-6
-                self.codes.copy_(torch.where(used, self.sums / self.counts[:, None], self.codes))
-        return exact + (found - exact).detach()
-
-
-class SoftmaxCodebook(nn.Module):
-    """Each vector becomes a mixture of learned codes, weighted by a softmax that it decides."""
-
-    def __init__(self, width: int, size: int) -> None:
-        super().__init__()
-        self.choose = nn.Linear(width, size)
-        self.codes = nn.Parameter(torch.randn(size, width))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x_NH: Tensor) -> Tensor:
-        """(N, H) to mixtures of codes (N, H)."""
-        return self.norm(self.choose(x_NH).softmax(-1) @ self.codes)
 
 
 class TokenTrunk(nn.Module):

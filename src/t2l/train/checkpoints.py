@@ -70,7 +70,7 @@ def _shape(spec: AdapterSpec) -> dict[str, Any]:
 def _network(config: SftConfig | CheckpointConfig, base: str, revision: str) -> dict[str, Any]:
     """What two hypernetworks must have in common for their weights to mean the same."""
     model = base if config.encoder.model == "base" else config.encoder.model
-    sizes = ("width", "head_size", "token_blocks", "attention_heads", "codebook", "codebook_size")
+    sizes = ("width", "head_size", "token_blocks", "attention_heads")
     return {
         "conditioning": config.conditioning,
         "encoder": {

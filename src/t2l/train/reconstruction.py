@@ -104,8 +104,8 @@ class ReconstructionConfig:
         check_ranges(self)
         if self.hypernet.variant == "none":
             raise ConfigError("hypernet.variant 'none' reads no description and cannot tell adapters apart")
-        for name in ("codebook", "pointer", "normalize_inputs"):
-            if getattr(self.hypernet, name) != getattr(HypernetConfig(), name):
+        for name in ("pointer", "normalize_inputs"):
+            if getattr(self.hypernet, name):
                 raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
         if self.data.canonical and self.hypernet.freeze_a:
             raise ConfigError(

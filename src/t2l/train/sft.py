@@ -42,9 +42,6 @@ from t2l.train.packing import PackedRows
 from t2l.train.resume import Progress, begin_run, first_step, load_state, restore_weights, save_state, weights
 from t2l.versions import versions
 
-COMMITMENT = 0.25
-"""Weight of a VQ codebook's commitment loss (arXiv 1711.00937)."""
-
 NO_ADAPTER = LoraTensors((), (), 1.0)
 
 # -------------------------------------------------------------------------------------------------- one step
@@ -141,8 +138,7 @@ class Trainer:
             loss = loss + train.l2_weight * torch.stack(sizes).sum() / len(lora.a)
         if train.untold_change_weight:
             loss = loss + train.untold_change_weight * self._change(lora, batch.told == UNTOLD)
-        commitment = None if self.hypernet is None else self.hypernet.commitment
-        return loss if commitment is None else loss + COMMITMENT * commitment
+        return loss
 
     def _change(self, lora: LoraTensors, rows: Tensor) -> Tensor:
         """Squared size of the change of the shared LoRA's ΔW over that of the ΔW itself, for the rows marked.
