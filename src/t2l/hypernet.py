@@ -17,7 +17,7 @@ This file is longer than 500 lines so that the whole network can be read in one 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ Kind = Literal["sentence", "tokens"]
 """Kind of encoding: one vector (N, E), or one for each token (N, S, E) with a mask (N, S)."""
 Sizes = list[tuple[int, int]]
 """For each target I and O as a head writes them: I is 0 where A is not written."""
+Grid = tuple[int, int]
+"""Numbers of (layers, targets) that get features of their own."""
 
 
 class Hypernet(nn.Module):
@@ -57,8 +59,8 @@ class Hypernet(nn.Module):
         self.head: HeadL | HeadM | HeadS | HeadBasis | None = None
         if config.variant != "none":
             grid = (1, 1) if config.variant == "basis" else (num_layers, len(sizes))
-            self.trunk = _build_trunk(kind, embedding_size, grid, config)
-            self.head = HEADS[config.variant].build(written, num_layers=num_layers, rank=rank, config=config)
+            self.trunk = (SentenceTrunk if kind == "sentence" else TokenTrunk)(embedding_size, grid, config)
+            self.head = HEADS[config.variant](written, num_layers=num_layers, rank=rank, config=config)
         self.output_std = OutputStd(written, num_layers=num_layers, rank=rank) if config.output_std else None
         self.pointers = _build_pointers(spec, embedding_size, kind, config)
         self.gate = PointerGate(config.width) if config.pointer_gate else None
@@ -122,28 +124,6 @@ class Hypernet(nn.Module):
         with torch.no_grad():
             for parameter, value in zip(parameters, (*lora.a, *lora.b), strict=True):
                 parameter.copy_(value)
-
-
-def _build_trunk(
-    kind: Kind, embedding_size: int, grid: tuple[int, int], config: HypernetConfig
-) -> "SentenceTrunk | TokenTrunk":
-    """The trunk for one kind of encoding; `grid` is the number of (layers, targets) that get features of their own."""
-    if kind == "sentence":
-        return SentenceTrunk(
-            embedding_size,
-            grid,
-            width=config.width,
-            dropout=config.dropout,
-        )
-    return TokenTrunk(
-        embedding_size,
-        grid,
-        width=config.width,
-        dropout=config.dropout,
-        blocks=config.token_blocks,
-        attention_heads=config.attention_heads,
-        token_dropout=config.token_dropout,
-    )
 
 
 def _build_pointers(spec: AdapterSpec, embedding_size: int, kind: Kind, config: HypernetConfig) -> nn.ModuleDict:
@@ -248,16 +228,9 @@ class Residual(nn.Module):
 class SentenceTrunk(nn.Module):
     """The paper's trunk: embedding, depth and module type are concatenated and mixed."""
 
-    def __init__(
-        self,
-        embedding_size: int,
-        grid: tuple[int, int],
-        *,
-        width: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, embedding_size: int, grid: Grid, config: HypernetConfig) -> None:
         super().__init__()
-        num_layers, num_targets = grid
+        (num_layers, num_targets), width, dropout = grid, config.width, config.dropout
         self.embedding = nn.Sequential(nn.Linear(embedding_size, width // 2), nn.LayerNorm(width // 2))
         self.depth = nn.Sequential(nn.Embedding(num_layers, width // 4), nn.LayerNorm(width // 4))
         self.target = nn.Sequential(nn.Embedding(num_targets, width // 4), nn.LayerNorm(width // 4))
@@ -287,29 +260,16 @@ class SentenceTrunk(nn.Module):
 class TokenTrunk(nn.Module):
     """One learned query per (layer, target) reads the description's token states (a Perceiver, arXiv 2103.03206)."""
 
-    def __init__(
-        self,
-        embedding_size: int,
-        grid: tuple[int, int],
-        *,
-        width: int,
-        blocks: int,
-        attention_heads: int,
-        dropout: float,
-        token_dropout: float,
-    ) -> None:
+    def __init__(self, embedding_size: int, grid: Grid, config: HypernetConfig) -> None:
         super().__init__()
-        if width % attention_heads:
-            raise ConfigError(
-                f"hypernet.width ({width}) must be divisible by hypernet.attention_heads ({attention_heads})"
-            )
-        num_layers, num_targets = grid
-        self.grid = grid
-        self.token_dropout = token_dropout
+        (num_layers, num_targets), width, heads = grid, config.width, config.attention_heads
+        if width % heads:
+            raise ConfigError(f"hypernet.width ({width}) must be divisible by hypernet.attention_heads ({heads})")
+        self.grid, self.token_dropout = grid, config.token_dropout
         self.read = nn.Sequential(nn.Linear(embedding_size, width), nn.LayerNorm(width))
         self.depth = nn.Parameter(torch.randn(num_layers, 1, width))
         self.target = nn.Parameter(torch.randn(1, num_targets, width))
-        self.blocks = nn.ModuleList(TokenBlock(width, attention_heads, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(TokenBlock(width, heads, config.dropout) for _ in range(config.token_blocks))
 
     def forward(self, states_NSE: Tensor, mask_NS: Tensor | None) -> Tensor:
         """(N, S, E) with mask (N, S) to features (N, L, M, H)."""
@@ -329,10 +289,9 @@ class TokenTrunk(nn.Module):
 class TokenBlock(nn.Module):
     """Cross-attention to the tokens, self-attention among the queries, MLP; pre-norm, residual."""
 
-    def __init__(self, width: int, attention_heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.cross = Attention(width, attention_heads)
-        self.self_ = Attention(width, attention_heads)
+        self.cross, self.self_ = Attention(width, heads), Attention(width, heads)
         self.cross_norm = nn.LayerNorm(width)
         self.self_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
@@ -436,19 +395,19 @@ class _Head(nn.Module):
     """What all heads share: the second residual block, the widening MLP, one zero-initialised matrix a target.
 
     Args:
-        outputs: Output size of each target's matrix.
         sizes: I and O of each target; I is 0 where A is not written.
+        num_layers: L.
         rank: R.
         config: The hypernetwork's sizes.
-        write_parts: Whether A and B are written in turn, by one matrix that both share.
     """
 
-    def __init__(
-        self, outputs: list[int], sizes: Sizes, *, rank: int, config: HypernetConfig, write_parts: bool = False
-    ) -> None:
+    in_turn = False
+    """Whether A and B are written in turn, by one matrix that both share."""
+
+    def __init__(self, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> None:
         super().__init__()
         width = config.width
-        self.sizes, self.rank = sizes, rank
+        self.sizes, self.num_layers, self.rank = sizes, num_layers, rank
         self.block = Residual(width, config.dropout)
         self.widen = nn.Sequential(
             nn.LayerNorm(width),
@@ -458,15 +417,19 @@ class _Head(nn.Module):
             nn.Linear(4 * width, config.head_size),
             nn.SiLU(),
         )
-        self.write = nn.ModuleList(nn.Linear(config.head_size, size, bias=False) for size in outputs)
+        self.write = nn.ModuleList(nn.Linear(config.head_size, self.outputs(i, o), bias=False) for i, o in sizes)
         for linear in self.write:
             nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
-        self.write_parts = write_parts
-        if write_parts:
+        self.write_parts = self.in_turn and any(i for i, _ in sizes)
+        if self.write_parts:
             # Tells A from B; one vector a target and part, normalised like the depth and type embeddings.
-            self.part_a = nn.Parameter(torch.randn(len(outputs), width))
-            self.part_b = nn.Parameter(torch.randn(len(outputs), width))
+            self.part_a = nn.Parameter(torch.randn(len(sizes), width))
+            self.part_b = nn.Parameter(torch.randn(len(sizes), width))
             self.part_norm = nn.LayerNorm(width)
+
+    def outputs(self, i: int, o: int) -> int:
+        """Output size of the matrix of a target with I and O."""
+        return self.rank * (i + o)
 
     def features(self, x: Tensor) -> Tensor:
         """(N, …, H) to (N, …, D)."""
@@ -512,11 +475,6 @@ class _Head(nn.Module):
 class HeadL(_Head):
     """A and B of a target and layer from one matrix: (D → R·(I + O))."""
 
-    @classmethod
-    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
-        """The head for these targets."""
-        return cls([rank * (i + o) for i, o in sizes], sizes, rank=rank, config=config)
-
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
         x_NLMD = self.features(features_NLMH)
@@ -526,11 +484,11 @@ class HeadL(_Head):
 class HeadM(_Head):
     """A and B in turn from one shared matrix, cut to size: (D → R·max(I, O))."""
 
-    @classmethod
-    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
-        """The head for these targets."""
-        outputs, both = [rank * max(size) for size in sizes], any(i for i, _ in sizes)
-        return cls(outputs, sizes, rank=rank, config=config, write_parts=both)
+    in_turn = True
+
+    def outputs(self, i: int, o: int) -> int:
+        """As of all heads."""
+        return self.rank * max(i, o)
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
@@ -546,18 +504,19 @@ class HeadM(_Head):
 class HeadS(_Head):
     """One rank of A or of B at a time from one shared matrix, cut to size: (D → max(I, O))."""
 
+    in_turn = True
     cos: Tensor
     sin: Tensor
 
-    @classmethod
-    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
-        """The head for these targets."""
-        both = any(i for i, _ in sizes)
-        head = cls([max(size) for size in sizes], sizes, rank=rank, config=config, write_parts=both)
+    def __init__(self, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> None:
+        super().__init__(sizes, num_layers=num_layers, rank=rank, config=config)
         cos, sin = _rotary(rank, config.width)
-        head.register_buffer("cos", cos, persistent=False)
-        head.register_buffer("sin", sin, persistent=False)
-        return head
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def outputs(self, i: int, o: int) -> int:
+        """As of all heads."""
+        return max(i, o)
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features to changes of A and B."""
@@ -604,16 +563,13 @@ class HeadBasis(_Head):
     least, see `t2l.train.reconstruction`.
     """
 
-    num_layers: int
+    def __init__(self, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> None:
+        super().__init__(sizes, num_layers=num_layers, rank=rank, config=config)
+        self.widen = nn.Sequential(*list(self.widen)[:-1])  # shares of a mixture have either sign
 
-    @classmethod
-    def build(cls, sizes: Sizes, *, num_layers: int, rank: int, config: HypernetConfig) -> Self:
-        """The head for these targets."""
-        outputs = [num_layers * rank * (i + o) for i, o in sizes]
-        head = cls(outputs, sizes, rank=rank, config=config)
-        head.widen = nn.Sequential(*list(head.widen)[:-1])  # shares of a mixture have either sign
-        head.num_layers = num_layers
-        return head
+    def outputs(self, i: int, o: int) -> int:
+        """As of all heads."""
+        return self.num_layers * self.rank * (i + o)
 
     def forward(self, features_NLMH: Tensor) -> Changes:
         """Features (N, 1, 1, H), of the description as a whole, to changes of A and B."""
