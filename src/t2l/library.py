@@ -109,7 +109,7 @@ class AdapterLibrary:
                 f"such as {', '.join(self.names[:3])}"
             )
         rows = None if names is None else [position[name] for name in names]
-        tensors = read_tensors(self.folder / WEIGHTS, _shapes(self.spec, len(self.names)), rows=rows)
+        tensors = read_tensors(self.folder / WEIGHTS, tensor_shapes(self.spec, len(self.names)), rows=rows)
         return LoraTensors(
             tuple(tensors[f"{t.name}.A"].float() for t in self.spec.targets),
             tuple(tensors[f"{t.name}.B"].float() for t in self.spec.targets),
@@ -175,7 +175,7 @@ def save_library(
         raise CheckpointError(f"A library needs at least one adapter; {folder} was not written")
     require_folder_names(facts, "an adapter", CheckpointError)
     state = {f"{t.name}.{part}": tensors[m] for m, t in enumerate(spec.targets) for part, tensors in _parts(lora)}
-    expected = _shapes(spec, len(facts))
+    expected = tensor_shapes(spec, len(facts))
     found = {name: tuple(value.shape) for name, value in state.items()}
     if found != expected or lora.scaling != spec.scaling:
         raise SpecMismatchError(
@@ -334,7 +334,7 @@ def _parts(lora: LoraTensors) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...
     return ("A", lora.a), ("B", lora.b)
 
 
-def _shapes(spec: AdapterSpec, number: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(spec: AdapterSpec, number: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of `number` adapters."""
     shapes: dict[str, tuple[int, ...]] = {}
     for t in spec.targets:

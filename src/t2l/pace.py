@@ -1,7 +1,8 @@
 """How far a long piece of work is."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Pace:
@@ -35,3 +36,28 @@ class Pace:
             self.log(
                 f"{self.done:,} of {self.total:,} {self.what}, {self.done / spent:.1f}/s, {left / 60:.1f} min left"
             )
+
+
+@contextmanager
+def progress(total: int, what: str, log: Callable[[str], None], *, bar: bool) -> Iterator[Callable[[int], None]]:
+    """Shows how far a piece of work is: a bar on standard error, or `Pace`'s lines.
+
+    Args:
+        total: How many things there are to do.
+        what: What they are.
+        log: Where lines go.
+        bar: Whether there is a bar in their place.
+
+    Yields:
+        What is told how many more things are done.
+    """
+    if not bar:
+        yield Pace(total, what, log).add
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), TextColumn(what), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, highlight=False, markup=False)) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda number: shown.advance(task, number)

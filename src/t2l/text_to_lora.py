@@ -23,6 +23,7 @@ from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
 from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
 from t2l.io import require_only
+from t2l.lora import LoraTensors
 from t2l.upload import push_folder
 
 __all__ = ["DEFAULT", "LoraAdapter", "TextToLora", "checkpoint_folder"]
@@ -192,28 +193,44 @@ class TextToLora(ModelHubMixin):
         if not texts:
             raise DescriptionError("No description given")
         checked = [check_description(t, f" (description {n} of {len(texts)})") for n, t in enumerate(texts, start=1)]
-        parameter, facts = next(self.hypernet.parameters()), self._provenance()
-        if strength != 1:
-            facts["strength"] = f"{strength:g}"
-        adapters = []
+        facts, adapters = self.provenance(strength), []
         for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            encoded = self.encoder.encode(batch)
-            mask = None if encoded.mask is None else encoded.mask.to(parameter.device)
-            scale = None if strength == 1 else parameter.new_full((len(batch),), strength)
-            lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask, scale)
-            # What all adapters share is the hypernetwork's own memory; an adapter's must be its own.
-            lora = lora.map(lambda x: x if x.stride(0) else x.contiguous())
-            pairs = zip(lora.unbind(), checked[start : start + batch_size], strict=True)
+            batch = checked[start : start + batch_size]
+            lora = self.tensors(texts[start : start + batch_size], strength=strength)
+            pairs = zip(lora.unbind(), batch, strict=True)
             adapters += [LoraAdapter(single, self.spec, text, facts) for single, text in pairs]
         return adapters
 
-    def _provenance(self) -> dict[str, str]:
+    @torch.no_grad()
+    def tensors(self, descriptions: Sequence[str], *, strength: float = 1.0) -> LoraTensors:
+        """Writes one batch of adapters, where the hypernetwork is and in its type.
+
+        Args:
+            descriptions: N task descriptions.
+            strength: As in `generate`.
+
+        Returns:
+            A (N, L, R, I) and B (N, L, O, R) for each target.
+
+        Raises:
+            DescriptionError: if a description is blank, no text, or longer than the encoder's window.
+        """
+        parameter = next(self.hypernet.parameters())
+        encoded = self.encoder.encode(list(descriptions))
+        mask = None if encoded.mask is None else encoded.mask.to(parameter.device)
+        scale = None if strength == 1 else parameter.new_full((len(descriptions),), strength)
+        lora = self.hypernet(encoded.states.to(parameter.device, parameter.dtype), mask, scale)
+        # What all adapters share is the hypernetwork's own memory; an adapter's must be its own.
+        return lora.map(lambda x: x if x.stride(0) else x.contiguous())
+
+    def provenance(self, strength: float = 1.0) -> dict[str, str]:
+        """What adapters are written by, as their cards show it."""
         return {
             "checkpoint": self.reference,
             "hypernetwork sha256": self.config.weights_sha256,
             "training seed": str(self.config.training.get("seed", "unknown")),
             **self.versions(),
+            **({} if strength == 1 else {"strength": f"{strength:g}"}),
         }
 
     @staticmethod

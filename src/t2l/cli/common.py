@@ -59,6 +59,10 @@ InPromptOption = Annotated[
         show_default=False,
     ),
 ]
+WorkersOption = Annotated[
+    int,
+    typer.Option(min=0, help="Ray workers that share the work, each with a core or a GPU; 0 is this process alone."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on standard output.")]
 
 

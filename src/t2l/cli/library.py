@@ -1,14 +1,29 @@
-"""`t2l library export` and `t2l library import`: libraries of adapters, to and from PEFT folders."""
+"""`t2l library`: libraries of adapters, from descriptions, to and from PEFT folders."""
 
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import typer.core
 
-from t2l.cli.common import JsonOption, app, print_json, say
+from t2l.cli.adapters import SavedType
+from t2l.cli.common import (
+    DEFAULT,
+    CheckpointOption,
+    DeviceOption,
+    JsonOption,
+    WorkersOption,
+    app,
+    checked_device,
+    print_json,
+    say,
+)
 
-library_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Libraries of adapters, to and from PEFT.")
+library_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Libraries of adapters, from descriptions, to and from PEFT."
+)
 app.add_typer(library_app, name="library")
 
 LibraryArgument = Annotated[Path, typer.Argument(metavar="LIBRARY", help="Folder of an adapter library.")]
@@ -17,16 +32,81 @@ NamesOption = Annotated[
 ]
 
 
+@library_app.command("generate")
+def generate_library(
+    descriptions: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Parquet or JSONL with `description` in every row.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="The library; one that is there is gone on with.")
+    ],
+    checkpoint: CheckpointOption = DEFAULT,
+    strength: Annotated[
+        float, typer.Option(min=0, max=2, help="Share of the description's change; 0 is the shared LoRA alone.")
+    ] = 1.0,
+    dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float16,
+    batch_size: Annotated[
+        int, typer.Option(min=0, help="Descriptions of one forward pass; 0 is 256 on a GPU and 16 elsewhere.")
+    ] = 0,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Largest size of a shard in MiB.")] = 512,
+    workers: WorkersOption = 0,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter for every description of a file into a library of shards.
+
+    What is done stays done: the same command goes on after an interruption, and writes only what is new.
+    """
+    from t2l.mass import Settings
+    from t2l.mass import generate_library as generate
+
+    started = time.perf_counter()
+    settings = Settings(
+        checkpoint=checkpoint,
+        strength=strength,
+        dtype=dtype.value,
+        batch_size=batch_size,
+        shard_bytes=shard_mb << 20,
+        device=checked_device(device) or "auto",
+    )
+    done = generate(descriptions, out, settings, workers=workers, log=say, bar=sys.stderr.isatty())
+    seconds = round(time.perf_counter() - started, 1)
+    if as_json:
+        print_json({"library": str(out), **vars(done), "seconds": seconds})
+        return
+    say(
+        f"{done.written:,} adapters written in {seconds:,} s; {done.there:,} were there, {done.repeated:,} rows repeat "
+        "an earlier text"
+    )
+    print(out)
+
+
 @library_app.command("export")
 def export_library(
     library: LibraryArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the PEFT folders go.")],
     names: NamesOption = None,
+    descriptions: Annotated[
+        list[str] | None,
+        typer.Option("--description", metavar="TEXT", help="Only the adapter of this text; of a generated library."),
+    ] = None,
 ) -> None:
     """Write adapters as PEFT folders, one each."""
     from t2l.library import AdapterLibrary
+    from t2l.shards import ShardedLibrary, is_sharded
 
-    AdapterLibrary.open(library).export(out, names)
+    if is_sharded(library):
+        sharded = ShardedLibrary.open(library)
+        ids = [*(names or ()), *map(sharded.origin.id_of, descriptions or ())]
+        if not ids:
+            raise typer.BadParameter(
+                "a generated library may hold millions: say which by --name ID or --description TEXT"
+            )
+        sharded.export(out, list(dict.fromkeys(ids)))
+    elif descriptions:
+        raise typer.BadParameter("--description finds adapters of generated libraries; give --name")
+    else:
+        AdapterLibrary.open(library).export(out, names)
     print(out)
 
 

@@ -1,0 +1,100 @@
+"""One piece of work on many workers, by Ray Data. Actors hold what is slow to load; a dead one's job is done again.
+
+So doing a job twice must be doing it once: by content hash, or by a saved state that it goes on from. Without Ray the
+same jobs are done by one process, and nothing of this is imported. Knows Ray only: no adapters, no files.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from t2l.errors import ConfigError, T2LError
+
+
+class _Actor:
+    """A worker inside Ray: one block of one row in, one out."""
+
+    def __init__(self, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+        self.work = make(*arguments)
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
+        return {"result": [json.dumps(self.work(json.loads(job))) for job in block["job"]]}
+
+
+def run(
+    make: Callable[..., Callable[[Any], Any]],
+    arguments: tuple[Any, ...],
+    jobs: Iterable[Any],
+    *,
+    workers: int,
+    device: str,
+) -> Iterator[Any]:
+    """Does jobs on workers; a worker that dies is replaced, and its job is done again.
+
+    Args:
+        make: Makes, once in each worker, the function that does a job.
+        arguments: What `make` takes.
+        jobs: What JSON can hold, one for each call.
+        workers: How many workers; each has one core, and one GPU unless the device is the CPU.
+        device: `auto`, `cuda` or `cpu`.
+
+    Yields:
+        What the jobs return, in whatever order they are done.
+
+    Raises:
+        ConfigError: if Ray is not installed.
+        T2LError: what a job raised.
+    """
+    try:
+        import pyarrow as pa
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ConfigError(
+            "--workers needs Ray: pip install 'text-to-lora[ray]'; without it one process works"
+        ) from error
+    gpus = _gpus(device)
+    started = not ray.is_initialized()
+    if started:
+        # A cluster that RAY_ADDRESS names has its own sizes; on this machine workers may be more than cores.
+        own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers, os.cpu_count() or 1)}
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **own)
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        # Ray's store takes the jobs, and spills what it has no room for; this process holds none of them.
+        blocks = [ray.put(pa.table({"job": [json.dumps(job)]})) for job in jobs]
+        if not blocks:
+            return
+        done = ray.data.from_arrow_refs(blocks).map_batches(
+            _Actor,
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
+            fn_constructor_args=(make, arguments),
+            num_cpus=1,
+            num_gpus=gpus,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        for row in done.iter_rows():
+            yield json.loads(row["result"])
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, T2LError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _gpus(device: str) -> int:
+    """How many GPUs a worker has."""
+    if device != "auto":
+        return int(device == "cuda")
+    import torch
+
+    return int(torch.cuda.is_available())
