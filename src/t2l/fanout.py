@@ -5,11 +5,13 @@ same jobs are done by one process, and nothing of this is imported. Knows Ray on
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from t2l.errors import ConfigError, T2LError
+from t2l.io import parse_json
 
 
 class _Actor:
@@ -19,7 +21,7 @@ class _Actor:
         self.work = make(*arguments)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [json.dumps(self.work(json.loads(job))) for job in block["job"]]}
+        return {"result": [json.dumps(self.work(parse_json(job, "a job"))) for job in block["job"]]}
 
 
 def run(
@@ -61,8 +63,8 @@ def run(
         own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers, os.cpu_count() or 1)}
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **own)
     try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         # Ray's store takes the jobs, and spills what it has no room for; this process holds none of them.
         blocks = [ray.put(pa.table({"job": [json.dumps(job)]})) for job in jobs]
         if not blocks:
@@ -74,11 +76,9 @@ def run(
             fn_constructor_args=(make, arguments),
             num_cpus=1,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         for row in done.iter_rows():
-            yield json.loads(row["result"])
+            yield parse_json(row["result"], "a job's result")
     except ray.exceptions.RayError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, T2LError):
