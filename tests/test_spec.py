@@ -134,13 +134,35 @@ def test_layer_subset(tiny_config: Any) -> None:
     assert spec.num_parameters == 2 * 4 * (32 + 32 + 32 + 16)
 
 
+def test_layers_are_counted_from_the_end_too(tiny_config: Any) -> None:
+    found, same = (
+        AdapterSpec.from_config(tiny_config, "tiny", LoraConfig(layers_to_transform=x)) for x in ((-2, -1), (1, 2))
+    )
+    assert found == same and found.layers == (1, 2)
+
+
+def test_targets_follow_the_base(tiny_config: Any) -> None:
+    """Queries and values by the base's own name for them; where it has none that is known, all linear modules."""
+    from transformers import BloomConfig, GPTNeoXConfig, Phi3Config
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    for config, names in (
+        (tiny_config, ("q_proj", "v_proj")),
+        (GPTNeoXConfig(**sizes, intermediate_size=48), ("query_key_value",)),
+        (Phi3Config(**sizes, intermediate_size=48, pad_token_id=0), ("qkv_proj",)),
+        (BloomConfig(**sizes), ("query_key_value",)),
+    ):
+        assert tuple(t.name for t in AdapterSpec.from_config(config, "own").targets) == names
+
+
 @pytest.mark.parametrize(
     ("layers", "match"),
     [
         ((2, 0), "ascending"),
         ((1, 1), "ascending"),
         ((), "ascending"),
-        ((-1, 0), "at least 0, got -1"),
+        ((-1, 0), "ascending"),
+        ((-4,), r"0\.\.2"),
         ((0, 3), r"0\.\.2"),
     ],
 )

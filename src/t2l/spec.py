@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ALL_LINEAR = "all-linear"
+QUERY_AND_VALUE = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("Wqkv",), ("c_attn",))
+"""What bases call the modules that project to queries and values, or to queries, keys and values at once."""
 _PATH = re.compile(r"\w+(?:\.\w+)*\.\{layer\}(?:\.\w+)+")
 
 
@@ -114,8 +116,10 @@ class AdapterSpec:
         }
         num_layers = int(config.get_text_config().num_hidden_layers)
         templates = _layer_templates(linears)
-        names = tuple(sorted(templates)) if lora.target_modules == (ALL_LINEAR,) else lora.target_modules
+        names = lora.target_modules or next((x for x in QUERY_AND_VALUE if {*x} <= templates.keys()), (ALL_LINEAR,))
+        names = tuple(sorted(templates)) if names == (ALL_LINEAR,) else names
         layers = tuple(range(num_layers)) if lora.layers_to_transform is None else lora.layers_to_transform
+        layers = tuple(layer + num_layers if -num_layers <= layer < 0 else layer for layer in layers)
         _check_layers(layers, num_layers)
         return cls(
             base_model=base_model,

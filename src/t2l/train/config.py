@@ -106,12 +106,14 @@ class TrainConfig:
     """How a run is trained, and when it is evaluated, saved and stopped."""
 
     max_steps: Count
-    tasks_per_batch: Count = 64
-    """Rows of a batch; each row belongs to one task."""
-    max_seq_length: Count = 384
-    """Tokens of a row, which holds as many examples of its task as fit."""
-    max_target_length: Count = 96
-    """Answer tokens of a row, over all of its examples."""
+    tasks_per_batch: Count = 8
+    """Rows of a batch; each row belongs to one task. `--dry-run` says how many a device has room for."""
+    max_seq_length: NaturalNumber = 0
+    """Tokens of a row, which holds as many examples of its task as fit; 0 for as many as the longest example of the
+    tasks takes, 384 at most."""
+    max_target_length: NaturalNumber = 0
+    """Answer tokens of a row, over all of its examples; 0 for what the longest answer takes, a quarter of the row at
+    least."""
     description_in_prompt_prob: Share = 0.5
     """Share of rows whose prompt also holds the description. Between 0 and 1 the checkpoint serves both ways."""
     learning_rate: NotNegative = 5e-4
@@ -158,11 +160,14 @@ class TrainConfig:
     """Compute the base's layers a second time in the backward pass: less memory, about a third more time."""
     dataloader_num_workers: NaturalNumber = 0
     """Processes that build batches."""
-    logging_steps: Count = 50
-    eval_steps: Count = 1000
+    logging_steps: NaturalNumber = 0
+    """Steps between two rows of numbers; 0 for twenty rows a run, 50 steps at most."""
+    eval_steps: NaturalNumber = 0
+    """Steps between two evaluations; 0 for four a run, 1000 steps at most."""
     eval_batches: Count = 2
     """Batches of each evaluation set that an evaluation looks at."""
-    save_steps: Count = 2000
+    save_steps: NaturalNumber = 0
+    """Steps between two saved states; 0 for four a run, 2000 steps at most."""
     report_to: ReportTo = "tensorboard"
     """Where numbers are shown beside `metrics.jsonl`, which is always written."""
 
@@ -184,7 +189,8 @@ class SftConfig:
     conditioning: Literal["description", "input", "task"] = "description"
     """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.conditioning`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    encoder: EncoderConfig
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """By default the base's own token states."""
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """How users of the finished checkpoint render prompts."""
@@ -226,7 +232,7 @@ class SftConfig:
                 "train.margin_loss_weight compares only rows whose prompt does not show the description; "
                 "train.description_in_prompt_prob 1 leaves none"
             )
-        if self.hypernet.pointer and (self.encoder.model != "base" or self.encoder.layers[:1] != (0,)):
+        if self.hypernet.pointer and (self.encoder.model != "base" or self.encoder.layers[:1] not in ((), (0,))):
             raise ConfigError(
                 "hypernet.pointer takes words from the base's input embeddings: encoder.model 'base' with 0 as the "
                 f"first of encoder.layers; here are '{self.encoder.model}' and {list(self.encoder.layers)}"

@@ -59,6 +59,24 @@ class RunData:
     """Batches for evaluation: tasks seen in training with new examples and descriptions, and held-out tasks."""
     summary: dict[str, Any]
 
+    def told(self) -> list[str]:
+        """The summary for people: how much there is, what is left out, and what the settings ask for in vain."""
+        summary = self.summary
+        lines = [
+            f"{summary['tasks']} tasks, {summary['examples']:,} examples, {summary['descriptions']:,} descriptions"
+        ]
+        if summary["held_out_tasks"]:
+            lines[0] += f"; {len(summary['held_out_tasks'])} other tasks for evaluation alone"
+        for key, why in (("tasks_too_long", "an example"), ("tasks_without_description_in_window", "a description")):
+            if summary[key]:
+                lines.append(
+                    f"{len(summary[key])} tasks are left out, without {why} that fits: {', '.join(summary[key])}"
+                )
+        for key, what in (("descriptions_over_window", "descriptions"), ("inputs_over_window", "inputs")):
+            if summary[key]:
+                lines.append(f"{summary[key]:,} {what} are left out: they exceed encoder.max_tokens")
+        return lines + [f"Without effect, {reason}" for reason in summary["without_effect"]]
+
 
 # ----------------------------------------------------------------------------------------------------- loading
 
@@ -144,7 +162,10 @@ def _with_descriptions(tasks: list[Task], config: DataConfig, *, trained: bool =
         ]
     found = load_descriptions(Path(kind))
     if trained and not any(task.name in found for task in tasks):
-        raise DataError(f"{kind} describes none of the tasks, such as {tasks[0].name}")
+        raise DataError(
+            f"{kind} describes none of the tasks, such as {tasks[0].name}. Name another file in data.descriptions, or "
+            "none: --set data.descriptions=own --set data.extra_descriptions_prob=0"
+        )
     # A task's last descriptions may be held out for evaluation; those of a file never are, so they come first.
     return [
         replace(task, descriptions=tuple(dict.fromkeys((*found.get(task.name, ()), *task.descriptions))))
@@ -195,11 +216,11 @@ class _Trained:
     """Texts that say next to nothing of the task."""
 
 
-def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) -> list[_Trained]:
+def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) -> tuple[list[_Trained], list[str]]:
     """Holds descriptions out, and makes variants and auxiliary tasks of the others.
 
-    Raises:
-        DataError: if the settings ask for an augmentation that no task allows.
+    Returns:
+        The tasks, and what the settings ask for and no task allows, as a sentence each.
     """
     data, window = config.data, config.encoder.max_tokens
     split = [held_out_descriptions(task, data.held_out_descriptions) for task in tasks]
@@ -210,13 +231,14 @@ def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) ->
     variants = [answer_variants(task, SUBSET_SEED, words=words) if _variant_prob(task, data) else [] for task in read]
     auxiliary = [_auxiliary(task, data) for task in read]
     kinds = {type(variant.augmentation) for made in variants for variant in made}
+    idle = []
     if data.label_remap_prob and LabelRemap not in kinds:
-        raise DataError("data.label_remap_prob: no task has a few short answers that other words could stand for")
+        idle.append("data.label_remap_prob: no task has a few short answers that other words could stand for")
     if data.format_variation_prob and FormatVariation not in kinds:
-        raise DataError("data.format_variation_prob: every task has a few short answers, for data.label_remap_prob")
+        idle.append("data.format_variation_prob: every task has a few short answers, for data.label_remap_prob")
     variants, auxiliary = (_readable(made, count_tokens, window) for made in (variants, auxiliary))
     if data.auxiliary_task_prob and not any(auxiliary):
-        raise DataError(
+        idle.append(
             "data.auxiliary_task_prob: no task has different short answers, and descriptions that leave room for a "
             f"sentence in encoder.max_tokens ({window})"
         )
@@ -224,7 +246,7 @@ def _augment(tasks: list[Task], config: SftConfig, count_tokens: CountTokens) ->
     return [
         _Trained(task, held_out, tuple(some), tuple(more), few)
         for task, (_, held_out), some, more, few in zip(read, split, variants, auxiliary, terse, strict=True)
-    ]
+    ], idle
 
 
 def _auxiliary(task: Task, config: DataConfig) -> list[Variant]:
@@ -276,7 +298,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -
         ConfigError: if early stopping has nothing to go by.
     """
     fitting = filter_tasks(*load_tasks(config.data), config, tokenizer, count_tokens)
-    trained = _augment(fitting.train, config, count_tokens)
+    trained, idle = _augment(fitting.train, config, count_tokens)
     descriptions = sorted(
         {text for task in (*fitting.train, *fitting.held_out) for text in task.descriptions}
         | {text for task in trained for variant in (*task.variants, *task.auxiliary) for text in variant.descriptions}
@@ -314,7 +336,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -
         for mode in modes
     }
     _check_comparisons(config, training, evaluation)
-    return RunData(texts, training, evaluation, _summary(fitting, trained))
+    return RunData(texts, training, evaluation, _summary(fitting, trained, idle))
 
 
 @dataclass
@@ -457,7 +479,7 @@ def _check_comparisons(config: SftConfig, training: Batches, evaluation: dict[st
         raise ConfigError("train.early_stopping 'loss' needs examples of split 'val'; the data hold none")
 
 
-def _summary(fitting: Fitting, trained: list[_Trained]) -> dict[str, Any]:
+def _summary(fitting: Fitting, trained: list[_Trained], idle: list[str]) -> dict[str, Any]:
     return {
         "tasks": len(trained),
         "examples": sum(len(t.task.examples["train"]) for t in trained),
@@ -469,4 +491,5 @@ def _summary(fitting: Fitting, trained: list[_Trained]) -> dict[str, Any]:
         "tasks_too_long": fitting.too_long,
         "inputs_over_window": fitting.inputs_over_window,
         "held_out_tasks": [task.name for task in fitting.held_out],
+        "without_effect": idle,
     }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from t2l.encoder import Encoder
 from t2l.train import reconstruction, sft, task_loras
 from t2l.train.batches import Batch
+from t2l.train.defaults import follow
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.estimate import Estimate, Work, estimate, tensor_bytes
 from t2l.train.packing import PackedRows
@@ -47,7 +48,7 @@ def dry_run_sft(config: sft.SftConfig, *, device: str | None = None, log: Log = 
         ConfigError, DataError: as the run itself would before its first step.
     """
     started = time.monotonic()
-    session = sft.setup(config, _device(device), 0, log)
+    session = sft.setup(follow(config, log), _device(device), 0, log)
     with sft.stepping(session) as trainer:
         return estimate(sft_work(session, trainer, time.monotonic() - started), budget=BUDGET)
 

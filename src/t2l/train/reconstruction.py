@@ -113,6 +113,8 @@ class ReconstructionConfig:
             )
         if self.encoder.names:
             raise ConfigError("encoder.names is filled in by training; leave it out")
+        if self.encoder.kind == "tokens" and not self.encoder.layers:
+            raise ConfigError("encoder.kind 'tokens' needs encoder.layers, for example [10, 20, 30]")
 
     @property
     def conditioning(self) -> Literal["description", "task"]:

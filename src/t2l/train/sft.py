@@ -8,7 +8,6 @@ goes on from in `resume`. The same loop trains the baselines: a multi-task LoRA 
 written from inputs or task names (`conditioning`), the base's own weights (`method: full`).
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from t2l.train.batches import DROPPED, TOLD, UNTOLD, Batch
 from t2l.train.checkpoints import card, initialize, portable, require_origin, save_model
 from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.dataset import RunData, prepare_data
+from t2l.train.defaults import follow
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.loop import StopRequest, schedule
 from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, checkpoint_layers, neftune_noise, require_packable
@@ -303,6 +303,7 @@ def train(
         TrainingError: if the loss is not finite, the run diverges, or a resume has no state or other settings.
     """
     started = time.monotonic()
+    config = follow(config, log)
     begin = first_step(to_plain(config), run, max_steps=config.train.max_steps, resume=resume)
     session = setup(config, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), begin, log)
     progress = Progress()
@@ -372,10 +373,8 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
         encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(device))
     count_tokens = encoder.count_tokens if encoder is not None else lambda texts: [1] * len(texts)
     data = prepare_data(config, tokenizer, count_tokens)
-    log(f"data: {json.dumps(data.summary)}")
-    for key, why in (("tasks_too_long", "an example"), ("tasks_without_description_in_window", "a description")):
-        if data.summary[key]:
-            log(f"{len(data.summary[key])} tasks are left out, without {why} that fits: {', '.join(data.summary[key])}")
+    for line in data.told():
+        log(line)
     encoder = encoder or OneHotEncoder(data.texts, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bool(config.train.bf16)):
         cache = None if config.unconditional else EmbeddingCache(encoder, data.texts, log=log)
