@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from eval_helpers import TASKS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -262,6 +263,31 @@ DESCRIPTIONS = (
     "Add the two numbers.",
     "Résumé: write a one-line summary — in German.",
 )
+
+
+@pytest.fixture(scope="session")
+def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tasks of `eval_helpers`, with test examples and examples to show."""
+    path = tmp_path_factory.mktemp("tasks") / "words.jsonl"
+    lines = []
+    for name, (description, pairs) in TASKS.items():
+        shown = [(f"{text} shown {n}", answer) for n, (text, answer) in enumerate([*pairs, *pairs])]
+        for split, examples in (("test", pairs), ("train", shown)):
+            for text, answer in examples:
+                line = {"task": name, "description": [description, f"{name}: {description}"], "split": split}
+                lines.append(line | {"input": text, "output": answer})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l"))
+
+
+@pytest.fixture(scope="session")
+def multitask(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "multitask", variant="none"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_base, make_config, make_tokenizer, random_lora
+from eval_helpers import SETTINGS, TASKS
 from typer.testing import CliRunner
 
 from t2l.apply import apply_adapters
@@ -30,37 +30,6 @@ from t2l.pace import Pace
 from t2l.prompt import token_ids
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import DEFAULT, LoraAdapter, TextToLora
-
-TASKS = {
-    "reverse": ("Write the word backwards.", [("abc", "cba"), ("ten", "net"), ("star", "rats")]),
-    "upper": ("Write the word in capital letters.", [("abc", "ABC"), ("ten", "TEN"), ("it", "IT")]),
-    "first": ("Answer with the first letter.", [("abc", "a"), ("ten", "t"), ("star", "s")]),
-}
-SETTINGS: dict[str, Any] = {"seeds": (0, 1), "max_new_tokens": 5, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tasks") / "words.jsonl"
-    lines = []
-    for name, (description, pairs) in TASKS.items():
-        shown = [(f"{text} shown {n}", answer) for n, (text, answer) in enumerate([*pairs, *pairs])]
-        for split, examples in (("test", pairs), ("train", shown)):
-            for text, answer in examples:
-                line = {"task": name, "description": [description, f"{name}: {description}"], "split": split}
-                lines.append(line | {"input": text, "output": answer})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l"))
-
-
-@pytest.fixture(scope="module")
-def multitask(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "multitask", variant="none"))
 
 
 @pytest.fixture(scope="module")

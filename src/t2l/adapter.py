@@ -5,11 +5,9 @@ Knows adapters, their files and models. Knows no hypernetwork.
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelHubMixin
 
 from t2l import hub, peft_io
 from t2l.apply import add_into, target_modules
@@ -17,14 +15,14 @@ from t2l.errors import AdapterNotAppliedError, SpecMismatchError
 from t2l.lora import LoraTensors
 from t2l.peft_folder import open_adapter
 from t2l.spec import AdapterSpec
-from t2l.upload import push_folder
+from t2l.upload import HubFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 @dataclass(frozen=True, repr=False)
-class LoraAdapter(ModelHubMixin):
+class LoraAdapter(HubFolder):
     """A generated adapter, and what it was generated from.
 
     Adapters of one call of `TextToLora.generate` are views of the batches that they were written in: an adapter that is
@@ -39,9 +37,6 @@ class LoraAdapter(ModelHubMixin):
     """What the adapter was written from; empty if from nothing."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Checkpoint, hash of the hypernetwork, training seed and versions; saved along and shown in the card."""
-
-    # The mixin would otherwise collect the arguments of every new object, and copy all tensors to do so.
-    _hub_mixin_config: ClassVar[dict[str, Any]] = {}
 
     def __repr__(self) -> str:
         spec, text = self.spec, self.description
@@ -96,25 +91,9 @@ class LoraAdapter(ModelHubMixin):
         )
         return folder
 
-    def push_to_hub(self, repo_id: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> str:
-        """Uploads the adapter as a PEFT repository of the Hub.
-
-        Args:
-            repo_id: `name` or `organisation/name`; the repository is made if it is not there.
-            dtype: Type of the saved tensors.
-            options: `token`, `private`, `revision`, `commit_message` and `create_pr`.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            UploadError: if the Hub does not take it.
-        """
-        with TemporaryDirectory() as parent:
-            folder = self.save_pretrained(Path(parent) / "adapter", dtype=dtype)
-            card = self.card(for_hub=True)
-            (folder / peft_io.CARD).write_text(card, encoding="utf-8", newline="")
-            return push_folder(folder, repo_id, **options)
+    def _write_for_hub(self, folder: Path, **options: Any) -> None:
+        super()._write_for_hub(folder, **options)
+        (folder / peft_io.CARD).write_text(self.card(for_hub=True), encoding="utf-8", newline="")
 
     def card(self, *, for_hub: bool = False) -> str:
         """The adapter's model card.
@@ -223,8 +202,9 @@ class LoraAdapter(ModelHubMixin):
         """
         changed = add_into(model, self)
         if not changed:
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
             raise AdapterNotAppliedError(
-                f"Merging changes no weight of {self.spec.base_model}: the adapter is all zeros, or too small for the "
-                "type of the weights to hold its change"
+                f"Merging changes no weight of {self.spec.base_model} in {dtype}: the adapter is all zeros, or too small "
+                "for this type to hold its change"
             )
         return changed

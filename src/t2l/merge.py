@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from t2l import hub
-from t2l.apply import HasLora, add_into
-from t2l.errors import AdapterNotAppliedError
+from t2l.adapter import LoraAdapter
 from t2l.io import new_folder, require_only
 
 
 def merge_into_folder(
-    adapter: HasLora, folder: Path, *, base_model: str | None = None, card: str = "", overwrite: bool = False
+    adapter: LoraAdapter, folder: Path, *, base_model: str | None = None, card: str = "", overwrite: bool = False
 ) -> int:
     """Writes a whole model: the adapter's base, in its own type, with ΔW added to the weights it adapts.
 
@@ -43,12 +42,7 @@ def merge_into_folder(
     dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     model = hub.load_causal_lm(reference, dtype=dtype)
     tokenizer = hub.load_tokenizer(reference)
-    changed = add_into(model, adapter)
-    if not changed:
-        raise AdapterNotAppliedError(
-            f"Merging changes no weight of {reference} in {str(dtype).removeprefix('torch.')}: the adapter is all "
-            "zeros, or too small for this type to hold its change"
-        )
+    changed = adapter.merge_into(model)
     if overwrite:
         require_only(folder, "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
     with new_folder(folder, overwrite=overwrite) as temporary, hub.quiet_transformers():

@@ -8,15 +8,13 @@ Knows encoders, the hypernetwork and checkpoints. Knows no training and no evalu
 """
 
 from collections.abc import Sequence
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelHubMixin
 
-from t2l import __version__, hub
+from t2l import hub
 from t2l.adapter import LoraAdapter
 from t2l.checkpoint import FILES, Checkpoint, load_checkpoint, save_checkpoint
 from t2l.config import PromptConfig
@@ -24,7 +22,8 @@ from t2l.encoder import Encoder, check_description, encoder_revision, load_encod
 from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
 from t2l.io import require_only
 from t2l.lora import LoraTensors
-from t2l.upload import push_folder
+from t2l.upload import HubFolder
+from t2l.versions import versions
 
 __all__ = ["DEFAULT", "LoraAdapter", "TextToLora", "checkpoint_folder"]
 
@@ -32,7 +31,7 @@ DEFAULT = "t2l:smollm2-135m"
 """The checkpoint that ships with the package."""
 
 
-class TextToLora(ModelHubMixin):
+class TextToLora(HubFolder):
     """A hypernetwork with its encoder, ready to write adapters.
 
     Args:
@@ -40,9 +39,6 @@ class TextToLora(ModelHubMixin):
         encoder: The encoder it was trained with.
         reference: Where the checkpoint came from, for cards.
     """
-
-    # The mixin would otherwise collect the arguments of every new object, and copy the network to do so.
-    _hub_mixin_config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, checkpoint: Checkpoint, encoder: Encoder, *, reference: str) -> None:
         if encoder.embedding_size != checkpoint.config.embedding_size:
@@ -132,24 +128,6 @@ class TextToLora(ModelHubMixin):
         )
         return folder
 
-    def push_to_hub(self, repo_id: str, *, dtype: torch.dtype = torch.float16, **options: Any) -> str:
-        """Uploads the checkpoint as a repository of the Hub.
-
-        Args:
-            repo_id: `name` or `organisation/name`; the repository is made if it is not there.
-            dtype: Type of the saved weights.
-            options: `token`, `private`, `revision`, `commit_message` and `create_pr`.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            UploadError: if the Hub does not take it.
-        """
-        with TemporaryDirectory() as parent:
-            folder = self.save_pretrained(Path(parent) / "checkpoint", dtype=dtype)
-            return push_folder(folder, repo_id, **options)
-
     @property
     def device(self) -> torch.device:
         """Where the hypernetwork is."""
@@ -229,14 +207,9 @@ class TextToLora(ModelHubMixin):
             "checkpoint": self.reference,
             "hypernetwork sha256": self.config.weights_sha256,
             "training seed": str(self.config.training.get("seed", "unknown")),
-            **self.versions(),
+            **versions(),
             **({} if strength == 1 else {"strength": f"{strength:g}"}),
         }
-
-    @staticmethod
-    def versions() -> dict[str, str]:
-        """Versions that can change a result."""
-        return {"t2l": __version__, "torch": torch.__version__, "transformers": metadata.version("transformers")}
 
 
 def checkpoint_folder(reference: str, **fetch: Any) -> Path:

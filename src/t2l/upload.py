@@ -1,8 +1,43 @@
 """Folders become model repositories of the Hugging Face Hub. Knows nothing of what is in them."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import huggingface_hub
+from huggingface_hub import ModelHubMixin
 
 from t2l.errors import UploadError
+
+
+class HubFolder(ModelHubMixin):
+    """What is saved as a folder, and so becomes a repository of the Hub."""
+
+    # The mixin would otherwise collect the arguments of every new object, and copy all tensors to do so.
+    _hub_mixin_config: ClassVar[dict[str, Any]] = {}
+
+    def push_to_hub(self, repo_id: str, *, dtype: Any = None, **options: Any) -> str:
+        """Uploads this as a repository of the Hub.
+
+        Args:
+            repo_id: `name` or `organisation/name`; the repository is made if it is not there.
+            dtype: Type of the saved tensors; as `save_pretrained` has it, if absent.
+            options: `token`, `private`, `revision`, `commit_message` and `create_pr`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            UploadError: if the Hub does not take it.
+        """
+        with TemporaryDirectory() as parent:
+            folder = Path(parent) / "folder"
+            self._write_for_hub(folder, **({} if dtype is None else {"dtype": dtype}))
+            return push_folder(folder, repo_id, **options)
+
+    def _write_for_hub(self, folder: Path, **options: Any) -> None:
+        """Writes what is uploaded."""
+        self.save_pretrained(folder, **options)
 
 
 def push_folder(
@@ -32,9 +67,7 @@ def push_folder(
     Raises:
         UploadError: The Hub does not take it.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
+    api = huggingface_hub.HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:

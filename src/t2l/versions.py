@@ -1,17 +1,12 @@
 """The versions that a result depends on. Knows installed packages only."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 
-PACKAGES = {"t2l": "text-to-lora", "torch": "torch", "transformers": "transformers"}
-"""Name in a card or a checkpoint, and name of the distribution."""
+from t2l import __version__
 
 
 def versions() -> dict[str, str]:
-    """Returns the installed version of everything that can change a result."""
-    found = {}
-    for name, distribution in PACKAGES.items():
-        try:
-            found[name] = version(distribution)
-        except PackageNotFoundError:  # t2l itself, run from a source tree that is not installed
-            found[name] = "not installed"
-    return found
+    """Versions of everything that can change a result."""
+    import torch  # its own word: the metadata of its distribution may lack what it was built for
+
+    return {"t2l": __version__, "torch": str(torch.__version__), "transformers": metadata.version("transformers")}

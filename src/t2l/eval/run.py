@@ -28,6 +28,7 @@ from t2l.io import only_writer, write_text
 from t2l.library import AdapterLibrary
 from t2l.pace import Pace
 from t2l.text_to_lora import TextToLora
+from t2l.versions import versions
 
 Log = Callable[[str], None]
 
@@ -250,7 +251,7 @@ def _header(
         "per_task": "all" if settings.full else settings.per_task,
         "held_out": settings.held_out,
         "max_new_tokens": settings.max_new_tokens,
-        "versions": TextToLora.versions() | backend.versions,
+        "versions": versions() | backend.versions,
         "seeds": list(settings.seeds),
         "conditions": [condition.name for condition in chosen],
         "left_out": left_out,
