@@ -204,7 +204,7 @@ class LoraAdapter(HubFolder):
         if not changed:
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
             raise AdapterNotAppliedError(
-                f"Merging changes no weight of {self.spec.base_model} in {dtype}: the adapter is all zeros, or too small "
-                "for this type to hold its change"
+                f"Merging changes no weight of {self.spec.base_model} in {dtype}: the adapter is all zeros, or too "
+                "small for this type to hold its change"
             )
         return changed
