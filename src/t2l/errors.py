@@ -83,3 +83,9 @@ class AnswerError(T2LError, RuntimeError):
 
 class DeadlineError(AnswerError):
     """An answer took longer than it may."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, T2LError
+from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, T2LError, first_line
 from t2l.io import reading
 from t2l.model_folder import TEXT_PATTERNS, check_config, check_weights, folder_fingerprint
 from t2l.pypi import KNOWN_PACKAGES, PREFIX, final_folder, is_complete, prepare
-from t2l.upload import first_line
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import huggingface_hub
 from huggingface_hub import ModelHubMixin
 
-from t2l.errors import UploadError
+from t2l.errors import UploadError, first_line
 
 
 class HubFolder(ModelHubMixin):
@@ -87,9 +87,3 @@ def push_folder(
             f"cannot upload to {repo_id} on the Hugging Face Hub: {first_line(error)}. Run `hf auth login` with a "
             "token that may write there, and check the network"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a message of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
