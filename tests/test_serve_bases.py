@@ -1,5 +1,6 @@
 """Bases people use, served: each row's answer is the one that it gets alone, or the base is refused."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -48,15 +49,48 @@ def serve(model: Any, tokenizer: Any, adapters: list[Any]) -> None:
         engine.close()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", BASES)
+def each(kinds: Iterable[str]) -> list[tuple[str, str]]:
+    """Kinds with both attentions; Transformers itself runs these two with the first alone."""
+    return [(k, way) for k in kinds for way in ("eager", "sdpa") if way == "eager" or k not in ("gemma2", "gpt_oss")]
+
+
+@pytest.mark.parametrize(("kind", "attention"), each(BASES))
 def test_rows_with_adapters_are_answered_as_alone(kind: str, attention: str, tiny_tokenizer: Any) -> None:
-    if (kind, attention) == ("gemma2", "sdpa"):
-        pytest.skip("gemma2 caps its scores, which this attention does not do, alone or in a batch")
     model = make_base(kind)
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = 1
     serve(model, tiny_tokenizer, [None, make_adapter(model, BASES[kind][1])])
+
+
+WINDOWED = ["mistral", "phi3", "gemma2", "gemma3_text", "qwen3", "gpt_oss", "cohere2", "olmo3"]
+
+
+@pytest.mark.parametrize(("kind", "attention"), each(WINDOWED))
+def test_layers_that_see_a_window_see_it_in_a_batch_too(kind: str, attention: str, tiny_tokenizer: Any) -> None:
+    """Windows shorter than the prompts, in all layers or in one of two; scores are capped where it shows."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    own: dict[str, dict[str, Any]] = {
+        "gemma2": {"query_pre_attn_scalar": 8, "head_dim": 8, "attn_logit_softcapping": 0.3, **kinds},
+        "gemma3_text": {"query_pre_attn_scalar": 8, "head_dim": 8, **kinds},
+        "qwen3": {"use_sliding_window": True, "head_dim": 8, **kinds},
+        "gpt_oss": MORE["gpt_oss"] | kinds,
+        "cohere2": kinds,
+        "olmo3": kinds,
+    }
+    settings = SMALL | {"max_position_embeddings": 128, "sliding_window": 5} | own.get(kind, {})
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(kind, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = 1
+    plain = model(torch.tensor([make_prompt(3, 24)])).logits
+    serve(model, tiny_tokenizer, [None])
+    # Without the window, or without the caps, the same weights say something else.
+    for setting, large in (("sliding_window", 100), ("attn_logit_softcapping", 100.0)):
+        if getattr(config, setting, None):
+            other = AutoConfig.for_model(kind, **settings | {setting: large})
+            others = AutoModelForCausalLM.from_config(other, attn_implementation=attention).eval()
+            others.load_state_dict(model.state_dict())
+            assert not torch.allclose(others(torch.tensor([make_prompt(3, 24)])).logits, plain, atol=1e-3), setting
 
 
 @pytest.mark.parametrize("kind", MORE)

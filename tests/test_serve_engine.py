@@ -147,7 +147,7 @@ def test_clients_with_an_adapter_each_and_constant_churn(
 
 
 def test_models_of_other_kinds(tiny_tokenizer: Any) -> None:
-    """Eager attention takes an additive mask, and a model with window layers may use what its window spans."""
+    """Eager attention takes an additive mask, and the window of one layer is shorter than prompts."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(3)
@@ -155,9 +155,9 @@ def test_models_of_other_kinds(tiny_tokenizer: Any) -> None:
         "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
     }  # fmt: skip
-    windows = {"use_sliding_window": True, "sliding_window": 60, "max_window_layers": 1}
+    windows = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
     eager = Qwen3ForCausalLM._from_config(
-        Qwen3Config(**sizes, **windows, eos_token_id=1), attn_implementation="eager"
+        Qwen3Config(**sizes, **windows, eos_token_id=1, max_position_embeddings=60), attn_implementation="eager"
     ).eval()
     adapter = make_adapter(eager, 5)
     engine = Engine(eager, tiny_tokenizer)

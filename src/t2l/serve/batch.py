@@ -71,13 +71,15 @@ class Batch:
 
     def __init__(self, model: Any, tokenizer: Any, *, prompt_piece: int, on_end: Callable[[Answer, End], None]) -> None:
         config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if kinds:
+        self._kinds = set(getattr(config, "layer_types", None) or ())
+        strange = self._kinds - {"full_attention", "sliding_attention"}
+        if strange:
             raise ConfigError(
-                f"{config.model_type} has layers of kind {', '.join(sorted(kinds))}; only models whose layers all keep "
-                "keys and values can be served"
+                f"{config.model_type} has layers of kind {', '.join(sorted(strange))}; only models whose layers all "
+                "keep keys and values can be served"
             )
-        self.window = _window(config)
+        self.most_tokens: int = getattr(config, "max_position_embeddings", None) or 2**31
+        self._window: int | None = getattr(config, "sliding_window", None)
         self.counts: Counter[str] = Counter()
         self.rows: list[Row] = []
         self._writing = 0  # so many of the rows have read their prompts
@@ -239,13 +241,10 @@ class Batch:
         read, length = [row.read for row in self.rows[start:stop]], len(tokens[0])
         positions_BT = torch.tensor(read, device=device)[:, None] + torch.arange(length, device=device)
         self._adapters.select(start, stop)
-        mask_B1TK = self._cache.select(start, positions_BT, max(read) + length)
-        if not self._bool_mask:
-            hidden = torch.finfo(self._parameter.dtype).min
-            mask_B1TK = torch.zeros_like(mask_B1TK, dtype=self._parameter.dtype).masked_fill_(~mask_B1TK, hidden)
+        seen_B1TK = self._cache.select(start, positions_BT, max(read) + length)
         output = self._model(
             input_ids=tokens_BT,
-            attention_mask=mask_B1TK,
+            attention_mask=self._masks(seen_B1TK, positions_BT),
             position_ids=positions_BT,
             past_key_values=self._cache,
             use_cache=True,
@@ -254,6 +253,25 @@ class Batch:
         self.counts["forward_passes"] += 1
         self.counts["forward_rows"] += len(tokens)
         return _seen(output.logits.float())
+
+    def _masks(self, seen_B1TK: Tensor, positions_BT: Tensor) -> Tensor | dict[str, Tensor]:
+        """The masks as the model takes them: by the kind of layer, where it has layers that see a window only."""
+
+        def as_added(mask_B1TK: Tensor) -> Tensor:
+            if self._bool_mask:
+                return mask_B1TK
+            hidden = torch.finfo(self._parameter.dtype).min
+            return torch.zeros_like(mask_B1TK, dtype=self._parameter.dtype).masked_fill_(~mask_B1TK, hidden)
+
+        full = as_added(seen_B1TK)
+        windowed = "sliding_attention" in self._kinds or not self._kinds
+        if self._window is None or not windowed:
+            return full
+        columns_K = torch.arange(seen_B1TK.shape[-1], device=seen_B1TK.device)
+        near_B1TK = columns_K > positions_BT[:, None, :, None] - self._window
+        sliding = as_added(seen_B1TK & near_B1TK)
+        # Models that do not tell kinds of layers apart give all of theirs the window.
+        return {"full_attention": full, "sliding_attention": sliding} if self._kinds else sliding
 
     def _take(self, row: Row, seen: Seen, place: int) -> None:
         """Chooses a row's next token and tells what is new."""
@@ -336,12 +354,6 @@ def _piece_length(unread: Sequence[int], most: int) -> int:
         if 5 * sum(min(length, own) for own in unread) >= 4 * length * len(unread):
             found = length
     return found
-
-
-def _window(config: Any) -> int:
-    """Tokens that the model reads at most; beyond a sliding window its layers would need masks of their own."""
-    sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    return min((size for size in sizes if size), default=2**31)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -72,7 +72,7 @@ class Engine:
     @property
     def most_tokens(self) -> int:
         """Of a request, prompt and answer together."""
-        return min(self._batch.window, self.limits.tokens)
+        return min(self._batch.most_tokens, self.limits.tokens)
 
     @property
     def counts(self) -> Counter[str]:
