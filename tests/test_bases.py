@@ -20,10 +20,9 @@ from conftest import SMALL, random_lora
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2l import gguf_export
-from t2l.apply import apply_adapters
+from t2l.apply import add_into, apply_adapters
 from t2l.config import LoraConfig
 from t2l.errors import SpecMismatchError
-from t2l.merge import add_into
 from t2l.peft_folder import open_adapter
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
