@@ -18,7 +18,7 @@ endif
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup models demo serve test test-full research-test lint clean
+.PHONY: help setup models demo serve test test-full research-test lint docs clean
 
 help:
 	@echo "make demo       three descriptions become three adapters; answers with and without them"
@@ -27,7 +27,8 @@ help:
 	@echo "make test-full  all tests"
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
 	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some ten minutes)"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy, and the documentation without a warning"
+	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make clean      remove what these made (the model cache stays)"
 
 setup: .venv/.stamp
@@ -84,6 +85,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Pages are files that a browser opens without a server: build/site/index.html.
+docs: setup
+	$(BIN)/python scripts/cli_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-llamacpp demo-out build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

