@@ -200,6 +200,10 @@ class OutputStd(nn.Module):
 
 def _added(shared: Sequence[Tensor], change: Sequence[Tensor], std: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
     """shared + std · change, for each target."""
+    if not torch.is_grad_enabled():
+        # In place: nobody else reads the change, and fresh memory of its size costs as much as writing it did.
+        scaled = change if std is None else [c.mul_(d) for c, d in zip(change, std, strict=True)]
+        return tuple(c.add_(s) for s, c in zip(shared, scaled, strict=True))
     if std is None:
         return tuple(s + c for s, c in zip(shared, change, strict=True))
     return tuple(s + d * c for s, d, c in zip(shared, std, change, strict=True))
