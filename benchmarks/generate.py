@@ -110,7 +110,12 @@ def in_folders(generator: TextToLora, dtype: torch.dtype, place: Path | None) ->
 
 def in_shards(generator: TextToLora, dtype: torch.dtype, options: argparse.Namespace) -> float:
     """Seconds for each adapter of a library of shards, written for `--shard-seconds`, the last byte included."""
-    settings = Settings(checkpoint="random", dtype=str(dtype).removeprefix("torch."), batch_size=options.shard_batch)
+    settings = Settings(
+        checkpoint="random",
+        dtype=str(dtype).removeprefix("torch."),
+        batch_size=options.shard_batch,
+        shard_bytes=options.shard_mb << 20,
+    )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         origin = Origin(checkpoint_sha256="0", dtype=settings.dtype)
         library = ShardedLibrary.begin(Path(folder) / "library", generator.spec, origin)
@@ -145,7 +150,10 @@ def disk(options: argparse.Namespace) -> float:
 def measure(options: argparse.Namespace) -> None:
     """Prints one line of a Markdown table for each combination."""
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}; disk {disk(options) / 1e9:.2f} GB/s by {WRITERS} threads\n")
+    print(f"{name}, torch {torch.__version__}")
+    if options.disk_files:
+        print(f"disk {disk(options) / 1e9:.2f} GB/s by {WRITERS} threads")
+    print()
     print("| head | type | batch | adapters/s | GB/s | share of the limit | × one at a time | saved, adapters/s | as |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for word in options.dtypes.split(","):
@@ -189,6 +197,7 @@ def main() -> None:
     parser.add_argument(
         "--shard-batch", type=int, default=0, help="Descriptions of a forward pass; 0 is the command's."
     )
+    parser.add_argument("--shard-mb", type=int, default=512, help="Largest size of a shard in MiB.")
     parser.add_argument("--disk-files", type=int, default=16, help="Files of 512 MiB for the disk's own speed.")
     parser.add_argument("--folder", type=Path, help="Where files are written for a while; the system's, if absent.")
     measure(parser.parse_args())

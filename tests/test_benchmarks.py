@@ -19,14 +19,28 @@ from t2l.train.loss import answer_losses
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def train_step() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_step", ROOT / "benchmarks" / "train_step.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["train_step"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def train_step() -> ModuleType:
+    return load("train_step")
+
+
+def test_generate_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--device cpu --variants S --layers 1 --batches 1,2 --dtypes float32 --seconds 0 --shard-seconds 0"
+    more = f"--shard-mb 1 --disk-files 0 --folder {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["generate.py", *options.split(), *more.split()])
+    load("generate").main()
+    out = capsys.readouterr().out
+    assert out.count("| S | float32 |") == 3 and "shards, float16" in out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
