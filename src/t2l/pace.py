@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Pace:
@@ -54,10 +55,23 @@ def progress(total: int, what: str, log: Callable[[str], None], *, bar: bool) ->
     if not bar:
         yield Pace(total, what, log).add
         return
+    with progress_bar(total, what) as shown:
+        yield lambda number: shown.advance(shown.task_ids[0], number)
+
+
+def progress_bar(total: int, what: str, *, done: int = 0) -> Any:
+    """A bar of one task on standard error, by `rich`; its field `facts` holds what stands after it.
+
+    Args:
+        total: How many things there are to do.
+        what: What they are.
+        done: How many of them are done already.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (MofNCompleteColumn(), TextColumn(what), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, highlight=False, markup=False)) as shown:
-        task = shown.add_task(what, total=total)
-        yield lambda number: shown.advance(task, number)
+    after = TextColumn("{task.fields[facts]}")
+    columns = (MofNCompleteColumn(), TextColumn(what), BarColumn(16), TimeRemainingColumn(), after)
+    bar = Progress(*columns, console=Console(stderr=True, highlight=False, markup=False))
+    bar.add_task(what, total=total, completed=done, facts="")
+    return bar

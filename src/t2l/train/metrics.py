@@ -16,6 +16,7 @@ import torch
 
 from t2l.errors import ConfigError, OutputError
 from t2l.io import write_text
+from t2l.pace import progress_bar
 
 METRICS = "metrics.jsonl"
 ReportTo = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -33,6 +34,7 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
         report_to: TensorBoard (event files, if it is installed), or the tracker to report to as well.
         bar: Whether to draw a progress bar on standard error in place of a line for each row of numbers.
         log: Where lines go.
+        unit: What `steps` counts and `step` is told.
 
     Raises:
         ConfigError: if the tracker is not installed.
@@ -48,16 +50,18 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
         report_to: ReportTo,
         bar: bool,
         log: Callable[[str], None],
+        unit: str = "steps",
     ) -> None:
         self.path, self.log = run / METRICS, log
+        self.of = f" of {steps:,}" if unit == "steps" else ""
         kept = [row for row in read_metrics(run) if row["step"] <= first_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tracker = _tracker(report_to) if report_to in ("wandb", "trackio") else None
         if self.tracker is not None:
             self.tracker.init(project="t2l", name=run.name, config=settings)
         self.events = _tensorboard(run / "tensorboard", first_step, log) if report_to == "tensorboard" else None
-        self.facts: dict[str, Any] = {}
-        self.bar = _bar(steps, first_step) if bar else None
+        self.facts: dict[str, str] = {}
+        self.bar = progress_bar(steps, unit, done=first_step) if bar else None
 
     def __enter__(self) -> "MetricLogger":
         if self.bar is not None:
@@ -88,24 +92,41 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
                 self.events.add_scalar(key, value, row["step"])
         if self.tracker is not None:
             self.tracker.log(numbers, step=row["step"])
-        if self.bar is None:
-            self.log("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        found = shown(row)
+        if self.bar is not None:
+            self.facts |= found
+            self.bar.update(self.bar.task_ids[0], facts=_words(self.facts))
             return
-        margins = [value for key, value in row.items() if key.endswith("margin")]
-        self.facts |= {key: row[key] for key in ("loss", "tokens_per_second", "memory_gb") if key in row}
-        self.facts |= {"margin": margins[-1]} if margins else {}
-        units = {"loss": "", "margin": "", "tokens_per_second": " tokens/s", "memory_gb": " GB"}
-        words = [
-            (f"{key} " if not units[key] else "") + f"{self.facts[key]:.4g}" + units[key]
-            for key in units
-            if key in self.facts
-        ]
-        self.bar.update(self.bar.task_ids[0], facts="  ".join(words))
+        left = f"  {row['minutes_left']:.3g} min left" if "minutes_left" in row else ""
+        self.log(f"step {row['step']:,}{self.of}  {_words(found)}{left}")
 
     def step(self, done: int) -> None:
         """So many steps are done."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done)
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """The numbers of a row that say how a run goes, as words: metrics.jsonl has all others too.
+
+    Of an evaluation, the share of answers that are right, and the same with another task's description in the adapter:
+    of tasks that were never trained on, where there are some, and without the description in the prompt.
+    """
+    found = {"loss": f"{row['loss']:.3g}"} if "loss" in row else {}
+    modes = [f"{suite}/{mode}" for suite in ("validation", "seen") for mode in ("adapter", "adapter+prompt")]
+    judged = next((mode for mode in modes if f"{mode}/exact_match" in row), "")
+    names = {
+        "right answers": f"{judged}/exact_match",
+        "another's": f"{judged}/wrong_exact_match",
+        "relative error": "trained/relative",
+        "held-out descriptions": "held_out/relative",
+    }
+    found |= {name: f"{row[key]:.0%}" for name, key in names.items() if key in row}
+    return found | ({"tasks done": str(row["done"])} if "done" in row else {})
+
+
+def _words(facts: dict[str, str]) -> str:
+    return "  ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -127,16 +148,6 @@ def memory_gb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (peak if sys.platform == "darwin" else peak * 1024) / 1e9
-
-
-def _bar(steps: int, first_step: int) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
-    bar = Progress(*columns, console=Console(stderr=True, highlight=False, markup=False))
-    bar.add_task("train", total=steps, completed=first_step, facts="")
-    return bar
 
 
 def _tensorboard(folder: Path, first_step: int, log: Callable[[str], None]) -> Any:
