@@ -35,7 +35,8 @@ from t2l.config import LoraConfig, PromptConfig
 from t2l.lora import LoraTensors
 from t2l.prompt import pad_id, render, token_ids
 from t2l.serve.answers import Generation
-from t2l.serve.engine import Engine, Limits
+from t2l.serve.engine import Engine
+from t2l.serve.limits import Limits
 from t2l.serve.store import Entry, StoredAdapter
 from t2l.spec import AdapterSpec
 

@@ -17,10 +17,11 @@ from torch import nn
 from t2l.apply import apply_adapters
 from t2l.lora import LoraTensors
 from t2l.serve.app import create_app
-from t2l.serve.engine import Engine, Limits
+from t2l.serve.engine import Engine
 from t2l.serve.guard import Guard
+from t2l.serve.limits import Limits
 from t2l.serve.metrics import Metrics
-from t2l.serve.service import Service, ServiceLimits
+from t2l.serve.service import Service
 from t2l.serve.store import AdapterStore
 from t2l.spec import AdapterSpec, Target
 from t2l.text_to_lora import TextToLora
@@ -120,14 +121,13 @@ def running(
     folder: Path,
     *,
     limits: Limits | None = None,
-    service_limits: ServiceLimits | None = None,
     guard: Guard | None = None,
 ) -> Iterator[Server]:
     """A real server on a free port of 127.0.0.1."""
     metrics = Metrics()
     engine = Engine(*base, limits, on_end=metrics.answer)
     generator = TextToLora.from_pretrained(str(checkpoint), base=base)
-    service = Service(engine, AdapterStore(folder), generator, service_limits)
+    service = Service(engine, AdapterStore(folder), generator)
     app = create_app(service, guard=guard, metrics=metrics)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, server_header=False)
     config.timeout_graceful_shutdown = 5

@@ -21,7 +21,8 @@ from t2l.apply import apply_adapters
 from t2l.errors import AnswerError, BusyError, ConfigError, RequestError
 from t2l.serve.answers import Answer, Generation, Piece
 from t2l.serve.batch import _piece_length
-from t2l.serve.engine import Engine, Limits
+from t2l.serve.engine import Engine
+from t2l.serve.limits import Limits
 from t2l.serve.sampling import Sampling
 
 

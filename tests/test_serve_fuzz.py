@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serve_helpers import Server, running
 
 from t2l.serve.guard import Guard
-from t2l.serve.service import ServiceLimits
+from t2l.serve.limits import Limits
 
 ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
@@ -47,10 +47,10 @@ HOSTILE: list[Any] = [
 def server(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("fuzz")
     base = make_base(make_config()), make_tokenizer()
-    limits = ServiceLimits(max_tokens=4, choices=4)
+    limits = Limits(max_tokens=4, choices=4)
     guard = Guard(requests_per_minute=10**6)
     checkpoint = make_checkpoint(folder / "checkpoint")
-    with running(checkpoint, base, folder / "store", service_limits=limits, guard=guard) as server:
+    with running(checkpoint, base, folder / "store", limits=limits, guard=guard) as server:
         yield server
 
 

@@ -18,8 +18,7 @@ from serve_helpers import Server, reference, running, wait_for
 
 from t2l.config import PromptConfig
 from t2l.prompt import render, token_ids
-from t2l.serve.engine import Limits
-from t2l.serve.service import ServiceLimits
+from t2l.serve.limits import Limits
 from t2l.text_to_lora import TextToLora
 
 IN_PROMPT = PromptConfig(description_in_prompt=True)
@@ -39,10 +38,8 @@ def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    limits = ServiceLimits(description_bytes=90, choices=6, max_tokens=400)
-    with running(
-        checkpoint, base, tmp_path_factory.mktemp("store"), limits=Limits(rows=8), service_limits=limits
-    ) as server:
+    limits = Limits(rows=8, description_bytes=90, choices=6, max_tokens=400)
+    with running(checkpoint, base, tmp_path_factory.mktemp("store"), limits=limits) as server:
         yield server
 
 

@@ -1,6 +1,6 @@
 """The page in a real browser: the whole journey, what goes wrong on it, and what it must never do.
 
-Skipped, saying so, where there is no Chromium (Debian: `apt-get install chromium`).
+Skipped, saying so, where there is no Chromium.
 """
 
 import json
@@ -21,10 +21,13 @@ from serve_helpers import Server, running, wait_for
 
 from t2l.config import PromptConfig
 from t2l.serve.guard import Guard
-from t2l.serve.service import ServiceLimits
+from t2l.serve.limits import Limits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, such as Debian's package chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="the page is NOT tested: there is no Chromium; install one, as by `apt-get install chromium`",
+)
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -58,8 +61,8 @@ def base() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, limits = tmp_path_factory.mktemp("page-store"), ServiceLimits(description_bytes=90)
-    with running(checkpoint, base, folder, service_limits=limits) as server:
+    folder, limits = tmp_path_factory.mktemp("page-store"), Limits(description_bytes=90)
+    with running(checkpoint, base, folder, limits=limits) as server:
         yield server
 
 
@@ -262,8 +265,8 @@ def test_copied_programs_run(page: Any, server: Server, tmp_path: Path) -> None:
     assert json.loads(run("curl", "bash", "-c"))["choices"][0]["message"]["content"] == expected
     assert run("OpenAI client", sys.executable, "-c").removesuffix("\n") == expected
     # This one ends at the model's own end token, which the server's copy of the model was told not to know.
-    printed = run("Transformers", sys.executable, "-c").removesuffix("\n")
-    assert printed and expected.startswith(printed)
+    printed = run("Transformers", sys.executable, "-c").strip()
+    assert printed and expected.strip().startswith(printed)
     for title, words in (("vLLM", "--max-lora-rank 8"), ("llama.cpp", "--lora ")):
         page.get_by_role("tab", name=title).click()
         code = str(page.locator("#snippet").text_content())

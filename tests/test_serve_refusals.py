@@ -13,9 +13,8 @@ from conftest import make_base, make_config, make_tokenizer
 from serve_helpers import Server, running, wait_for
 
 from t2l.config import PromptConfig
-from t2l.serve.engine import Limits
 from t2l.serve.guard import LOCAL, Guard
-from t2l.serve.service import ServiceLimits
+from t2l.serve.limits import Limits
 
 USER: Any = [{"role": "user", "content": "What is it?"}]
 
@@ -29,8 +28,8 @@ def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = make_base(make_config()), make_tokenizer()
-    limits = ServiceLimits(description_bytes=90, choices=6, max_tokens=400)
-    with running(checkpoint, base, tmp_path_factory.mktemp("refusals-store"), service_limits=limits) as server:
+    limits = Limits(description_bytes=90, choices=6, max_tokens=400)
+    with running(checkpoint, base, tmp_path_factory.mktemp("refusals-store"), limits=limits) as server:
         yield server
 
 

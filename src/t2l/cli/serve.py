@@ -42,8 +42,8 @@ def serve(
     import torch
 
     from t2l.pypi import cache_dir
-    from t2l.serve.engine import Limits
     from t2l.serve.launch import Settings, run
+    from t2l.serve.limits import Limits
 
     settings = Settings(
         checkpoint=checkpoint,

@@ -1,5 +1,6 @@
 """A server of adapters: described, made and used over HTTP, a different one for every request of a batch.
 
+    limits     how much is taken on
     rows       one adapter a row, on live modules
     kv         keys and values of rows that come and go
     sampling   the next token of one row

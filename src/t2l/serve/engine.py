@@ -13,7 +13,6 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -21,22 +20,9 @@ import torch
 from t2l.errors import AnswerError, BusyError, RequestError
 from t2l.serve.answers import Answer, End, Generation, Piece, log
 from t2l.serve.batch import Batch
+from t2l.serve.limits import Limits
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the engine takes on at once."""
-
-    rows: int = 16
-    """Answers that are written at the same time."""
-    tokens: int = 32_768
-    """Rows times the longest row, prompt and answer together: what bounds the cache's memory."""
-    prompt_piece: int = 512
-    """Tokens of prompts that are read between two tokens of the answers under way; longer prompts take several."""
-    waiting: int = 128
-    """Requests that wait for a row; more are refused."""
 
 
 class Engine:

@@ -16,10 +16,11 @@ from t2l import hub
 from t2l.checkpoint import read_config
 from t2l.errors import ConfigError
 from t2l.serve.app import create_app
-from t2l.serve.engine import Engine, Limits
+from t2l.serve.engine import Engine
 from t2l.serve.guard import LOCAL, Guard
+from t2l.serve.limits import Limits
 from t2l.serve.metrics import Metrics
-from t2l.serve.service import Service, ServiceLimits
+from t2l.serve.service import Service
 from t2l.serve.store import AdapterStore
 from t2l.text_to_lora import DEFAULT, TextToLora, checkpoint_folder
 
@@ -91,7 +92,7 @@ def build(settings: Settings) -> FastAPI:
         store.close()
         raise
     guard = Guard(hosts=(*LOCAL, *settings.allow_hosts), token=settings.token)
-    return create_app(Service(engine, store, generator, ServiceLimits()), guard=guard, metrics=metrics)
+    return create_app(Service(engine, store, generator), guard=guard, metrics=metrics)
 
 
 def run(settings: Settings) -> None:

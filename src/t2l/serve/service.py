@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from t2l.encoder import check_description
@@ -26,34 +26,17 @@ REMEMBERED = 1024
 """Descriptions whose adapters are found again without being written again."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServiceLimits:
-    """How much one request may ask for."""
-
-    description_bytes: int = 8_192
-    choices: int = 16
-    """Answers of one request: `n` times the prompts."""
-    max_tokens: int = 1_024
-    """Of an answer."""
-    timeout: float = 300.0
-    """Seconds after which an answer is given up, and the most that a request may ask for."""
-
-
 class Service:
     """Answers and adapters by name.
 
     Args:
-        engine: Runs the base model.
+        engine: Runs the base model; its limits are the service's.
         store: Holds the adapters.
         generator: Writes adapters; a `TextToLora` that shares the engine's model, or does not need it.
-        limits: How much one request may ask for.
     """
 
-    def __init__(
-        self, engine: Engine, store: AdapterStore, generator: Any, limits: ServiceLimits | None = None
-    ) -> None:
-        self.engine, self.store, self.generator = engine, store, generator
-        self.limits = limits or ServiceLimits()
+    def __init__(self, engine: Engine, store: AdapterStore, generator: Any) -> None:
+        self.engine, self.store, self.generator, self.limits = engine, store, generator, engine.limits
         self.base_model: str = generator.spec.base_model
         self.started = int(time.time())
         self._remembered: OrderedDict[str, str] = OrderedDict()

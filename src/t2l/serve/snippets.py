@@ -38,7 +38,7 @@ def snippets(entry: Entry, *, url: str, text: str, in_prompt: bool, base_model: 
         Snippet("OpenAI client", _openai(entry, url, turns, token)),
         Snippet("Transformers", _transformers(entry, url, shown, base_model, token)),
         Snippet("vLLM", _vllm(entry, url, shown, base_model, header)),
-        Snippet("llama.cpp", _llama_cpp(entry, url, shown, header)),
+        Snippet("llama.cpp", _llama_cpp(entry, url, shown, base_model, header)),
     ]
 
 
@@ -71,23 +71,22 @@ def _transformers(entry: Entry, url: str, shown: list[dict[str, str]], base_mode
         "zipfile.ZipFile(io.BytesIO(urllib.request.urlopen(request).read())).extractall()\n\n"
         f"folder = resolve({base_model!r})\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "base = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")\n'
         f'model = PeftModel.from_pretrained(base, "{entry.id}")\n\n'
         f"messages = {shown!r}\n"
         "inputs = tokenizer.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
         "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)\n"
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())\n'
     )
 
 
 def _vllm(entry: Entry, url: str, shown: list[dict[str, str]], base_model: str, header: str) -> str:
     rank = next(rank for rank in VLLM_RANKS if rank >= min(entry.spec.rank, VLLM_RANKS[-1]))
-    resolve = shlex.quote(f"from t2l.hub import resolve; print(resolve({base_model!r}))")
     body = json.dumps({"model": entry.id, "messages": shown, "temperature": 0, "max_tokens": 64}, ensure_ascii=False)
     return (
         f"curl -sOJ{header} {url}/v1/adapters/{entry.id}/download && unzip -q {entry.id}.zip\n"
-        f'vllm serve "$(python -c {resolve})" --port 8001 \\\n'
+        f"vllm serve {_folder(base_model)} --port 8001 \\\n"
         f"  --enable-lora --max-lora-rank {rank} --lora-modules {entry.id}=./{entry.id} &\n"
         "until curl -sf http://127.0.0.1:8001/health; do sleep 1; done\n"
         "curl -s http://127.0.0.1:8001/v1/chat/completions -H 'Content-Type: application/json' \\\n"
@@ -95,13 +94,19 @@ def _vllm(entry: Entry, url: str, shown: list[dict[str, str]], base_model: str, 
     )
 
 
-def _llama_cpp(entry: Entry, url: str, shown: list[dict[str, str]], header: str) -> str:
+def _llama_cpp(entry: Entry, url: str, shown: list[dict[str, str]], base_model: str, header: str) -> str:
     body = json.dumps({"messages": shown, "temperature": 0, "max_tokens": 64}, ensure_ascii=False)
     return (
-        "# BASE is the base model as a GGUF file.\n"
+        "# BASE is the base model as a GGUF file. llama.cpp makes it of the folder that the library has:\n"
+        f"#   python convert_hf_to_gguf.py {_folder(base_model)} --outfile base.gguf; BASE=base.gguf\n"
         f"curl -sOJ{header} '{url}/v1/adapters/{entry.id}/download?format=gguf'\n"
         f'llama-server -m "$BASE" --lora {entry.id}.gguf --port 8002 &\n'
         "until curl -sf http://127.0.0.1:8002/health; do sleep 1; done\n"
         "curl -s http://127.0.0.1:8002/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d {shlex.quote(body)}\n"
     )
+
+
+def _folder(base_model: str) -> str:
+    """What a shell turns into the folder of the base model."""
+    return f'"$(python -c {shlex.quote(f"from t2l.hub import resolve; print(resolve({base_model!r}))")})"'

@@ -144,7 +144,7 @@ async function list(after) {
   for (const adapter of found.data) {
     const button = make("button", { type: "button" },
       make("span", { textContent: adapter.description }),
-      make("code", { textContent: adapter.id + (adapter.strength === 1 ? "" : ` · strength ${adapter.strength}`) }));
+      make("code", { textContent: adapter.id + (adapter.strength === 1 ? "" : ` · strength\u00a0${adapter.strength}`) }));
     button.dataset.id = adapter.id;
     button.addEventListener("click", () => act([button], () => show(adapter.id)));
     at("history").append(make("li", {}, button));
