@@ -98,24 +98,6 @@ class LoraTensors:
             found.append(self.scaling**2 * gram.sum((-2, -1)).clamp_min(0))
         return found
 
-    def singular_values(self) -> list[Tensor]:
-        """The R largest singular values of ΔW for each target, (…, L, R), descending, from R×R products only.
-
-        With AAᵀ = CCᵀ (Cholesky) they are the roots of the eigenvalues of Cᵀ(BᵀB)C. Values under a thousandth of the
-        largest are rounding. Differentiable.
-        """
-        found = []
-        for a, b in zip(self.a, self.b, strict=True):
-            gram = a @ a.mT
-            # An A with dependent rows has no Cholesky factor but with a trifle on its diagonal.
-            trifle = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * 1e-6 + 1e-30
-            factor = torch.linalg.cholesky(gram + trifle * torch.eye(gram.shape[-1], device=a.device, dtype=a.dtype))
-            eigenvalues = torch.linalg.eigvalsh(factor.mT @ (b.mT @ b) @ factor).flip(-1)
-            largest = eigenvalues[..., :1].detach()
-            # The root's slope at zero is infinite, hence a floor.
-            found.append(self.scaling * eigenvalues.clamp_min(0).add(1e-7 * largest + 1e-30).sqrt())
-        return found
-
     def canonical(self) -> "LoraTensors":
         """The same ΔW in a form that is one for all A and B with this product: from its singular value decomposition.
 

@@ -1,7 +1,7 @@
 """What reconstruction trains towards: a library's adapters as z-scores, the losses, and the errors that are reported.
 
-The paper's loss (arXiv 2506.06105, section 3.2) is L1 on A and B, each element z-scored over the library. Losses on
-ΔW = B·A come on top or in its place; none of them builds a dense ΔW. Knows tensors and the hypernetwork. Knows no
+The paper's loss (arXiv 2506.06105, section 3.2) is L1 on A and B, each element z-scored over the library. A loss on
+ΔW = B·A comes on top or in its place, without building a dense ΔW. Knows tensors and the hypernetwork. Knows no
 files, no descriptions and no optimiser. Shape letters as in `spec.py`; N adapters of the library, n of a step.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t2l.config import Count, NotNegative, check_ranges
+from t2l.config import NotNegative, check_ranges
 from t2l.errors import ConfigError, DataError
 from t2l.hypernet import HeadBasis, Hypernet
 from t2l.lora import LoraTensors
@@ -25,33 +25,14 @@ class ReconstructionLossConfig:
 
     factors: NotNegative = 1.0
     """Mean absolute difference of z-scored A and B (the paper's)."""
-    delta: NotNegative = 0.0
-    """Mean absolute difference of ΔW's entries, over the library's mean absolute entry (the paper's other loss, scaled
-    by the library in place of 10,000); estimated without bias from random columns."""
     squares: NotNegative = 0.0
     """Squared Frobenius distance of ΔW and its target, over its mean for the library's mean adapter: the share of the
     adapters' variance that is lost."""
-    angular: NotNegative = 0.0
-    """1 - cosine of ΔW and its target, for each layer and module."""
-    spectral: NotNegative = 0.0
-    """Squared difference of the singular values of ΔW and its target, over the target's."""
-    columns: Count = 16
-    """Columns of ΔW that `delta` looks at in a step, for each module."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
-        if not (self.factors or self.needs_product):
-            raise ConfigError("loss: all weights are 0; give factors, delta, squares, angular or spectral one above 0")
-
-    @property
-    def needs_product(self) -> bool:
-        """Whether any loss looks at ΔW."""
-        return bool(self.delta or self.squares or self.angular or self.spectral)
-
-    @property
-    def only_squares(self) -> bool:
-        """Whether `squares` is the only loss."""
-        return not (self.factors or self.delta or self.angular or self.spectral)
+        if not (self.factors or self.squares):
+            raise ConfigError("loss: all weights are 0; give factors or squares one above 0")
 
 
 # ------------------------------------------------------------------------------------------------ the targets
@@ -68,8 +49,6 @@ class Targets:
     """A single adapter."""
     deviation: LoraTensors
     """Standard deviations, of what has z-scores; 0 where all adapters agree, whose z is 0 too."""
-    size: tuple[Tensor, ...]
-    """For each target the mean absolute entry of ΔW, over layers and adapters, as its columns show it."""
     variance: Tensor
     """Mean over the adapters of their ΔW's squared distance from the mean adapter's, over all layers and targets."""
 
@@ -139,17 +118,12 @@ def make_targets(
             for x, m, d in zip(values, means, devs, strict=True)
         )
 
-    size = []
-    for a, b in zip(lora.a, lora.b, strict=True):
-        every = max(1, a.shape[-1] // 16)
-        size.append(torch.stack([(y @ x[..., ::every]).abs().mean() for x, y in zip(a, b, strict=True)]).mean())
     middle = mean.map(lambda x: x.expand(len(names), *x.shape))
     variance = torch.stack([x.sum(-1).mean() for x in lora.squared_distances(middle)]).sum()
     z = LoraTensors(z_score(lora.a, mean.a, deviation.a), z_score(lora.b, mean.b, deviation.b), lora.scaling)
     if freeze_a:
         z, deviation = (LoraTensors((), x.b, x.scaling) for x in (z, deviation))
-    size = [lora.scaling * x.clamp_min(1e-30) for x in size]
-    return Targets(tuple(names), z, mean, deviation, tuple(size), variance.clamp_min(1e-30))
+    return Targets(tuple(names), z, mean, deviation, variance.clamp_min(1e-30))
 
 
 def products(b: Sequence[Tensor], a: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -197,7 +171,7 @@ def reconstruction_losses(
     """The function that is compiled: encoded descriptions and the positions of their adapters, (n,), to the loss."""
     assert hypernet.trunk is not None and hypernet.head is not None
     trunk, head = hypernet.trunk, hypernet.head
-    if isinstance(head, HeadBasis) and not targets.z.a and config.only_squares:
+    if isinstance(head, HeadBasis) and not targets.z.a and not config.factors:
         return share_loss(trunk, head, targets, config.squares)
 
     def function(states: Tensor, mask: Tensor | None, index_n: Tensor) -> Tensor:
@@ -205,17 +179,9 @@ def reconstruction_losses(
         total = torch.zeros((), device=index_n.device)
         if config.factors:
             total = total + config.factors * factor_loss([*z_a, *z_b], [*targets.z.a, *targets.z.b], index_n)
-        if config.needs_product:
+        if config.squares:
             written, wanted = targets.restore(z_a, z_b), targets.adapters(index_n)
-            if config.delta:
-                columns = [torch.randint(a.shape[-1], (config.columns,), device=a.device) for a in wanted.a]
-                total = total + config.delta * delta_loss(written, wanted, columns, targets.size)
-            if config.squares:
-                total = total + config.squares * square_loss(written, wanted, targets.variance)
-            if config.angular:
-                total = total + config.angular * angular_loss(written, wanted)
-            if config.spectral:
-                total = total + config.spectral * spectral_loss(written, wanted)
+            total = total + config.squares * square_loss(written, wanted, targets.variance)
         return total
 
     return function
@@ -226,18 +192,6 @@ def factor_loss(written: Sequence[Tensor], targets: Sequence[Tensor], index_n: T
     total = sum((x - t[index_n]).abs().sum() for x, t in zip(written, targets, strict=True))
     assert isinstance(total, Tensor)
     return total / sum(x.numel() for x in written)
-
-
-def delta_loss(written: LoraTensors, wanted: LoraTensors, columns: Sequence[Tensor], size: Sequence[Tensor]) -> Tensor:
-    """Mean absolute difference of ΔW's entries in some columns, over `size`; the mean over targets.
-
-    Column j of BA is B times column j of A: with random columns this estimates the mean over all entries without bias.
-    """
-    parts = []
-    for m, chosen in enumerate(columns):
-        mine, theirs = (x.b[m] @ x.a[m].index_select(-1, chosen) for x in (written, wanted))
-        parts.append(written.scaling * (mine - theirs).abs().mean() / size[m])
-    return torch.stack(parts).mean()
 
 
 def square_loss(written: LoraTensors, wanted: LoraTensors, variance: Tensor) -> Tensor:
@@ -271,26 +225,6 @@ def share_loss(
         return weight * (((apart_nD @ gram) * apart_nD).sum(1) + rest_N[index_n]).mean()
 
     return function
-
-
-def angular_loss(written: LoraTensors, wanted: LoraTensors) -> Tensor:
-    """1 - cosine of ΔW and its target, the mean over adapters, layers and targets.
-
-    As half the squared distance of both at length 1: exact also where the cosine is almost 1.
-    """
-
-    def unit(lora: LoraTensors) -> LoraTensors:
-        norms = [(norm / lora.scaling).clamp_min(1e-20)[..., None, None] for norm in lora.norms()]
-        return LoraTensors(lora.a, tuple(b / norm for b, norm in zip(lora.b, norms, strict=True)), 1.0)
-
-    distances = unit(written).squared_distances(unit(wanted))
-    return torch.stack([x.mean() for x in distances]).mean() / 2
-
-
-def spectral_loss(written: LoraTensors, wanted: LoraTensors) -> Tensor:
-    """Squared distance of the singular values over the target's squared norm, the mean over all."""
-    pairs = zip(written.singular_values(), wanted.singular_values(), strict=True)
-    return torch.stack([((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in pairs]).mean()
 
 
 # ------------------------------------------------------------------------------------------- what it is worth
