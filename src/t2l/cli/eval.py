@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from t2l.cli.common import DEFAULT, DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
+from t2l.cli.common import (
+    DEFAULT,
+    DeviceOption,
+    JsonOption,
+    WorkersOption,
+    app,
+    checked_device,
+    print_json,
+    say,
+    try_writing,
+)
 
 eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Evaluate adapters beside every control.")
 app.add_typer(eval_app, name="eval")
@@ -91,6 +101,7 @@ def eval_run(
     adapter_folder: AdapterFolderOption = None,
     allow_code_execution: CodeOption = False,
     skip_floor_check: FloorOption = False,
+    workers: WorkersOption = 0,
 ) -> None:
     """Ask every instance under every condition; prints the file of answers."""
     if full and per_task is not None:
@@ -123,7 +134,12 @@ def eval_run(
         allow_code_execution=allow_code_execution,
         check_floor=not skip_floor_check,
     )
-    run(settings, out, log=say)
+    if workers:
+        from t2l.eval.workers import run_on_workers
+
+        run_on_workers(settings, out, workers=workers, log=say)
+    else:
+        run(settings, out, log=say)
     print(out)
 
 

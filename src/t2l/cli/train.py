@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 import typer.core
 
-from t2l.cli.common import DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
+from t2l.cli.common import DeviceOption, JsonOption, WorkersOption, app, checked_device, print_json, say, try_writing
 
 if TYPE_CHECKING:
     from t2l.tasks import Task
@@ -99,6 +99,16 @@ def _print_estimate(found: "Estimate", run_folder: Path | None, as_json: bool) -
         print(f"{'disk full':<12}{nearest} has {size(free)} left; name another folder with --run")
 
 
+def _by_workers(trainer: Trainer, workers: int) -> Trainer:
+    """The training by workers, where there is one."""
+    from t2l.train.task_config import TaskLorasConfig
+    from t2l.train.workers import train_on_workers
+
+    if trainer.settings is not TaskLorasConfig:
+        raise typer.BadParameter("--workers trains task LoRAs, which do not depend on one another")
+    return trainer._replace(train=train_on_workers, own=trainer.own | {"workers": workers})
+
+
 def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
     """Makes the command of a trainer; `load` is called inside it, because it imports torch."""
 
@@ -110,6 +120,7 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
         resume: ResumeOption = False,
         max_minutes: MinutesOption = None,
         device: DeviceOption = None,
+        workers: WorkersOption = 0,
         as_json: JsonOption = False,
     ) -> None:
         from t2l.config import build, load_yaml, override
@@ -120,7 +131,7 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
             raise typer.BadParameter("where to? Name the run's folder with --run DIR")
         if run_folder is not None and not (resume or dry_run):
             try_writing(run_folder.absolute())
-        trainer = load()
+        trainer = _by_workers(load(), workers) if workers else load()
         settings: Any = build(trainer.settings, plain, where=str(config))
         where = checked_device(device)
         if run_folder is None or dry_run:

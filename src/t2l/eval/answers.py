@@ -130,6 +130,34 @@ def to_text(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> st
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ({"run": header}, *lines))
 
 
+def joined_header(path: Path, there: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a file when the answers of one more run are added to it.
+
+    Args:
+        path: The file.
+        there: Its facts.
+        header: Those of the run.
+
+    Raises:
+        ConfigError: if the file is of another run, naming the fact and both values.
+    """
+    merged = dict(header)
+    for fact in FACTS:
+        theirs = there.get(fact)
+        mine = header.get(fact)
+        if fact in SEED_FACTS and not (theirs and mine):
+            merged[fact] = theirs or mine  # conditions that need it come now, or are all there
+        elif theirs != mine:
+            raise ConfigError(
+                f"{path} holds answers of a run with {fact} {theirs!r}; this one has {mine!r}. Write to another file"
+            )
+    for fact in ("conditions", "seeds"):
+        merged[fact] = list(dict.fromkeys([*there.get(fact, ()), *header[fact]]))
+    merged["suites"] = there.get("suites", {}) | header["suites"]
+    merged["left_out"] = {name: why for name, why in header["left_out"].items() if name not in merged["conditions"]}
+    return merged
+
+
 def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
     """Makes a file of answers ready to be appended to: a new one, or one of the same run without a cut-off last line.
 
@@ -160,20 +188,7 @@ def open_for_appending(path: Path, header: Mapping[str, Any]) -> set[Key]:
     except OSError as error:
         raise OutputError(f"Cannot write answers to {path}: {error.strerror or error}") from error
     found = read(path)
-    merged = dict(header)
-    for fact in FACTS:
-        theirs = found.header.get(fact)
-        mine = header.get(fact)
-        if fact in SEED_FACTS and not (theirs and mine):
-            merged[fact] = theirs or mine  # conditions that need it come now, or are all there
-        elif theirs != mine:
-            raise ConfigError(
-                f"{path} holds answers of a run with {fact} {theirs!r}; this one has {mine!r}. Write to another file"
-            )
-    for fact in ("conditions", "seeds"):
-        merged[fact] = list(dict.fromkeys([*found.header.get(fact, ()), *header[fact]]))
-    merged["suites"] = found.header.get("suites", {}) | header["suites"]
-    merged["left_out"] = {name: why for name, why in header["left_out"].items() if name not in merged["conditions"]}
+    merged = joined_header(path, found.header, header)
     if merged != found.header:
         write_text(path, to_text(merged, found.lines))
     return {key_of(line) for line in found.lines}

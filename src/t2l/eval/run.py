@@ -5,7 +5,8 @@ Knows suites, conditions and a base model. What the answers mean is computed by 
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from t2l import hub
 from t2l.errors import ConfigError, DataError, EvaluationError, OutputError, T2LError
 from t2l.eval import answers, backends, requests, suites
 from t2l.eval.adapters import AdapterCache
-from t2l.eval.answers import key_of
+from t2l.eval.answers import Key, key_of
 from t2l.eval.arrow import arrow
 from t2l.eval.backends import Backend
 from t2l.eval.conditions import Condition, choose_conditions
@@ -88,6 +89,25 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         EvaluationError: if a check of the scoring itself fails; the answers are kept.
         OutputError: if the file cannot be written.
     """
+    with opened(settings, log=log) as ready, only_writer(out):
+        evaluate(ready, out, settings=settings, log=log)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that answers are got by."""
+
+    adapters: AdapterCache
+    backend: Backend
+    tasks: list[EvalTask]
+    chosen: list[Condition]
+    header: dict[str, Any]
+    """Facts of the run, the first line of its file."""
+
+
+@contextmanager
+def opened(settings: Settings, *, log: Log) -> Iterator[Ready]:
+    """Loads what a run needs; errors as `run`."""
     chosen = choose_conditions(settings.conditions)
     if settings.backend != "transformers" and "likelihood" in settings.suites:
         raise ConfigError(
@@ -118,8 +138,7 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         log=log,
     ) as backend:
         header = _header(settings, adapters, backend.facts(), bases.reference, tasks, chosen, left_out)
-        with only_writer(out):
-            evaluate(adapters, backend, tasks, chosen, out, header=header, settings=settings, log=log)
+        yield Ready(adapters, backend, tasks, chosen, header)
 
 
 def _load(settings: Settings) -> tuple[BaseModels, Sources]:
@@ -154,22 +173,36 @@ def _load_tasks(settings: Settings, sources: Sources, log: Log) -> list[EvalTask
 
 
 def evaluate(
-    adapters: AdapterCache,
-    backend: Backend,
-    tasks: Sequence[EvalTask],
-    chosen: Sequence[Condition],
+    ready: Ready,
     out: Path,
     *,
-    header: dict[str, Any],
     settings: Settings,
+    part: tuple[int, int] = (0, 1),
+    there: Collection[Key] = (),
     log: Log = print,
 ) -> None:
-    """`run` with everything loaded; see there."""
+    """`run` with everything loaded.
+
+    Args:
+        ready: What answers are got by.
+        out: File of answers.
+        settings: What to run.
+        part: Which of how many parts of the tasks are asked.
+        there: Answers that another file has.
+        log: Where progress goes.
+
+    Raises:
+        ConfigError, EvaluationError, OutputError: as `run`.
+    """
+    adapters, backend = ready.adapters, ready.backend
     if settings.allow_code_execution:
         _require_sandbox()
-    done = answers.open_for_appending(out, header)
-    instances = suites.instances(tasks, settings.seeds, fits=adapters.sources.fits)
-    asked = requests.make_requests(instances, chosen, adapters)
+    done = answers.open_for_appending(out, ready.header) | set(there)
+    instances = suites.instances(ready.tasks, settings.seeds, fits=adapters.sources.fits)
+    # Drawn for all tasks, so that a part's instances are those of the whole.
+    mine = {(task.suite, task.name) for task in ready.tasks[part[0] :: part[1]]}
+    instances = [instance for instance in instances if (instance.task.suite, instance.task.name) in mine]
+    asked = requests.make_requests(instances, ready.chosen, adapters)
     if settings.allow_code_execution:
         _score_code(out, asked, log)
     asked = [request for request in asked if request.key not in done]
