@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from t2l import errors
 from t2l.errors import ConfigError, T2LError
 from t2l.io import parse_json
 
@@ -18,10 +19,19 @@ class _Actor:
     """A worker inside Ray: one block of one row in, one out."""
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
-        self.work = make(*arguments)
+        self.make, self.arguments = make, arguments
+        self.work: Callable[[Any], Any] | None = None
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [json.dumps(self.work(parse_json(job, "a job"))) for job in block["job"]]}
+        return {"result": [json.dumps(self.do(parse_json(job, "a job"))) for job in block["job"]]}
+
+    def do(self, job: Any) -> dict[str, Any]:
+        """What a job returns, or the error that was raised on purpose: Ray would pass on its text alone."""
+        try:
+            self.work = self.work or self.make(*self.arguments)
+            return {"returned": self.work(job)}
+        except T2LError as error:
+            return {"raised": type(error).__name__, "said": str(error)}
 
 
 def run(
@@ -78,14 +88,10 @@ def run(
             num_gpus=gpus,
         )
         for row in done.iter_rows():
-            yield parse_json(row["result"], "a job's result")
-    except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, T2LError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise cause from error
+            result = parse_json(row["result"], "a job's result")
+            if "raised" in result:
+                raise getattr(errors, result["raised"])(result["said"])
+            yield result["returned"]
     finally:
         if started:
             ray.shutdown()
