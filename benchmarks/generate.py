@@ -36,13 +36,16 @@ HEAD_SIZES = {"L": 512, "M": 512, "S": 512}
 
 
 class RandomEncoder:
-    """Stands in for a sentence encoder, so that only the hypernetwork is timed."""
+    """Stands in for a sentence encoder, so that only the hypernetwork is timed; its numbers are drawn once."""
 
     kind, embedding_size, max_tokens = "sentence", EMBEDDING_SIZE, 128
 
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.states = torch.randn(4096, EMBEDDING_SIZE).to(device, dtype)
+
     def encode(self, descriptions: list[str]) -> Encoded:
         """Random vectors, (N, E)."""
-        return Encoded(torch.randn(len(descriptions), EMBEDDING_SIZE))
+        return Encoded(self.states[: len(descriptions)])
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """One for each."""
@@ -67,7 +70,7 @@ def make_generator(variant: str, device: str, dtype: torch.dtype, layers: int) -
         prompt=PromptConfig(),
     )
     hypernet = hypernet.to(device, dtype).eval().requires_grad_(False)
-    return TextToLora(Checkpoint(hypernet, spec, settings), RandomEncoder(), reference="random")
+    return TextToLora(Checkpoint(hypernet, spec, settings), RandomEncoder(device, dtype), reference="random")
 
 
 def seconds(function: Callable[[], object], device: str, budget: float) -> float:
