@@ -3,10 +3,10 @@
     python research/default_jobs.py jobs.json --far ../shared/data/far_dev.jsonl
     python research/run_jobs.py jobs.json
 
-Run from the repository's root, with T2L_DATA set. For each seed: the multi-task LoRA of the data, T2L that is trained
-along with its shared LoRA, and T2L whose shared LoRA is frozen at the multi-task LoRA, so that it does what that one
-does where a description's change is off. Answers come to runs/NAME-far.jsonl, -choosing.jsonl and -seen.jsonl, for
-default_rule.py.
+Run from the repository's root, with T2L_DATA set. For each seed, all on the same data and steps: the multi-task LoRA
+whose prompts show the description in half of the rows, the one whose prompts always do, and T2L that is trained along
+with its shared LoRA (`--recipe joint`) or with the shared LoRA frozen at the first multi-task LoRA (`--recipe frozen`).
+Answers come to runs/NAME-far.jsonl, -choosing.jsonl and -seen.jsonl, for default_rule.py.
 """
 
 import argparse
@@ -19,7 +19,12 @@ T2L = ",".join(f"t2l{which}{form}" for which in ("", "-wrong", "-random") for fo
 MULTITASK = "multitask,multitask+description"
 MEMORY = {"t2l": 50, "multitask": 24, "evaluation": 12}
 """GB that a job may take."""
-FROZEN = ("hypernet.train_shared_lora=false", "train.conditioning_dropout=0")
+DATA = ("data.extra_weights=[0.2,0.06]", "data.label_remap_prob=0.25", "data.auxiliary_task_prob=0.2")
+"""Entry 51's shares, where configs/smollm2-135m/default.yaml has others."""
+RECIPES = {
+    "joint": ("train.conditioning_dropout=0.3",),
+    "frozen": ("hypernet.train_shared_lora=false", "train.conditioning_dropout=0"),
+}
 EVALUATIONS = {
     "choosing": "--suite validation --suite held-back --seeds 0,1,2 --per-task 8",
     "seen": "--suite seen --seeds 0 --per-task 2",
@@ -50,21 +55,23 @@ def evaluations(name: str, kind: str, far: str) -> list[dict[str, Any]]:
     ]
 
 
-def jobs(far: str, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+def jobs(far: str, seeds: tuple[int, ...], recipe: str, steps: int) -> list[dict[str, Any]]:
     """All jobs, trainings first."""
     trainings, evaluated = [], []
     for seed in seeds:
-        multitask, joint, frozen = f"multitask-{seed}", f"joint-{seed}", f"frozen-{seed}"
-        start = f"train.init_from=runs/{multitask}/checkpoint"
+        multitask, shown, made = f"multitask-{seed}", f"shown-{seed}", f"{recipe}-{seed}"
+        common = (f"seed={seed}", f"train.max_steps={steps}", *DATA)
+        frozen = recipe == "frozen"
+        start = (f"train.init_from=runs/{multitask}/checkpoint",) if frozen else ()
         trainings += [
-            training(multitask, "default-multitask", "multitask", f"seed={seed}"),
-            training(joint, "default", "t2l", f"seed={seed}"),
-            training(frozen, "default", "t2l", f"seed={seed}", start, *FROZEN, after=(multitask,)),
+            training(multitask, "default-multitask", "multitask", *common),
+            training(shown, "default-multitask", "multitask", *common, "train.description_in_prompt_prob=1"),
+            training(made, "default", "t2l", *common, *RECIPES[recipe], *start, after=(multitask,) if frozen else ()),
         ]
         evaluated += [
             *evaluations(multitask, "multitask", far),
-            *evaluations(frozen, "t2l", far),
-            *evaluations(joint, "t2l", far),
+            *evaluations(shown, "multitask", far),
+            *evaluations(made, "t2l", far),
         ]
     return [*trainings, *evaluated]
 
@@ -75,8 +82,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--far", required=True, help="far_dev.jsonl")
     parser.add_argument("--seeds", default="0", help="with commas")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="joint")
+    parser.add_argument("--steps", type=int, default=6000)
     given = parser.parse_args()
-    made = jobs(given.far, tuple(map(int, given.seeds.split(","))))
+    made = jobs(given.far, tuple(map(int, given.seeds.split(","))), given.recipe, given.steps)
     given.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(f"{len(made)} jobs: {', '.join(job['name'] for job in made)}")
 

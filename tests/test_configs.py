@@ -276,11 +276,6 @@ NAN = float("nan")
             {"train": FEW | {"margin_loss_weight": 1.0, "description_in_prompt_prob": 1.0}},
             "train.description_in_prompt_prob 1 leaves none",
         ),
-        ({"train": FEW | {"untold_change_weight": 1.0}}, "random_description_prob 0 and .* leave none"),
-        (
-            {"train": FEW | {"untold_change_weight": 1.0}, "data": {"random_description_prob": 0.1}},
-            "name the multi-task LoRA's checkpoint in train.init_from",
-        ),
         ({"train": FEW | {"margin_loss_share": 0.0}}, "margin_loss_share must be above 0; .*margin_loss_weight 0"),
         ({"hypernet": {"variant": "none"}, "train": FEW | {"early_stopping": "margin"}}, "here use 'loss'"),
         ({"hypernet": {"freeze_a": True}}, "freeze_a is for"),
@@ -308,10 +303,7 @@ def test_settings_that_do_not_go_together(changes: dict[str, Any], match: str) -
         *((f"train.{name}", 0) for name in ("max_steps", "tasks_per_batch", "eval_batches")),
         *((f"train.{name}", -1) for name in ("max_seq_length", "max_target_length", "logging_steps", "save_steps")),
         *((f"train.{name}", 1.5) for name in ("warmup_ratio", "label_smoothing_factor", "conditioning_dropout")),
-        *(
-            (f"train.{name}", -1.0)
-            for name in ("margin", "l2_weight", "untold_change_weight", "neftune_noise_alpha", "weight_decay")
-        ),
+        *((f"train.{name}", -1.0) for name in ("margin", "l2_weight", "neftune_noise_alpha", "weight_decay")),
         ("train.early_stopping_patience", 0),
         ("train.dataloader_num_workers", -1),
         ("data.max_tasks", 0),

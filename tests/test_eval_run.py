@@ -46,9 +46,9 @@ def library(base_folder: Path, tiny_config: Any, tmp_path_factory: pytest.TempPa
 def finished(
     tasks_file: Path, checkpoint: str, multitask: str, library: str, tmp_path_factory: pytest.TempPathFactory
 ) -> answers.AnswerFile:
-    """A whole run of all rows but `nearest`, Hyperdecoders and `t2l-abstain`, which need more than tiny models."""
+    """A whole run of all rows but `nearest` and Hyperdecoders, which need more than tiny models."""
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
-    names = ",".join(name for name in CONDITIONS if not name.startswith(("nearest", "t2l-abstain")))
+    names = ",".join(name for name in CONDITIONS if not name.startswith("nearest"))
     settings = SETTINGS | {"conditions": names}
     run(
         Settings(
@@ -74,7 +74,7 @@ def test_every_condition_answers_every_instance_once(finished: answers.AnswerFil
     for line in finished.lines:
         counts[line["condition"]] += 1
     oracle = {"task-lora": 12, "task-lora+description": 12}  # the library holds two of the three tasks
-    left_out = {name for name in CONDITIONS if name.startswith(("hyperdecoders", "nearest", "t2l-abstain"))}
+    left_out = {name for name in CONDITIONS if name.startswith(("hyperdecoders", "nearest"))}
     assert counts == {name: 18 for name in CONDITIONS if name not in left_out} | oracle
     assert finished.header["left_out"] == {
         "hyperdecoders": "no --hyperdecoders",
@@ -278,7 +278,7 @@ def test_an_interrupted_run_goes_on(
     before = out.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]
     assert whole != before
-    names = ",".join(name for name in CONDITIONS if not name.startswith(("nearest", "arrow", "t2l-abstain")))
+    names = ",".join(name for name in CONDITIONS if not name.startswith(("nearest", "arrow")))
     values = SETTINGS | {"conditions": names, "checkpoint": checkpoint, "multitask": multitask, "libraries": (library,)}
     settings = Settings(suites=(str(tasks_file),), **values)
     run(settings, out, log=lambda text: None)

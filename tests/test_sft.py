@@ -279,25 +279,6 @@ def test_dropped_conditioning_leaves_the_shared_lora(
     assert seen == {True, False}
 
 
-def test_the_change_that_is_held_down_is_that_of_untold_rows_alone(
-    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
-) -> None:
-    """Squared Frobenius norm of ΔW minus the shared LoRA's over the latter's, built densely here."""
-    data, batch = prepared(still)
-    trainer = make_trainer(still, own_base, data)
-    shared = trainer.hypernet.shared_adapter()
-    written = trainer.adapters(torch.cat([batch.read, batch.negatives]), learning=True)
-    rows = torch.tensor([True, False, True, False])
-    relative = []
-    for m in range(len(written.a)):
-        change = (written.delta(m)[:4] - shared.delta(m)).square().sum((-2, -1))
-        relative.append(change / shared.delta(m).square().sum((-2, -1)))
-    expected = torch.cat(relative, dim=1).mean(1)[rows].sum() / 4
-    found = trainer._change(written, rows)
-    assert expected > 0.1
-    assert torch.allclose(found, expected, rtol=1e-4)
-
-
 @pytest.mark.parametrize("kind", [DROPPED, UNTOLD])
 def test_rows_whose_own_text_says_nothing_have_no_margin(
     kind: int, make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM

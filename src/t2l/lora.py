@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from t2l.errors import SpecMismatchError
-
 
 @dataclass(frozen=True)
 class LoraTensors:
@@ -125,48 +123,3 @@ def _cut(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     a_cut = (right @ (vh.mT[..., :kept] * root.unsqueeze(-2))).mT
     empty = rank - kept
     return torch.nn.functional.pad(a_cut, (0, 0, 0, empty)), torch.nn.functional.pad(b_cut, (0, empty))
-
-
-def interpolate(start: LoraTensors, end: LoraTensors, weight_N: Tensor) -> LoraTensors:
-    """Adapters on the way from `start` (weight 0) to `end` (weight 1), A and B each on a straight line.
-
-    With a checkpoint's offset as the start, this scales what the description changes and leaves the multi-task LoRA.
-
-    Args:
-        start: One adapter: (L, R, I) and (L, O, R).
-        end: N adapters of the same shape and scaling.
-        weight_N: One weight for each of them.
-
-    Raises:
-        SpecMismatchError: if the adapters' shapes or scalings differ.
-    """
-    start_shapes = [tuple(x.shape) for x in (*start.a, *start.b)]
-    end_shapes = [tuple(x.shape[1:]) for x in (*end.a, *end.b)]
-    if start_shapes != end_shapes or start.scaling != end.scaling:
-        raise SpecMismatchError(
-            f"Only adapters of one shape and scaling can be interpolated; got shapes {start_shapes} and {end_shapes}, "
-            f"scalings {start.scaling} and {end.scaling}"
-        )
-
-    def mix(one: Tensor, other: Tensor) -> Tensor:
-        return torch.lerp(one.to(other.dtype), other, weight_N.to(other)[:, None, None, None])
-
-    return LoraTensors(tuple(map(mix, start.a, end.a)), tuple(map(mix, start.b, end.b)), end.scaling)
-
-
-def trust(emb_NE: Tensor, known_KE: Tensor, *, low: float, high: float) -> Tensor:
-    """How far to follow a description, by its cosine similarity to the nearest description trained on.
-
-    Args:
-        emb_NE: Embeddings of the descriptions.
-        known_KE: Embeddings of those trained on, by the same encoder.
-        low: Similarity up to which a description is not followed at all, such as random text's.
-        high: Similarity from which it is followed in full.
-
-    Returns:
-        (N,), in [0, 1], for `interpolate`; linear between the bounds.
-    """
-    assert -1 <= low < high <= 1, f"bounds of a cosine must rise, got {low} and {high}"
-    unit_NE, unit_KE = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (emb_NE, known_KE))
-    nearest_N = (unit_NE @ unit_KE.mT).amax(-1)
-    return ((nearest_N - low) / (high - low)).clamp(0, 1)

@@ -13,10 +13,10 @@ import torch
 from t2l.apply import apply_adapters
 from t2l.errors import AdapterNotAppliedError
 from t2l.eval.conditions import Condition, short_hash, text_of
-from t2l.eval.retrieval import Familiarity, RetrievalIndex, cut_to_window
+from t2l.eval.retrieval import RetrievalIndex, cut_to_window
 from t2l.eval.sources import Sources
 from t2l.eval.suites import EvalInstance
-from t2l.lora import LoraTensors, interpolate
+from t2l.lora import LoraTensors
 from t2l.text_to_lora import LoraAdapter
 
 AT_ONCE = 21
@@ -26,8 +26,8 @@ AT_ONCE = 21
 class Key(NamedTuple):
     """What decides an adapter, given the files of weights."""
 
-    source: Literal["text", "abstain", "multitask", "average", "library"]
-    """`text` and `abstain` are written by the checkpoint from `name`, the others are read."""
+    source: Literal["text", "multitask", "average", "library"]
+    """`text` is written by the checkpoint from `name`, the others are read."""
     name: str | None = None
     """The text, or the library's task."""
 
@@ -62,7 +62,6 @@ class AdapterCache:
     Args:
         base: The base model, or its outline where another engine answers, and its tokenizer.
         sources: What adapters come from.
-        held_out: How many of a training task's last descriptions training has not read.
         log: Where progress goes.
     """
 
@@ -71,18 +70,17 @@ class AdapterCache:
         base: tuple[Any, Any],
         sources: Sources,
         *,
-        held_out: int = 4,
         log: Callable[[str], None] = print,
     ) -> None:
         self.model, self.tokenizer = base
-        self.sources, self.held_out, self.log = sources, held_out, log
+        self.sources, self.log = sources, log
         self._ready: dict[Key, UsedAdapter] = {}
         self._nearest: dict[str, str] = {}
 
     def key(self, condition: Condition, instance: EvalInstance) -> Key | None:
         """What decides an instance's adapter; None for the base model, Arrow, and adapters written from the input."""
         if condition.adapter.startswith("t2l"):
-            return Key("abstain" if condition.abstains else "text", text_of(condition, instance))
+            return Key("text", text_of(condition, instance))
         if condition.adapter == "multitask":
             return Key("multitask")
         if condition.adapter == "average":
@@ -105,7 +103,7 @@ class AdapterCache:
         """
         keys = dict.fromkeys(self.key(condition, instance) for condition, instance in asked)
         missing = [key for key in keys if key is not None and key not in self._ready]
-        written = [key for key in missing if key.source in ("text", "abstain")]
+        written = [key for key in missing if key.source == "text"]
         for start in range(0, len(written), AT_ONCE):
             self._write(written[start : start + AT_ONCE])
         if Key("multitask") in missing:
@@ -142,13 +140,6 @@ class AdapterCache:
         assert self.sources.checkpoint is not None, "conditions without a checkpoint are left out"
         checkpoint = self.sources.checkpoint
         adapters = checkpoint.generate([key.name or "" for key in keys])
-        abstaining = [n for n, key in enumerate(keys) if key.source == "abstain"]
-        if abstaining:
-            shared = checkpoint.hypernet.shared_adapter().map(torch.Tensor.detach)
-            full = LoraTensors.stack([adapters[n].lora for n in abstaining])
-            weights = self.familiarity([adapters[n].description for n in abstaining])
-            for n, lora in zip(abstaining, interpolate(shared, full, weights).unbind(), strict=True):
-                adapters[n] = replace(adapters[n], lora=lora)
         self._keep(keys, adapters, checkpoint.config.weights_sha256)
 
     def _read(self, names: Sequence[str]) -> None:
@@ -159,14 +150,6 @@ class AdapterCache:
                 chunk = held[start : start + 64]
                 adapters = [LoraAdapter(lora, library.spec, "", {}) for lora in library.stack(chunk).unbind()]
                 self._keep([Key("library", name) for name in chunk], adapters, library.checksum)
-
-    @cached_property
-    def familiarity(self) -> Familiarity:
-        """How far `t2l-abstain` follows a text."""
-        self.log("embedding the training tasks' descriptions for t2l-abstain")
-        found = Familiarity(held_out=self.held_out, device=str(next(self.model.parameters()).device))
-        self.log(f"t2l-abstain: not followed up to a similarity of {found.low}, in full from {found.high}")
-        return found
 
     @cached_property
     def _index(self) -> RetrievalIndex:

@@ -25,7 +25,7 @@ RUN_FACTS = (
     "max_new_tokens",
 )
 """Facts that must be equal in all files of one table."""
-SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256", "abstain_bounds")
+SEED_FACTS = ("checkpoint_sha256", "multitask_sha256", "hyperdecoders_sha256", "library_sha256")
 """Facts that are equal in all files that share a seed: what is compared within a seed has the same weights."""
 HEADER_TYPES: dict[str, type | tuple[type, ...]] = {
     "base": str,

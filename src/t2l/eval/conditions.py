@@ -14,8 +14,6 @@ from t2l.errors import ConfigError
 from t2l.eval.suites import EvalInstance
 from t2l.prompt import render
 
-ABSTAIN = "t2l-abstain"
-"""T2L that falls back on the shared LoRA the less a description is like any of training."""
 ADAPTERS = {
     "base": "base model",
     "average": "average of the task LoRAs",
@@ -26,9 +24,6 @@ ADAPTERS = {
     "t2l": "T2L, the task's description",
     "t2l-wrong": "T2L, another task's description",
     "t2l-random": "T2L, random text",
-    "t2l-abstain": "T2L, less of what is unlike training, the task's description",
-    "t2l-abstain-wrong": "T2L, less of what is unlike training, another task's description",
-    "t2l-abstain-random": "T2L, less of what is unlike training, random text",
     "task-lora": "the task's own LoRA",
 }
 """Whose adapter a condition uses, in the order of tables."""
@@ -63,11 +58,6 @@ class Condition:
         return self.adapter + "+shots" * self.shots + "+description" * self.description
 
     @property
-    def abstains(self) -> bool:
-        """Whether its adapters follow a description less the less it is like any of training."""
-        return self.adapter.startswith(ABSTAIN)
-
-    @property
     def prompt(self) -> str:
         """Name of the prompt's form; conditions of one form see the same prompts."""
         return Condition("base", self.description, self.shots).name.removeprefix("base").strip("+") or "plain"
@@ -82,7 +72,7 @@ CONDITIONS = {
         for description in (False, True)
     )
 }
-STANDARD = tuple(c for c in CONDITIONS.values() if not c.abstains and (c.adapter == "base" or not c.shots))
+STANDARD = tuple(c for c in CONDITIONS.values() if c.adapter == "base" or not c.shots)
 """The conditions of a table; T2L reads one description and nothing else."""
 MINIMUM = tuple(CONDITIONS[name] for name in ("base", "base+description")) + tuple(
     Condition(adapter, description)

@@ -12,7 +12,7 @@ import numpy as np
 
 from t2l.errors import DataError
 from t2l.eval.answers import AnswerFile, merge
-from t2l.eval.conditions import ABSTAIN, CONDITIONS, Condition
+from t2l.eval.conditions import CONDITIONS, Condition
 from t2l.eval.stats import Difference, Scores, below, difference, estimate
 
 CONTROLS = {
@@ -30,11 +30,6 @@ PAIRS = (
     ("t2l", "multitask"),
     ("t2l-random", "multitask"),
     ("t2l", "base"),
-    (ABSTAIN, "t2l"),
-    (ABSTAIN, f"{ABSTAIN}-wrong"),
-    (ABSTAIN, f"{ABSTAIN}-random"),
-    (ABSTAIN, "multitask"),
-    (f"{ABSTAIN}-random", "multitask"),
 )
 """Adapters whose conditions are compared, in every form of the prompt."""
 BENCHMARK_ORDER = (

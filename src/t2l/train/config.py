@@ -19,8 +19,6 @@ from t2l.config import (
 from t2l.errors import ConfigError
 from t2l.train.metrics import ReportTo
 
-CONDITIONAL = ("margin_loss_weight", "conditioning_dropout", "untold_change_weight")
-"""Settings of `train` that have no meaning where no description is read."""
 KINDS_OF_DESCRIPTIONS = ("own", "definitions", "paraphrases", "random")
 
 
@@ -140,9 +138,6 @@ class TrainConfig:
     document's T tokens (arXiv 2310.05914, where it is 5). T counts one document's tokens, not those of a packed row."""
     conditioning_dropout: Share = 0.0
     """Share of rows that are trained with the shared LoRA alone, as if there were no description."""
-    untold_change_weight: NotNegative = 0.0
-    """Weight of what a text changes in the shared LoRA (squared change over squared shared LoRA) on rows that read
-    random words or a terse text: such a text says nothing of the task, so the adapter should be the shared LoRA."""
     init_from: str | None = None
     """Checkpoint to start from: of a multi-task LoRA (variant `none`) the shared LoRA is taken, of a hypernetwork all
     weights."""
@@ -217,16 +212,6 @@ class SftConfig:
                 f"train.conditioning_dropout {train.conditioning_dropout:g} and data.terse_description_prob "
                 f"{self.data.terse_description_prob:g} are shares of the same rows and must not exceed 1 together"
             )
-        if train.untold_change_weight and not (self.data.random_description_prob or self.data.terse_description_prob):
-            raise ConfigError(
-                "train.untold_change_weight weighs rows that read random words or terse texts; "
-                "data.random_description_prob 0 and data.terse_description_prob 0 leave none"
-            )
-        if train.untold_change_weight and not train.init_from:
-            raise ConfigError(
-                "train.untold_change_weight measures against a shared LoRA that is trained already; "
-                "name the multi-task LoRA's checkpoint in train.init_from"
-            )
         if train.margin_loss_weight and train.description_in_prompt_prob == 1:
             raise ConfigError(
                 "train.margin_loss_weight compares only rows whose prompt does not show the description; "
@@ -271,7 +256,7 @@ class SftConfig:
             raise ConfigError("method 'full' writes no adapters that train.l2_weight could keep small")
 
     def _check_unconditional(self) -> None:
-        idle = [f"train.{name}" for name in CONDITIONAL if getattr(self.train, name)]
+        idle = [f"train.{name}" for name in ("margin_loss_weight", "conditioning_dropout") if getattr(self.train, name)]
         idle += ["data.random_description_prob"] * (self.data.random_description_prob > 0)
         if idle:
             raise ConfigError(f"No hypernetwork reads a description here, so {', '.join(idle)} would do nothing")

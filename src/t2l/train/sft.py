@@ -28,7 +28,7 @@ from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.train.batches import DROPPED, TOLD, UNTOLD, Batch
+from t2l.train.batches import DROPPED, TOLD, Batch
 from t2l.train.checkpoints import card, initialize, portable, require_origin, save_model
 from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.dataset import RunData, prepare_data
@@ -136,29 +136,7 @@ class Trainer:
         if train.l2_weight:
             sizes = [x.float().square().mean() for x in (*lora.a, *lora.b)]
             loss = loss + train.l2_weight * torch.stack(sizes).sum() / len(lora.a)
-        if train.untold_change_weight:
-            loss = loss + train.untold_change_weight * self._change(lora, batch.told == UNTOLD)
         return loss
-
-    def _change(self, lora: LoraTensors, rows: Tensor) -> Tensor:
-        """Squared size of the change of the shared LoRA's ΔW over that of the ΔW itself, for the rows marked.
-
-        Args:
-            lora: Adapters of the batch's rows first; those of the margin loss, after them, do not count.
-            rows: (B,) which rows count.
-
-        Returns:
-            The sum over these rows divided by B, mean over modules.
-        """
-        assert self.hypernet is not None  # settings that train no hypernetwork refuse the weight
-        number = len(rows)
-        shared = self.hypernet.shared_adapter().map(lambda x: x.detach().float().expand(number, *x.shape))
-        own = lora.map(lambda x: x[:number].float())
-        sizes = [
-            distance / norm.square().clamp_min(1e-12)
-            for distance, norm in zip(own.squared_distances(shared), shared.norms(), strict=True)
-        ]
-        return (torch.cat([size.flatten(1) for size in sizes], dim=1).mean(1) * rows).sum() / number
 
     def _hinge(self, batch: Batch, right: Tensor, wrong: Tensor) -> Tensor:
         """How much the margins of the compared rows lack, on average over those whose adapter alone says what to do.
