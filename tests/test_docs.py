@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from t2l import hub
 
@@ -51,6 +52,55 @@ def test_the_tutorial_runs_and_the_description_is_what_works() -> None:
     names = runner.run(json.loads(runner.NOTEBOOK.read_text(encoding="utf-8")))
     right, another = (names["count"](names[name], False) for name in ("adapter", "another"))
     assert right > another + 2, "in a plain prompt the right description must be ahead of another task's"
+
+
+@pytest.mark.usefixtures("one_base")
+def test_what_readme_shows_is_what_its_commands_print() -> None:
+    runner = script("run_readme")
+    text = runner.README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120, "README.md is two screens"
+    if torch.cuda.is_available():
+        pytest.skip("the transcript is that of a CPU")
+    assert runner.fresh(text) == text, "README.md is out of date: python scripts/run_readme.py"
+
+
+@pytest.mark.usefixtures("one_base")
+@pytest.mark.parametrize(("page", "times"), [("README.md", 2), ("docs/index.md", 1)])
+def test_programs_on_the_first_pages_run_and_run_again(
+    page: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for _ in range(times):
+        for block in blocks:
+            exec(compile(block, page, "exec"), {"__name__": "__main__"})
+            assert capsys.readouterr().out.strip()
+
+
+def test_a_command_of_the_transcript_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match=r"t2l inspect nowhere ended with 1:\nerror: .*nowhere"):
+        script("run_readme").run("$ t2l inspect nowhere\n")
+
+
+def test_commands_on_the_pages_are_there() -> None:
+    """Every `t2l …` in a block of shell is a command, with options that it has."""
+    reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    parts = re.split(r"^#+ `(t2l .*)`$", reference, flags=re.MULTILINE)
+    known = {name: set(re.findall(r"--[\w-]+", text)) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    seen = 0
+    for page in {*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "cli.md"}:
+        fences = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        shell = "\n".join(block for language, block in fences if language in ("", "sh", "console"))
+        lines = map(str.strip, shell.replace("\\\n", " ").splitlines())
+        for line in (re.sub(r'"[^"]*"|#.*', "", line).removeprefix("$ ") for line in lines):
+            if line.startswith("t2l "):
+                name = max((name for name in known if f"{line} ".startswith(f"{name} ")), key=len, default=None)
+                assert name is not None, f"{page.name}: {line}"
+                assert set(re.findall(r"--[\w-]+", line)) <= known[name], f"{page.name}: {line}"
+                seen += 1
+    assert seen > 40
 
 
 def test_a_notebook_is_a_page_with_what_it_printed() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readme_table
 from safetensors.torch import load_file, save
 from test_eval_report import header, made
 from torch import Tensor
@@ -19,7 +20,7 @@ from t2l.cli import app
 from t2l.eval import answers
 from t2l.eval.results import Suite, gather
 from t2l.eval.run import Settings, run
-from t2l.eval.stats import Scores, difference, estimate
+from t2l.eval.stats import difference, estimate
 from t2l.io import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,15 +58,6 @@ def remade(table: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return result.stdout
 
 
-def scores_of(*paths: Path) -> dict[str, Scores]:
-    """Scores of each condition, all suites of some files together."""
-    rows: dict[str, Scores] = {}
-    for suite in gather([answers.read(path) for path in paths]):
-        for name, scores in suite.conditions.items():
-            rows.setdefault(name, {}).update(scores)
-    return rows
-
-
 def require_seen_tasks_learned(suite: Suite) -> None:
     """What a checkpoint must do on new instances of the tasks that it was trained on."""
     rows = {name: estimate(scores) for name, scores in suite.conditions.items()}
@@ -96,15 +88,19 @@ def test_seen_tasks_are_learned() -> None:
 
 
 @pytest.mark.parametrize("files", [["steering"], ["test/test-0", "test/test-1", "test/test-2"]], ids=["seen", "new"])
-def test_readme_and_card_say_what_was_measured(files: list[str]) -> None:
+def test_the_card_says_what_was_measured(files: list[str]) -> None:
     """Both tables of the shipped checkpoint, row by row."""
     card = (ROOT / "src/t2l/pretrained/smollm2-135m/README.md").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = scores_of(*(RESULTS / f"{file}.jsonl.gz" for file in files))
+    rows = readme_table.scores_of(tuple(RESULTS / f"{file}.jsonl.gz" for file in files))
     for name in ("multitask", "t2l", "t2l-wrong", "t2l-random"):
         plain, described = (str(estimate(rows[name + end])).replace("0.", ".") for end in ("", "+description"))
-        for text in (readme, card):
-            assert f"| {plain} | {described} |" in text, f"{name} of {files}"
+        assert f"| {plain} | {described} |" in card, f"{name} of {files}"
+
+
+def test_readme_says_what_was_measured() -> None:
+    text = readme_table.README.read_text(encoding="utf-8")
+    new = readme_table.with_table(text, readme_table.table(readme_table.ANSWERS))
+    assert new == text, "README.md is out of date: python research/readme_table.py"
 
 
 # ------------------------------------------------------------------------------------------- the checks themselves
