@@ -36,6 +36,7 @@ from t2l.train.embeddings import EmbeddingCache
 from t2l.train.estimate import Estimate, estimate, peak_bytes, size
 from t2l.train.loop import StopRequest
 from t2l.train.metrics import MetricLogger, read_metrics
+from t2l.train.processes import Processes
 from t2l.train.resume import Progress
 from t2l.train.sft import Session, fit, make_optimizer, stepping
 
@@ -103,7 +104,9 @@ def new_session(config: SftConfig, shape: Shape, base: Any, data: RunData, devic
     network.to(device).train()
     cache = EmbeddingCache(encoder, data.texts)
     optimizer = make_optimizer(network, config.train)
-    return Session(config, device, byte_tokenizer(), base, encoder, data, cache, spec, network, None, optimizer)
+    return Session(
+        config, Processes(device), byte_tokenizer(), base, encoder, data, cache, spec, network, None, optimizer
+    )
 
 
 def forget(device: torch.device) -> None:

@@ -131,12 +131,14 @@ def test_margin_loss_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, o
     data, batch = prepared(config)
     batch = batch._replace(in_prompt=torch.zeros(4, dtype=torch.bool))
     trainer, plain = make_trainer(config, own_base, data), make_trainer(still, make_base(own_base.config), data)
-    (right, _), (wrong, _), _ = plain.compare(batch, learning=False)
+    (right, _), (wrong, _), _ = plain.compare(*plain.parts(batch), learning=False)
     of_row = (wrong - right) * batch.rows.weights
     hinge = 5.0 - of_row[0].sum() / batch.rows.weights[0].sum()
     assert hinge > 0
-    assert trainer.loss(batch).item() == pytest.approx((plain.loss(batch) + 0.5 * hinge).item(), rel=1e-5)
-    judged = [t.compare(batch, learning=False)[:2] for t in (trainer, plain)]
+    assert trainer.loss(*trainer.parts(batch)).item() == pytest.approx(
+        (plain.loss(*plain.parts(batch)) + 0.5 * hinge).item(), rel=1e-5
+    )
+    judged = [t.compare(*t.parts(batch), learning=False)[:2] for t in (trainer, plain)]
     for (mine, _), (theirs, _) in zip(*judged, strict=True):
         assert mine.shape == batch.rows.labels.shape
         assert torch.allclose(mine, theirs, atol=1e-5)
@@ -151,14 +153,16 @@ def test_margin_loss_of_plain_prompts_alone(
     data, batch = prepared(config)
     batch = batch._replace(in_prompt=torch.tensor([True, False, True, False]))
     trainer, plain = make_trainer(config, own_base, data), make_trainer(still, make_base(own_base.config), data)
-    (right, _), (wrong, _), _ = plain.compare(batch, learning=False)
+    (right, _), (wrong, _), _ = plain.compare(*plain.parts(batch), learning=False)
     share = batch.rows.weights.sum(1)
     hinges = (5.0 - ((wrong - right) * batch.rows.weights).sum(1) / share).relu()
     assert (hinges > 0).all()
     hinge = (hinges * share)[1::2].sum() / share[1::2].sum()
-    assert trainer.loss(batch).item() == pytest.approx((plain.loss(batch) + 0.5 * hinge).item(), rel=1e-5)
+    assert trainer.loss(*trainer.parts(batch)).item() == pytest.approx(
+        (plain.loss(*plain.parts(batch)) + 0.5 * hinge).item(), rel=1e-5
+    )
     shown = batch._replace(in_prompt=torch.ones(4, dtype=torch.bool))
-    assert trainer.loss(shown).item() == pytest.approx(plain.loss(shown).item(), rel=1e-5)
+    assert trainer.loss(*trainer.parts(shown)).item() == pytest.approx(plain.loss(*plain.parts(shown)).item(), rel=1e-5)
 
 
 def test_bfloat16_where_there_is_no_gpu(
@@ -168,9 +172,9 @@ def test_bfloat16_where_there_is_no_gpu(
     data, batch = prepared(still)
     exact = make_trainer(still, own_base, data)
     rounded = make_trainer(shorter(still, bf16=True), make_base(own_base.config), data)
-    loss = rounded.loss(batch)
-    assert loss.item() != exact.loss(batch).item()
-    assert loss.item() == pytest.approx(exact.loss(batch).item(), rel=0.02)
+    loss = rounded.loss(*rounded.parts(batch))
+    assert loss.item() != exact.loss(*exact.parts(batch)).item()
+    assert loss.item() == pytest.approx(exact.loss(*exact.parts(batch)).item(), rel=0.02)
     loss.backward()
     assert all(p.dtype == torch.float32 for p in rounded.trained.parameters())
     assert all(p.grad.dtype == torch.float32 for p in rounded.trained.parameters() if p.grad is not None)
@@ -192,7 +196,7 @@ def test_evaluation_keeps_nothing_for_a_backward_pass(
     monkeypatch.setattr(trainer, "compare", compare)
     sft.evaluate(trainer, data)
     assert held and not any(x.requires_grad for x in held)
-    assert trainer.loss(batch).requires_grad
+    assert trainer.loss(*trainer.parts(batch)).requires_grad
 
 
 def test_label_smoothing_is_torchs_and_only_in_training(
@@ -222,11 +226,12 @@ def test_l2_is_the_mean_square_of_what_is_written(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
 ) -> None:
     data, batch = prepared(still)
-    plain = make_trainer(still, own_base, data).loss(batch)
+    other = make_trainer(still, own_base, data)
+    plain = other.loss(*other.parts(batch))
     trainer = make_trainer(shorter(still, l2_weight=0.5), make_base(own_base.config), data)
     lora = trainer.adapters(batch.read, learning=True)
     squares = [torch.stack([x.square().mean() for x in part]).mean() for part in (lora.a, lora.b)]
-    assert (trainer.loss(batch) - plain - 0.5 * (squares[0] + squares[1])).abs() <= 1e-5
+    assert (trainer.loss(*trainer.parts(batch)) - plain - 0.5 * (squares[0] + squares[1])).abs() <= 1e-5
     assert 0.5 * (squares[0] + squares[1]) > 1e-2
 
 
@@ -287,13 +292,15 @@ def test_rows_whose_own_text_says_nothing_have_no_margin(
     comparing = shorter(still, margin_loss_weight=1.0, margin=5.0, description_in_prompt_prob=0.0)
     data, batch = prepared(comparing)
     trainer = make_trainer(comparing, own_base, data)
-    right, wrong, _ = trainer.compare(batch, learning=False)
+    right, wrong, _ = trainer.compare(*trainer.parts(batch), learning=False)
     told = torch.full_like(batch.told, TOLD)
     told[0] = kind
     some = batch._replace(told=told)
-    rest = batch._replace(rows=batch.rows.part(1, 4), in_prompt=batch.in_prompt[1:], told=batch.told[1:])
-    expected = trainer._hinge(rest, right.losses[1:], wrong.losses[1:])
-    assert torch.allclose(trainer._hinge(some, right.losses, wrong.losses), expected, atol=1e-6)
+    rest = batch._replace(
+        rows=batch.rows.part(1, 4), read=batch.read[1:], in_prompt=batch.in_prompt[1:], told=batch.told[1:]
+    )
+    expected = trainer._hinge(*trainer.parts(rest), right.losses[1:], wrong.losses[1:])
+    assert torch.allclose(trainer._hinge(*trainer.parts(some), right.losses, wrong.losses), expected, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient(
@@ -309,7 +316,7 @@ def test_gradient_checkpointing_changes_no_gradient(
         if checkpointing:
             checkpoint_layers(base)
         base.model.layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        trainer.loss(batch).backward()
+        trainer.loss(*trainer.parts(batch)).backward()
         runs.append((len(calls), [p.grad for p in trainer.hypernet.parameters()]))
     assert [calls for calls, _ in runs] == [1, 2]
     pairs = list(zip(runs[0][1], runs[1][1], strict=True))
@@ -345,7 +352,7 @@ def test_compiled_step_is_the_same_step(
         if compile_:
             trainer.write = torch.compile(trainer.hypernet, dynamic=False, fullgraph=True)
         with compiled(base, trainer_spec(trainer)) if compile_ else nullcontext():
-            trainer.loss(batch).backward()
+            trainer.loss(*trainer.parts(batch)).backward()
         gradients.append({name: p.grad for name, p in trainer.hypernet.named_parameters()})
     for name, one in gradients[0].items():
         assert (one - gradients[1][name]).abs().max() <= 1e-4 * one.abs().max().clamp_min(1), name

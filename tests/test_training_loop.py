@@ -89,6 +89,26 @@ def test_what_a_killed_process_left_is_swept_when_the_run_goes_on(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "state.safetensors"]
 
 
+def test_a_run_may_go_on_in_another_number_of_parts(tmp_path: Path) -> None:
+    """What says how a batch is computed, and by whom, may change; it was not even there in older versions."""
+    begin_run(tmp_path, {"train": {"max_steps": 3}})
+    parts = {"gradient_accumulation_steps": 4, "fsdp": "full_shard", "ddp_timeout": 60}
+    assert not check_run(tmp_path, {"train": {"max_steps": 3, **parts}}, resume=True)
+    with pytest.raises(TrainingError, match=r"train\.max_steps was 3, is 4\."):
+        check_run(tmp_path, {"train": {"max_steps": 4, **parts}}, resume=True)
+
+
+def test_processes_stop_after_the_step_at_which_they_agreed() -> None:
+    others = [False]
+    with StopRequest(agree=lambda *flags: (flags[0] or others[0], flags[1])) as stop:
+        stop.settle()
+        assert not stop
+        others[0] = True
+        assert not stop and not stop.interrupted
+        stop.settle()
+        assert stop and stop.interrupted
+
+
 FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path

@@ -191,12 +191,14 @@ def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
         model: The base model.
         spec: Its layers' place is read from the targets' paths.
     """
-    (path,) = {target.path.split("{layer}")[0].rstrip(".") for target in spec.targets}
-    children = list(model.get_submodule(path).children())
+    children = decoder_layers(model, spec)
     layers = [children[layer] for layer in spec.layers]
     try:
         for layer in layers:
-            layer.compile(fullgraph=True, dynamic=False)
+            if _is_sharded(layer):  # its own hooks, which gather its weights, fit into no graph
+                layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+            else:
+                layer.compile(fullgraph=True, dynamic=False)
         with warnings.catch_warnings():
             # The compiler looks whether the A and B that modules carry have gradients of their own.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
@@ -205,6 +207,19 @@ def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
         # `Module.compile` has no undo; it does nothing but set this attribute, whose None means not compiled.
         for layer in layers:
             layer._compiled_call_impl = None
+            layer.__dict__.pop("forward", None)
+
+
+def decoder_layers(model: nn.Module, spec: AdapterSpec) -> list[Any]:
+    """All decoder layers of a model, in order, with adapters or without."""
+    (path,) = {target.path.split("{layer}")[0].rstrip(".") for target in spec.targets}
+    return list(model.get_submodule(path).children())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a module; what was never imported has sharded nothing."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, nn.Linear]]:

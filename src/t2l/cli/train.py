@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -124,6 +125,7 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
         as_json: JsonOption = False,
     ) -> None:
         from t2l.config import build, load_yaml, override
+        from t2l.train.processes import is_main
 
         started = time.perf_counter()
         plain = override(load_yaml(config), overrides or [])
@@ -134,12 +136,14 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
         trainer = _by_workers(load(), workers) if workers else load()
         settings: Any = build(trainer.settings, plain, where=str(config))
         where = checked_device(device)
+        if dry_run and not is_main():
+            return
         if run_folder is None or dry_run:
             _print_estimate(trainer.dry_run(settings, device=where, log=say, **trainer.source), run_folder, as_json)
             return
         from t2l.io import only_writer
 
-        with only_writer(run_folder):
+        with only_writer(run_folder) if is_main() else nullcontext():
             result = trainer.train(
                 settings,
                 run_folder,
@@ -151,6 +155,8 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
                 **trainer.source,
             )
         what, folder = ("checkpoint", result) if isinstance(result, Path) else ("library", result.folder)
+        if not is_main():
+            return
         if as_json:
             facts = {} if isinstance(result, Path) else {"adapters": len(result.names)}
             print_json({what: str(folder), **facts, "seconds": round(time.perf_counter() - started, 1)})

@@ -52,6 +52,13 @@ class Batch(NamedTuple):
         """The same on another device."""
         return Batch(self.rows.to(device), *(x.to(device, non_blocking=True) for x in self[1:]))
 
+    def every(self, step: int, start: int) -> "Batch":
+        """Every so-manieth row from `start` on; what was skipped was skipped for all."""
+        if step == 1:
+            return self
+        own = {name: x[start::step] for name, x in self._asdict().items() if name not in ("rows", "skipped")}
+        return self._replace(rows=PackedRows(*(x[start::step] for x in self.rows)), **own)
+
 
 @dataclass(frozen=True)
 class Pool:

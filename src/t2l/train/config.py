@@ -18,6 +18,7 @@ from t2l.config import (
 )
 from t2l.errors import ConfigError
 from t2l.train.metrics import ReportTo
+from t2l.train.processes import Sharding
 
 KINDS_OF_DESCRIPTIONS = ("own", "definitions", "paraphrases", "random")
 
@@ -105,7 +106,10 @@ class TrainConfig:
 
     max_steps: Count
     tasks_per_batch: Count = 8
-    """Rows of a batch; each row belongs to one task. `--dry-run` says how many a device has room for."""
+    """Rows of a batch, over all processes; each row belongs to one task. `--dry-run` says how many a device has room
+    for."""
+    gradient_accumulation_steps: Count = 1
+    """Parts that a process's share of a batch is computed in, one after another: less memory, the same gradient."""
     max_seq_length: NaturalNumber = 0
     """Tokens of a row, which holds as many examples of its task as fit; 0 for as many as the longest example of the
     tasks takes, 384 at most."""
@@ -163,6 +167,10 @@ class TrainConfig:
     """Batches of each evaluation set that an evaluation looks at."""
     save_steps: NaturalNumber = 0
     """Steps between two saved states; 0 for four a run, 2000 steps at most."""
+    fsdp: Sharding = "off"
+    """Shard the frozen base over the processes (FSDP2), for a base that no device holds whole."""
+    ddp_timeout: Count = 600
+    """Seconds after which a process that does not answer the others ends the run."""
     report_to: ReportTo = "tensorboard"
     """Where numbers are shown beside `metrics.jsonl`, which is always written."""
 

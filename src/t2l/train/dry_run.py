@@ -23,6 +23,7 @@ from t2l.train.defaults import follow
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.estimate import Estimate, Work, estimate, tensor_bytes
 from t2l.train.packing import PackedRows
+from t2l.train.processes import Processes
 from t2l.train.resume import Progress, restore_weights, weights, whole_state
 from t2l.train.slots import StepSizes
 from t2l.train.task_data import Benchmarks, lay_out_segment
@@ -48,7 +49,7 @@ def dry_run_sft(config: sft.SftConfig, *, device: str | None = None, log: Log = 
         ConfigError, DataError: as the run itself would before its first step.
     """
     started = time.monotonic()
-    session = sft.setup(follow(config, log), _device(device), 0, log)
+    session = sft.setup(follow(config, log), Processes(_device(device)), 0, log)
     with sft.stepping(session) as trainer:
         return estimate(sft_work(session, trainer, time.monotonic() - started), budget=BUDGET)
 

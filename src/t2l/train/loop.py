@@ -37,12 +37,20 @@ class StopRequest(AbstractContextManager["StopRequest"]):
     Args:
         max_minutes: Wall time after which to stop; None for no limit.
         started: `time.monotonic()` when the run began, if that was before this call.
+        agree: With several processes, says for each of some flags whether any of them has raised it. They then stop
+            after the same step, the one at which they agreed on it in `settle`.
     """
 
-    def __init__(self, max_minutes: float | None = None, *, started: float | None = None) -> None:
+    def __init__(
+        self,
+        max_minutes: float | None = None,
+        *,
+        started: float | None = None,
+        agree: Callable[..., tuple[bool, ...]] | None = None,
+    ) -> None:
         self.started = time.monotonic() if started is None else started
         self.max_minutes = math.inf if max_minutes is None else max_minutes
-        self.interrupted = False
+        self._agree, self._agreed, self._asked = agree, (False, False), False
         self._before: Any = None
 
     @property
@@ -50,9 +58,20 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         """Minutes since the run began."""
         return (time.monotonic() - self.started) / 60
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody pressed Ctrl-C."""
+        return self._asked if self._agree is None else self._agreed[0]
+
     def __bool__(self) -> bool:
         """Whether the run has to stop now."""
-        return self.interrupted or self.minutes > self.max_minutes
+        return any(self._agreed) if self._agree is not None else self._asked or self.minutes > self.max_minutes
+
+    def settle(self) -> None:
+        """Agrees with the other processes, after a step that all of them took, on whether to stop."""
+        if self._agree is not None:
+            interrupted, over = self._agree(self._asked, self.minutes > self.max_minutes)
+            self._agreed = (interrupted, over)
 
     def raise_if_interrupted(self, log: Callable[[str], None], saved: str) -> None:
         """Says what was saved and raises KeyboardInterrupt, if that is why the run stopped; called once it is saved.
@@ -77,6 +96,6 @@ class StopRequest(AbstractContextManager["StopRequest"]):
             signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if self._asked:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self._asked = True

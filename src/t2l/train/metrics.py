@@ -129,6 +129,17 @@ def _words(facts: dict[str, str]) -> str:
     return "  ".join(f"{name} {value}" for name, value in facts.items())
 
 
+class SilentLogger(MetricLogger):
+    """Takes rows and passes nothing on: of several processes that train together, one does."""
+
+    def __init__(self) -> None:
+        self.bar = self.events = self.tracker = None
+        self.log = lambda line: None
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Does nothing."""
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run so far; a last line that was cut off in writing is left out."""
     path = run / METRICS

@@ -16,6 +16,8 @@ from t2l.errors import CheckpointError, OutputError, TrainingError
 from t2l.io import new_file, parse_json, read_json, read_tensors
 
 STATE = "state.safetensors"
+HOW = ("ddp_timeout", "fsdp", "gradient_accumulation_steps")
+"""Settings of `train` that a resumed run may change."""
 
 
 @dataclass
@@ -76,7 +78,10 @@ def check_run(run: Path, settings: dict[str, Any], *, resume: bool) -> bool:
         return False
     if not (run / "config.json").exists():
         raise TrainingError(f"{run} holds no saved state to resume from; start it without --resume")
-    changed = differences(read_json(run / "config.json"), settings)
+    before, now = (
+        {**plain, "train": _deciding(plain.get("train"))} for plain in (read_json(run / "config.json"), settings)
+    )
+    changed = differences(before, now)
     if changed:
         raise TrainingError(
             f"{run} was started with other settings: {'; '.join(changed)}. Use the same, or a new folder"
@@ -85,6 +90,11 @@ def check_run(run: Path, settings: dict[str, Any], *, resume: bool) -> bool:
         if leftover.is_file():
             leftover.unlink(missing_ok=True)
     return (run / STATE).exists()  # not if it was killed before it saved anything
+
+
+def _deciding(train: Any) -> dict[str, Any]:
+    """Settings that say what a run computes; the others say in how many parts, and by whom, and may change."""
+    return {name: value for name, value in dict(train or {}).items() if name not in HOW}
 
 
 def _occupied(run: Path) -> TrainingError:

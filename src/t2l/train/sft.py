@@ -2,13 +2,13 @@
 
     description ─ frozen encoder (cached) ─▶ hypernetwork ─▶ adapters ─ hooked on the frozen base ─▶ loss of the answers
 
-After section 3.3 of Text-to-LoRA (arXiv 2506.06105). This file holds the step, the evaluation and the run: set up, fit,
-evaluate, save. The settings stand in `config`, the data in `dataset` and `batches`, the loss in `loss`, the state a run
-goes on from in `resume`. The same loop trains the baselines: a multi-task LoRA (`hypernet.variant: none`), adapters
-written from inputs or task names (`conditioning`), the base's own weights (`method: full`).
+After section 3.3 of Text-to-LoRA (arXiv 2506.06105). This file holds the evaluation and the run: set up, fit,
+evaluate, save. The step stands in `sft_step`, the settings in `config`, the data in `dataset` and `batches`, the base's
+loss in `loss`, the state a run goes on from in `resume`. The same loop trains the baselines: a multi-task LoRA
+(`hypernet.variant: none`), adapters written from inputs or task names (`conditioning`), the base's own weights
+(`method: full`).
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,171 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2l import hub
-from t2l.apply import compiled, hooked
+from t2l.apply import compiled, decoder_layers, hooked
 from t2l.checkpoint import CheckpointConfig, save_checkpoint
-from t2l.config import to_plain
-from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder
+from t2l.encoder import Encoder, OneHotEncoder, encoder_revision, load_encoder
+from t2l.errors import ConfigError
 from t2l.hypernet import Hypernet
-from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.train.batches import DROPPED, TOLD, Batch
 from t2l.train.checkpoints import card, initialize, portable, require_origin, save_model
-from t2l.train.config import SftConfig, TrainConfig
+from t2l.train.config import SftConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.defaults import follow
 from t2l.train.embeddings import EmbeddingCache
-from t2l.train.loop import StopRequest, schedule
-from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, checkpoint_layers, neftune_noise, require_packable
+from t2l.train.launch import Launch
+from t2l.train.loop import StopRequest
+from t2l.train.loss import answer_losses, checkpoint_layers, require_packable
 from t2l.train.metrics import MetricLogger
 from t2l.train.monitor import StepMonitor
 from t2l.train.packing import PackedRows
-from t2l.train.resume import Progress, begin_run, first_step, load_state, restore_weights, save_state, weights
+from t2l.train.processes import Processes, is_main, load_base
+from t2l.train.resume import Progress, first_step, load_state, restore_weights, save_state, weights
+from t2l.train.sft_step import Trainer, make_optimizer
 from t2l.versions import versions
-
-NO_ADAPTER = LoraTensors((), (), 1.0)
-
-# -------------------------------------------------------------------------------------------------- one step
-
-
-@dataclass
-class Trainer:
-    """What takes a step: model, hypernetwork, optimiser."""
-
-    config: SftConfig
-    base: Any
-    hypernet: Hypernet | None
-    """None where the base's own weights are trained."""
-    write: Callable[..., LoraTensors] | None
-    """The hypernetwork, compiled or not."""
-    losses: LossFunction
-    cache: EmbeddingCache | None
-    """None where nothing is read."""
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self.stopped = torch.zeros((), device=self.device)
-        """1 from the first loss or gradient that is not finite: the fused optimiser then changes nothing any more, and
-        the host need not wait for every step to find out."""
-        # The attribute that torch's GradScaler sets and fused optimisers look for; there is no argument for it.
-        self.optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
-
-    @property
-    def trained(self) -> nn.Module:
-        """What the optimiser changes."""
-        return self.base if self.hypernet is None else self.hypernet
-
-    def adapters(self, read: Tensor, *, learning: bool, kept: Tensor | None = None) -> LoraTensors:
-        """Adapters (N of them) from the texts at `read` (N,); the shared LoRA alone where `kept` (N,) is false."""
-        if self.hypernet is None:
-            return NO_ADAPTER
-        encoded = Encoded(read[:, None]) if self.cache is None else self.cache[read]
-        # Without dropout there is no scale at all, so that a compiled hypernetwork need not multiply by ones.
-        scale = kept.float() if kept is not None and self.config.train.conditioning_dropout else None
-        # Evaluation runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
-        write = self.write if learning and self.write is not None else self.hypernet
-        return write(encoded.states, encoded.mask, scale).map(Tensor.contiguous)
-
-    def forward(
-        self, rows: PackedRows, read: Tensor, *, learning: bool, kept: Tensor | None = None
-    ) -> tuple[AnswerLosses, LoraTensors]:
-        """Losses of the answers of rows under the adapters written from `read` (B,); and these adapters."""
-        train, noise, smoothing = self.config.train, None, None
-        if train.neftune_noise_alpha:  # zeros in evaluation, so that there is one compiled function
-            width = self.base.get_input_embeddings().embedding_dim
-            noise = neftune_noise(rows.documents, width, train.neftune_noise_alpha if learning else 0.0)
-        if train.label_smoothing_factor:
-            smoothing = torch.full((), train.label_smoothing_factor if learning else 0.0, device=self.device)
-        enabled = self.device.type == "cuda" if train.bf16 is None else train.bf16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            lora = self.adapters(read, learning=learning, kept=kept)
-            answers = self.losses(rows, lora if lora.a else None, noise, smoothing)
-        if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
-            answers, lora = answers._replace(losses=answers.losses.detach()), lora.map(Tensor.detach)
-        return answers, lora
-
-    def compare(self, batch: Batch, *, learning: bool) -> tuple[AnswerLosses, AnswerLosses, LoraTensors]:
-        """`forward` with the right and with another task's descriptions; the prompts are the same in both.
-
-        In training with a margin loss, only the first rows are compared (`margin_loss_share`), in one pass of all rows
-        and of these once more. Evaluation has passes of the same shape, for there is one compiled one.
-        """
-        train, number = self.config.train, len(batch.read)
-        again = math.ceil(train.margin_loss_share * number) if train.margin_loss_weight else 0
-        rows = batch.rows.followed_by(batch.rows.part(0, again))
-        kept = torch.cat([batch.told, batch.told[:again]]) != DROPPED if learning else None
-        read = torch.cat([batch.read, batch.negatives[:again]])
-        answers, lora = self.forward(rows, read, learning=learning, kept=kept)
-        right, wrong = (AnswerLosses(*(x[part] for x in answers)) for part in (slice(number), slice(number, None)))
-        if not learning and again < number:
-            negatives = torch.cat([batch.negatives, batch.negatives[:again]])
-            wrong, _ = self.forward(rows, negatives, learning=False)
-            wrong = AnswerLosses(*(x[:number] for x in wrong))
-        return right, wrong, lora
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The training loss: mean over rows, over a row's documents, over a document's answer tokens."""
-        train, weights = self.config.train, batch.rows.weights
-        if not train.margin_loss_weight:
-            answers, lora = self.forward(batch.rows, batch.read, learning=True, kept=batch.told != DROPPED)
-            loss = (answers.losses * weights).sum()
-        else:
-            right, wrong, lora = self.compare(batch, learning=True)
-            loss = (right.losses * weights).sum()
-            loss = loss + train.margin_loss_weight * self._hinge(batch, right.losses, wrong.losses)
-        if train.l2_weight:
-            sizes = [x.float().square().mean() for x in (*lora.a, *lora.b)]
-            loss = loss + train.l2_weight * torch.stack(sizes).sum() / len(lora.a)
-        return loss
-
-    def _hinge(self, batch: Batch, right: Tensor, wrong: Tensor) -> Tensor:
-        """How much the margins of the compared rows lack, on average over those whose adapter alone says what to do.
-
-        The prompt of such a row shows no description, and its adapter is written from one: where a row's own text says
-        nothing of its task, another text need cost nothing more.
-        """
-        number = len(wrong)
-        weights = batch.rows.weights[:number]
-        share = weights.sum(1)
-        margin = ((wrong * weights).sum(1) - (right[:number] * weights).sum(1)) / share.clamp_min(1e-12)
-        share = share.masked_fill(batch.in_prompt[:number] | (batch.told[:number] != TOLD), 0.0)
-        return (F.relu(self.config.train.margin - margin) * share).sum() / share.sum().clamp_min(1e-12)
-
-    def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """One optimiser step; returns loss and gradient norm, without waiting for them.
-
-        From the first one that is not finite, no step changes the weights; `StepMonitor.settle` says so.
-        """
-        train = self.config.train
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, train.max_steps, train.warmup_ratio)
-        loss = self.loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), train.max_grad_norm)
-        loss = loss.detach()
-        self.stopped.copy_(torch.maximum(self.stopped, 1 - torch.isfinite(loss + norm).float()))
-        self.optimizer.step()
-        return loss, norm
-
-
-def make_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with a learning rate of its own for the shared LoRA, and no decay of vectors."""
-    named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
-    shared = [p for name, p in named if name.startswith("shared_lora.")]
-    others = [p for name, p in named if not name.startswith("shared_lora.")]
-    groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": train.weight_decay, "peak": train.learning_rate},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "peak": train.learning_rate},
-        {"params": shared, "weight_decay": train.weight_decay, "peak": train.shared_lora_learning_rate},
-    ]
-    # Fused on every device: it alone can be told on the device to change nothing.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.learning_rate, fused=True)
-
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -199,35 +58,41 @@ def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
         trainer.hypernet.eval()
     for name, batches in data.evaluation.items():
         both = batches.has_negatives and not trainer.config.unconditional
-        sums = {"right": [0.0, 0.0], "wrong": [0.0, 0.0]}
+        # Of each batch, with the right and with another description: loss, documents that are right, all of them.
+        sums = torch.zeros(number, 2, 3, dtype=torch.float64)
         for item in range(number):
-            batch = batches[item].to(trainer.device)
-            if both:
-                right, wrong, _ = trainer.compare(batch, learning=False)
-                found = {"right": right, "wrong": wrong}
-            else:
-                found = {"right": trainer.forward(batch.rows, batch.read, learning=False)[0]}
-            for which, answers in found.items():
-                sums[which][0] += (answers.losses * batch.rows.weights).sum().item() / number
-                sums[which][1] += exact_match(batch.rows, answers.correct) / number
-        report[f"{name}/loss"], report[f"{name}/exact_match"] = sums["right"]
+            for part in trainer.parts(batches[item].to(trainer.device)):
+                rows = part.batch.rows
+                if both:
+                    found = [*trainer.compare(part, learning=False)[:2]]
+                else:
+                    found = [trainer.forward(rows, part.batch.read, learning=False)[0]]
+                for which, answers in enumerate(found):
+                    loss = (answers.losses * rows.weights).sum().item()
+                    sums[item, which] += torch.tensor([loss, *exact_matches(rows, answers.correct)])
+        sums = trainer.processes.sum(sums)
+        losses, right, total = (sums[..., i].T.tolist() for i in range(3))
+        loss, wrong_loss = (sum(x / number for x in column) for column in losses)
+        report[f"{name}/loss"] = loss
+        report[f"{name}/exact_match"] = sum(x / n / number for x, n in zip(right[0], total[0], strict=True))
         if both:
-            report[f"{name}/wrong_exact_match"] = sums["wrong"][1]
-            report[f"{name}/margin"] = sums["wrong"][0] - sums["right"][0]
+            wrong = sum(x / n / number for x, n in zip(right[1], total[1], strict=True))
+            report[f"{name}/wrong_exact_match"] = wrong
+            report[f"{name}/margin"] = wrong_loss - loss
     if trainer.hypernet is not None:
         trainer.hypernet.train()
     return report
 
 
-def exact_match(rows: PackedRows, correct: Tensor) -> float:
-    """Share of documents all of whose answer tokens are the model's first choice."""
+def exact_matches(rows: PackedRows, correct: Tensor) -> tuple[int, int]:
+    """Documents all of whose answer tokens are the model's first choice, and all documents."""
     right = total = 0
     for document in range(int(rows.label_documents.max()) + 1):
         own = rows.label_documents == document
         present = own.any(1)
         right += int(((correct | ~own).all(1) & present).sum())
         total += int(present.sum())
-    return right / total
+    return right, total
 
 
 def _keep_best(trainer: Trainer, progress: Progress, report: dict[str, float]) -> None:
@@ -280,29 +145,40 @@ def train(
         DataError: if data are missing, forbidden or do not fit.
         TrainingError: if the loss is not finite, the run diverges, or a resume has no state or other settings.
     """
-    started = time.monotonic()
-    config = follow(config, log)
-    begin = first_step(to_plain(config), run, max_steps=config.train.max_steps, resume=resume)
-    session = setup(config, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), begin, log)
-    progress = Progress()
-    if not resume:
-        begin_run(run, to_plain(config))
-    elif begin:
-        progress = load_state(run, session.trained, session.optimizer)
-        log(f"resumed at step {begin} of {config.train.max_steps}")
-    logger = MetricLogger(
-        run,
-        to_plain(config),
-        steps=config.train.max_steps,
-        first_step=begin,
-        report_to=config.train.report_to,
-        bar=bar,
-        log=log,
-    )
-    with logger, StopRequest(max_minutes, started=started) as stop:
-        fit(session, run, progress, logger, stop, watch)
-    stop.raise_if_interrupted(log, f"after step {progress.step} is saved")
-    return save(session, run, progress, log)
+    config = follow(config, log if is_main() else lambda line: None)
+    steps = config.train.max_steps
+    launch = Launch(config, run, resume=resume, max_minutes=max_minutes, device=device, bar=bar, log=log)
+    with launch.processes as processes:
+        require_shares(config, processes)
+        begin = processes.main_first(lambda: first_step(launch.settings, run, max_steps=steps, resume=resume))
+        session = setup(config, processes, begin, launch.log)
+        progress = Progress()
+        if begin:
+            progress = load_state(run, session.trained, session.optimizer)
+            launch.log(f"resumed at step {begin} of {steps}")
+        with launch.loop(begin, steps) as (logger, stop):
+            fit(session, run, progress, logger, stop, watch if processes.number == 1 else None)
+        stop.raise_if_interrupted(launch.log, f"after step {progress.step} is saved")
+        folder = save(session, run, progress, launch.log)
+        processes.wait()
+    return folder
+
+
+def require_shares(config: SftConfig, processes: Processes) -> None:
+    """Checks that every process gets rows of a batch, and that what is sharded stays as it is.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    train, number = config.train, processes.number
+    parts = number * train.gradient_accumulation_steps
+    if parts > train.tasks_per_batch:
+        raise ConfigError(
+            f"train.tasks_per_batch {train.tasks_per_batch} is for all processes together, and {number} of them in "
+            f"{train.gradient_accumulation_steps} turns (train.gradient_accumulation_steps) need {parts} rows or more"
+        )
+    if config.method == "full" and train.fsdp != "off":
+        raise ConfigError("train.fsdp shards a base that stays as it is; method 'full' trains it")
 
 
 @dataclass
@@ -310,7 +186,7 @@ class Session:
     """What a run needs from its set-up to its end."""
 
     config: SftConfig
-    device: torch.device
+    processes: Processes
     tokenizer: Any
     base: Any
     encoder: Encoder
@@ -323,28 +199,35 @@ class Session:
     optimizer: torch.optim.Optimizer
 
     @property
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        return self.processes.device
+
+    @property
     def trained(self) -> nn.Module:
         """What the optimiser changes."""
         return self.base if self.hypernet is None else self.hypernet
 
 
-def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[str], None]) -> Session:
+def setup(config: SftConfig, processes: Processes, begin: int, log: Callable[[str], None]) -> Session:
     """Loads the models, prepares the data and encodes everything that will be read.
 
     Args:
         config: Settings.
-        device: Where the run is trained.
+        processes: This one, which says where the run is trained, and those that train it too.
         begin: The step it goes on from; a saved state then replaces all weights.
         log: Where lines go.
     """
-    started = time.monotonic()
+    started, device = time.monotonic(), processes.device
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = hub.load_tokenizer(config.base)
-    base = hub.load_causal_lm(config.base, device=str(device))
+    base = load_base(config.base, config.train.fsdp, device)
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)  # what cannot be is said before slow work
     if config.train.init_from:
         require_origin(config, spec)
+    if config.train.fsdp != "off":
+        processes.shard(base, decoder_layers(base, spec))
     require_packable(base, config.base)
     encoder: Encoder | None = None
     if config.encoder.kind != "onehot":
@@ -362,7 +245,7 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
     if config.method == "full":
         base.requires_grad_(True)
     else:
-        if device.type == "cuda":
+        if device.type == "cuda" and config.train.fsdp == "off":
             base = base.to(torch.bfloat16)
         hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
         if hypernet.normalizer is not None and cache is not None and not begin:  # a saved state has the constants
@@ -373,24 +256,41 @@ def setup(config: SftConfig, device: torch.device, begin: int, log: Callable[[st
     if config.train.gradient_checkpointing:
         checkpoint_layers(base)
     optimizer = make_optimizer(base if hypernet is None else hypernet, config.train)
-    return Session(config, device, tokenizer, base, encoder, data, cache, spec, hypernet, origin, optimizer)
+    return Session(config, processes, tokenizer, base, encoder, data, cache, spec, hypernet, origin, optimizer)
 
 
 Watch = Callable[[Session, Trainer, int, Callable[[str], None]], None]
 """Looks on: called before the first step, and after every planned evaluation, with what the run has, what takes its
-steps, the number of steps done, and where lines go. It leaves weights, optimiser and random state as they are."""
+steps, the number of steps done, and where lines go. It leaves weights, optimiser and random state as they are. Of
+several processes that train together none looks on, for it may take steps that the others do not."""
 
 
 @contextmanager
 def stepping(session: Session) -> Iterator[Trainer]:
-    """What takes the steps, for as long as the base bears its hooks."""
-    train, hypernet = session.config.train, session.hypernet
-    layers = compiled(session.base, session.spec) if train.torch_compile else nullcontext()
-    with hooked(session.base, session.spec) as slots, layers:
-        losses = answer_losses(session.base, slots, keep=train.gradient_checkpointing, fuse=train.torch_compile)
+    """What takes the steps, for as long as the base bears its hooks; alike in several processes."""
+    train, base, hypernet, processes = session.config.train, session.base, session.hypernet, session.processes
+    layers = compiled(base, session.spec) if train.torch_compile else nullcontext()
+    with hooked(base, session.spec) as slots, layers:
         write = torch.compile(hypernet, dynamic=False) if train.torch_compile and hypernet is not None else hypernet
+        prepared = processes.prepare(base if write is None else write)
+        losses = answer_losses(
+            base,
+            slots,
+            keep=train.gradient_checkpointing,
+            fuse=train.torch_compile,
+            forward=prepared if write is None else base,
+        )
         yield Trainer(
-            session.config, session.base, hypernet, write, losses, session.cache, session.optimizer, session.device
+            session.config,
+            base,
+            hypernet,
+            None if write is None else prepared,
+            losses,
+            session.cache,
+            session.optimizer,
+            session.device,
+            processes,
+            prepared,
         )
 
 
@@ -417,6 +317,7 @@ def fit(
             monitor.add(batch, *trainer.step(batch.to(device), step))
             progress.step = step + 1
             logger.step(progress.step)
+            stop.settle()
             last = bool(stop) or progress.step == train.max_steps
             planned = progress.step % train.eval_steps == 0 or progress.step == train.max_steps
             if progress.step % train.logging_steps == 0 or last:
@@ -434,7 +335,7 @@ def fit(
                         _keep_best(trainer, progress, report)
                     if watch is not None and planned:
                         watch(session, trainer, progress.step, logger.log)
-                if saving or progress.stopped:
+                if (saving or progress.stopped) and session.processes.main:
                     save_state(run, trainer.trained, trainer.optimizer, progress)
             if last or progress.stopped:
                 return
@@ -443,6 +344,9 @@ def fit(
 def save(session: Session, run: Path, progress: Progress, log: Callable[[str], None]) -> Path:
     """Writes the weights that the run keeps as a checkpoint, or as a model folder; returns that folder."""
     config = session.config
+    folder = run / ("model" if session.hypernet is None else "checkpoint")
+    if not session.processes.main:
+        return folder
     if progress.best:
         restore_weights(session.trained, progress.best, run)
     provenance = {
@@ -456,9 +360,8 @@ def save(session: Session, run: Path, progress: Progress, log: Callable[[str], N
     if progress.best:
         provenance |= {"chosen_by": config.train.early_stopping, "chosen_at": abs(progress.best_value)}
     if session.hypernet is None:
-        folder = save_model(run / "model", session.base, session.tokenizer, provenance)
+        save_model(folder, session.base, session.tokenizer, provenance)
     else:
-        folder = run / "checkpoint"
         names = session.encoder.names if isinstance(session.encoder, OneHotEncoder) else ()
         saved = CheckpointConfig.current(
             provenance,
