@@ -20,8 +20,9 @@ from t2l.train.config import SftConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_job_comes_after_jobs_of_the_list_and_every_training_has_settings_that_are_accepted() -> None:
-    made = default_jobs.jobs("far.jsonl", (0, 1))
+@pytest.mark.parametrize("recipe", default_jobs.RECIPES)
+def test_every_job_comes_after_jobs_of_the_list_and_every_training_has_settings_that_are_accepted(recipe: str) -> None:
+    made = default_jobs.jobs("far.jsonl", (0, 1), recipe, 6000)
     names = [job["name"] for job in made]
     assert len(set(names)) == len(names)
     for job in made:
@@ -36,6 +37,7 @@ def test_every_job_comes_after_jobs_of_the_list_and_every_training_has_settings_
         assert config.hypernet.train_shared_lora is not frozen
         assert bool(config.train.init_from) is frozen
         assert config.seed == int(job["name"][-1])
+        assert config.train.max_steps == 6000
 
 
 def runner(tmp_path: Path, jobs: list[dict[str, Any]], memory: list[float]) -> Runner:
