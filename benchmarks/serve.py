@@ -139,21 +139,24 @@ class Ways:
         return run
 
     @torch.no_grad()
-    def by_generate(self, model: Any, size: int) -> None:
-        """`model.generate` in batches of a size; PEFT's model alone has a request's adapter as the active one."""
+    def by_generate(self, size: int, *, adapted: bool = True) -> None:
+        """PEFT's model in batches of a size; alone, a request's adapter is the active one."""
+        if not adapted:
+            self.peft.base_model.disable_adapter_layers()
         for start in range(0, len(self.requests), size):
             batch = self.requests[start : start + size]
             longest = max(len(ids) for ids, _ in batch)
-            pad, device = pad_id(self.tokenizer), model.device
+            pad, device = pad_id(self.tokenizer), self.peft.device
             tokens = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in batch], device=device)
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in batch], device=device)
             options: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False, "pad_token_id": pad}
-            if model is self.peft and size == 1:
-                model.set_adapter(batch[0][1].entry.id)
-            elif model is self.peft:
+            if adapted and size == 1:
+                self.peft.set_adapter(batch[0][1].entry.id)
+            elif adapted:
                 options["adapter_names"] = [adapter.entry.id for _, adapter in batch]
-            output = model.generate(input_ids=tokens, attention_mask=mask, eos_token_id=None, **options)
+            output = self.peft.generate(input_ids=tokens, attention_mask=mask, eos_token_id=None, **options)
             assert output.shape[1] == longest + self.new_tokens, "answers of one length are compared"
+        self.peft.base_model.enable_adapter_layers()
 
 
 def measure(
@@ -226,9 +229,9 @@ def main() -> None:
                 "engine, adapters": ways.by_engine("engine, adapters", lambda adapter: adapter),
                 "engine, one adapter": ways.by_engine("engine, one adapter", lambda adapter: adapters[0]),
                 "engine, base": ways.by_engine("engine, base", lambda adapter: None),
-                "peft, mixed batch": lambda: ways.by_generate(peft, options.rows),
-                "peft, one by one": lambda: ways.by_generate(peft, 1),
-                "generate, base": lambda: ways.by_generate(base, options.rows),
+                "peft, mixed batch": lambda: ways.by_generate(options.rows),
+                "peft, one by one": lambda: ways.by_generate(1),
+                "generate, base": lambda: ways.by_generate(options.rows, adapted=False),
             },
             options.repeats,
             device,

@@ -441,3 +441,18 @@ def test_the_benchmark_runs(
     module.main()
     assert json.loads(found.read_text())["ratios"].keys() == module.GOALS.keys()
     assert "engine, one adapter" in capsys.readouterr().out
+
+
+def test_packed_linears_compute_the_same_and_leave_the_model_as_it_was(base: LlamaForCausalLM) -> None:
+    from t2l.serve.packed import PackedLinears
+
+    tokens = torch.tensor([make_prompt(n, 9) for n in range(3)])
+    plain = base(tokens).logits
+    packed = PackedLinears(base)
+    assert packed._modules or sys.platform == "darwin", "CPUs that run these tests have oneDNN"
+    assert (base(tokens).logits - plain).abs().max() <= 1e-5 * plain.abs().max()
+    linear = base.model.layers[0].mlp.down_proj
+    odd = torch.randn(2, linear.in_features, 5).mT  # rows that do not lie one after the other
+    assert (linear(odd) - torch.nn.functional.linear(odd, linear.weight)).abs().max() <= 1e-5
+    packed.release()
+    assert torch.equal(base(tokens).logits, plain) and "forward" not in vars(linear)

@@ -2,6 +2,7 @@
 
     limits     how much is taken on
     rows       one adapter a row, on live modules
+    packed     weights as a CPU reads them best
     kv         keys and values of rows that come and go
     sampling   the next token of one row
     text       tokens into text, piece by piece, up to a stop string

@@ -20,6 +20,7 @@ from torch import Tensor
 from t2l.errors import ConfigError, T2LError
 from t2l.serve.answers import Answer, End, Generation, Piece, log
 from t2l.serve.kv import RowCache
+from t2l.serve.packed import PackedLinears
 from t2l.serve.rows import RowAdapters
 from t2l.serve.sampling import choose
 from t2l.serve.text import TextStream
@@ -88,7 +89,12 @@ class Batch:
         self._adapters, self._cache = RowAdapters(model), RowCache(config.num_hidden_layers)
         # Masks of True and False are understood by PyTorch's own attention only; the others add theirs to the scores.
         self._bool_mask = config._attn_implementation == "sdpa"
-        self._check()
+        self._packed = PackedLinears(model)
+        try:
+            self._check()
+        except ConfigError:
+            self.close()
+            raise
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -170,6 +176,10 @@ class Batch:
         for row in self.rows:
             row.end = Piece(end="error", error=told(error))
         self._leave()
+
+    def close(self) -> None:
+        """Leaves the model as it was."""
+        self._packed.release()
 
     def plain(self) -> None:
         """The model is to run without the rows' adapters."""

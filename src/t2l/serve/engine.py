@@ -127,6 +127,7 @@ class Engine:
         self._thread.join(patience)
         self._aborting = True
         self._thread.join()
+        self._batch.close()
 
     def _refuse_if_closing(self) -> None:
         if self._closing:
