@@ -215,7 +215,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[T2LError], str]] = {
     "other sizes": (change_config(embedding_size=33), CheckpointError, r"shape \(12, 32\), expected \(12, 33\)"),
     "no weights": (remove(WEIGHTS), CheckpointError, "hypernet.safetensors is missing"),
     "no config": (remove("config.json"), CheckpointError, "config.json is missing"),
-    "no spec": (remove("spec.json"), CheckpointError, "spec.json cannot be read"),
+    "no spec": (remove("spec.json"), CheckpointError, "spec.json is missing"),
     "config is a list": (write_file("config.json", "[]"), CheckpointError, "must hold a JSON object, got list"),
     "config is cut": (write_file("config.json", '{"format_version": 1'), CheckpointError, "cannot be read as JSON"),
     "spec is cut": (write_file("spec.json", "{"), CheckpointError, "spec.json cannot be read as JSON"),

@@ -451,7 +451,7 @@ def test_command_writes_what_the_suffix_says(save: Any, tmp_path: Path) -> None:
     for arguments, code, message in (
         (["--out", "r.pdf"], 1, "written as .md, .csv, .html"),
         (["--compare", "t2l"], 2, "takes two conditions"),
-        ([str(tmp_path / "no.jsonl")], 1, "Cannot read answers"),
+        ([str(tmp_path / "no.jsonl")], 1, "no.jsonl is missing"),
     ):
         result = runner.invoke(app, ["eval", "report", str(file.path), *arguments])
         assert (result.exit_code, message in result.output) == (code, True), result.output

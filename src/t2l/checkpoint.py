@@ -14,7 +14,7 @@ import torch
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, Size, build, check_ranges, to_plain
 from t2l.errors import CheckpointError
 from t2l.hypernet import Hypernet
-from t2l.io import new_folder, only_shapes, read_json, read_tensors, sha256
+from t2l.io import new_folder, only_shapes, read_json, read_tensors, read_whole, sha256
 from t2l.spec import AdapterSpec
 
 FORMAT_VERSION = 2
@@ -116,11 +116,7 @@ def read_config(folder: Path) -> tuple[AdapterSpec, CheckpointConfig]:
             "update t2l or re-export the checkpoint"
         )
     config = build(CheckpointConfig, plain, where=str(folder / CONFIG))
-    try:
-        text = (folder / SPEC).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / SPEC} cannot be read: {error}") from error
-    return AdapterSpec.from_json(text, where=str(folder / SPEC)), config
+    return AdapterSpec.from_json(read_whole(folder / SPEC), where=str(folder / SPEC)), config
 
 
 def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> Checkpoint:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from t2l import bert, hub
 from t2l.config import EncoderConfig
-from t2l.errors import ConfigError, DescriptionError
+from t2l.errors import CheckpointError, ConfigError, DescriptionError
 from t2l.hub import FetchOptions
-from t2l.io import parse_json
+from t2l.io import parse_json, read_whole, reading
 
 MAX_BYTES = 32_768
 """A description beyond this is refused before it is tokenised."""
@@ -87,7 +87,8 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], prefix: Sequence[int] = ()) 
     cleaned = [check_description(text) for text in texts]
     if not cleaned:
         return []
-    ids = tokenizer(cleaned, add_special_tokens=not prefix, truncation=False, verbose=False).input_ids
+    with reading("this encoder", "text with the tokenizer"):
+        ids = tokenizer(cleaned, add_special_tokens=not prefix, truncation=False, verbose=False).input_ids
     return [[*prefix, *row] for row in ids]
 
 
@@ -153,17 +154,27 @@ class SentenceEncoder:
         Raises:
             ConfigError: if the folder asks for a pooling or module this encoder does not have, or if its own
                 window is smaller than `max_tokens`.
+            CheckpointError: if a file is damaged.
         """
-        pooling, normalize = _sentence_modules(folder)
-        own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
-        if own is not None and max_tokens > own:
-            raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
-        loaded: tuple[Any, Any] | None = bert.load(folder, device=device)
-        model, tokenizer = loaded or (
-            hub.load_backbone(str(folder), device=device),
-            hub.load_tokenizer(str(folder)),
-        )
-        return cls(model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize, full_stop=full_stop)
+        with reading(folder.name, "sentence encoder"):
+            pooling, normalize = _sentence_modules(folder)
+            own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+            if own is not None and max_tokens > own:
+                raise ConfigError(f"encoder.max_tokens is {max_tokens}, but {folder.name} reads at most {own} tokens")
+            loaded: tuple[Any, Any] | None = bert.load(folder, device=device)
+            model, tokenizer = loaded or (
+                hub.load_backbone(str(folder), device=device),
+                hub.load_tokenizer(str(folder)),
+            )
+            encoder = cls(
+                model, tokenizer, max_tokens=max_tokens, pooling=pooling, normalize=normalize, full_stop=full_stop
+            )
+            # Sizes that do not go together show only in use, and so do weights that are finite but absurd.
+            if not torch.isfinite(encoder.encode(["A."]).states).all():
+                raise CheckpointError(
+                    f"{folder.name} turns a text into NaN or infinite values: its weights are damaged"
+                )
+        return encoder
 
     @torch.no_grad()
     def encode(self, descriptions: Sequence[str]) -> Encoded:
@@ -348,7 +359,7 @@ def load_encoder(
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    data = parse_json(path.read_bytes(), path)
+    data = parse_json(read_whole(path), path)
     return data if isinstance(data, dict) else {"modules": data}
 
 
@@ -358,7 +369,7 @@ def _sentence_modules(folder: Path) -> tuple[str, bool]:
     for module in _json(folder / "modules.json").get("modules", []):
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
-            settings = _json(folder / module["path"] / "config.json")
+            settings = _json(folder / Path(module["path"]).name / "config.json")
             modes = [
                 k.removeprefix("pooling_mode_") for k, v in settings.items() if k.startswith("pooling_mode_") and v
             ]

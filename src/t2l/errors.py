@@ -4,9 +4,16 @@ One root, and each error also inherits the builtin it refines, so callers may ca
 A message names the thing, the values on both sides and the way out.
 """
 
+LINE = 1000
+"""Most characters of a line of a message: what it quotes may come from other people's files, and have any length."""
+
 
 class T2LError(Exception):
     """Root of all errors that t2l raises on purpose."""
+
+    def __str__(self) -> str:
+        lines = super().__str__().split("\n")
+        return "\n".join(x if len(x) <= LINE else f"{x[:LINE]}… ({len(x):,} characters)" for x in lines)
 
 
 class ConfigError(T2LError, ValueError):

@@ -282,7 +282,9 @@ def load_tokenizer(ref: str, **fetch: Unpack[FetchOptions]) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     with reading(ref, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer("A.")  # a damaged one may fail only in use
+        return tokenizer
 
 
 def load_causal_lm(

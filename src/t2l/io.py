@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FLOAT_TYPES = {"F32", "F16", "BF16", "F64"}
 MAX_JSON_BYTES = 256 << 20
+MAX_LINE_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -309,27 +310,36 @@ def _is_shallow(data: Any) -> bool:
     return not level
 
 
-def read_json(path: Path, error: type[T2LError] = CheckpointError) -> dict[str, Any]:
-    """Reads a JSON object from a file.
+def read_whole(path: Path, error: type[T2LError] = CheckpointError, *, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Reads a regular file. Of a pipe nobody might write to, or a device without an end, nothing is read.
 
     Args:
         path: The file.
         error: The class of what is raised.
+        limit: The most bytes that it may have.
 
-    Returns:
-        The object, within the bounds of `parse_json`.
+    Raises:
+        T2LError: of the class `error`, if it is absent, something else or larger.
+    """
+    if not os.path.isfile(path):
+        raise error(f"{path} cannot be read: it is no regular file" if os.path.lexists(path) else f"{path} is missing")
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+    if len(content) > limit:
+        raise error(f"{path} is larger than the {limit >> 20} MiB that are read of such a file")
+    return content
+
+
+def read_json(path: Path, error: type[T2LError] = CheckpointError) -> dict[str, Any]:
+    """Reads a JSON object from a file, within the bounds of `parse_json`.
 
     Raises:
         T2LError: of the class `error`, if the file is absent or holds something else.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except FileNotFoundError as cause:
-        raise error(f"{path} is missing") from cause
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}") from cause
-    data = parse_json(text, path, error)
+    data = parse_json(read_whole(path, error), path, error)
     if not isinstance(data, dict):
         raise error(f"{path} must hold a JSON object, got {type(data).__name__}")
     return data
@@ -349,13 +359,16 @@ def read_json_lines(path: Path, error: type[T2LError] = DataError) -> Iterator[t
         T2LError: of the class `error`, if the file cannot be read or a line is no JSON.
     """
     try:
-        # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as cause:
+        file = path.open("rb")
+    except (OSError, ValueError) as cause:  # ValueError: a NUL byte in its name
         raise error(f"Cannot read {path}: {cause}") from cause
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", error)
+    with file:
+        # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            if len(line) > MAX_LINE_BYTES:
+                raise error(f"{path}:{number} is longer than the {MAX_LINE_BYTES >> 20} MiB of a line that are read")
+            if line.strip():
+                yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", error)
 
 
 @contextmanager
@@ -369,17 +382,15 @@ def reading(ref: str, what: str) -> Iterator[None]:
     Raises:
         CheckpointError: for whatever the block raises because of what it reads.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    # What it raises differs by format, architecture and version: OSError and ValueError for absent or odd files,
-    # KeyError and TypeError for damaged JSON, RecursionError for one that is nested deeply, ImportError for a
-    # quantisation package that is not installed.
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError, SafetensorError
-    ) as error:  # fmt: skip
-        raise CheckpointError(f"cannot read the {what} of {ref}: {type(error).__name__}: {error}") from error
+    # What it raises differs by format, architecture and version; a panic of Rust's is not even an Exception.
+    except BaseException as error:
+        if isinstance(error, T2LError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        raise CheckpointError(f"cannot read the {what} of {ref}: {type(error).__name__}: {error!s:.2000}") from error
 
 
 def read_tensors(
@@ -397,30 +408,21 @@ def read_tensors(
             expected, or NaN or infinite values.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    _refuse_pickle(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {}
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                piece = file.get_slice(name)
-                found[name] = tuple(piece.get_shape())
-                if expected is not None and piece.get_dtype() not in FLOAT_TYPES:
-                    raise CheckpointError(f"{path}: tensor {name} has type {piece.get_dtype()}; only floats are read")
-            if expected is not None:
-                _compare(path, found, expected)
-            if rows is None:
-                tensors = {name: file.get_tensor(name) for name in found}
-            else:
-                pieces = {name: file.get_slice(name) for name in found}
-                tensors = {name: torch.stack([piece[row] for row in rows]) for name, piece in pieces.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({error}); fetch or write it again"
-        ) from error
+    with open_tensors(path) as file:
+        found = {}
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            piece = file.get_slice(name)
+            found[name] = tuple(piece.get_shape())
+            if expected is not None and piece.get_dtype() not in FLOAT_TYPES:
+                raise CheckpointError(f"{path}: tensor {name} has type {piece.get_dtype()}; only floats are read")
+        if expected is not None:
+            _compare(path, found, expected)
+        if rows is None:
+            tensors = {name: file.get_tensor(name) for name in found}
+        else:
+            pieces = {name: file.get_slice(name) for name in found}
+            tensors = {name: torch.stack([piece[row] for row in rows]) for name, piece in pieces.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinite values")
@@ -452,6 +454,17 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: if the file is absent, pickled or damaged.
     """
+    with open_tensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, open as its own library opens it; what that raises becomes an error of ours.
+
+    Raises:
+        CheckpointError: if the file is absent, pickled or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -459,11 +472,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     _refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+            yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({error}); fetch or write it again"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}); write it again") from error
 
 
 def _refuse_pickle(path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from t2l import peft_io
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
-from t2l.io import new_folder, read_json, read_tensors, sha256
+from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
 from t2l.lora import LoraTensors
 from t2l.names import require_folder_names
 from t2l.spec import ALL_LINEAR, AdapterSpec
@@ -74,10 +74,6 @@ class AdapterLibrary:
                 raise CheckpointError(f"{folder / INDEX}: the facts about {name} must be a mapping, got {about!r}")
         if purpose not in ("training", "evaluation"):
             raise CheckpointError(f"{folder / INDEX}: purpose is {purpose!r}, expected training or evaluation")
-        try:
-            text = (folder / SPEC).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{folder / SPEC} cannot be read: {error}") from error
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder / WEIGHTS} is missing")
         found = sha256(folder / WEIGHTS)
@@ -86,7 +82,7 @@ class AdapterLibrary:
                 f"{folder / WEIGHTS} has sha256 {found}, its {INDEX} says {plain.get('sha256')}: the file was changed "
                 "after it was written; fetch it again"
             )
-        spec = AdapterSpec.from_json(text, where=str(folder / SPEC))
+        spec = AdapterSpec.from_json(read_whole(folder / SPEC), where=str(folder / SPEC))
         return cls(folder, tuple(names), spec, adapters, purpose, found)
 
     def stack(self, names: Sequence[str] | None = None) -> LoraTensors:

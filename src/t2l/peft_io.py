@@ -177,11 +177,15 @@ def save_adapter(
         overwrite: Whether an existing folder of an adapter is replaced.
 
     Raises:
+        CheckpointError: if a value is NaN or infinite, or becomes so in `dtype`.
         OutputError: if the folder exists, holds other files than an adapter's, or cannot be written.
     """
     from safetensors.torch import save_file
 
     state = to_state_dict(_own_memory(lora.map(lambda x: x.detach().to("cpu", dtype))), spec)
+    bad = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise CheckpointError(f"{bad} holds values that are not finite in {dtype}; nothing was written")
     if overwrite:
         require_only(folder, *FILES)
     with new_folder(folder, overwrite=overwrite) as temporary:

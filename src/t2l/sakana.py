@@ -180,6 +180,8 @@ def read_arguments(folder: Path) -> Published:
         CheckpointError: if a file is missing or damaged.
         ConfigError: if a setting asks for a network that is not read; both values are named.
     """
+    if not (folder / ARGUMENTS).is_file():
+        raise CheckpointError(f"{folder / ARGUMENTS} is missing")
     arguments, adapter = load_yaml(folder / ARGUMENTS), read_json(folder / ADAPTER)
     read = {
         "exp_setup": "hyper_lora",
@@ -199,8 +201,8 @@ def read_arguments(folder: Path) -> Published:
             f"{folder / ARGUMENTS}: training_task must be sft or recon, and emb_model and model_dir must be named; got "
             f"{task!r}, {arguments.get('emb_model')!r} and {arguments.get('model_dir')!r}"
         )
-    if adapter.get("peft_type") != "LORA" or not isinstance(adapter.get("r"), int):
-        raise ConfigError(f"{folder / ADAPTER}: only adapters with peft_type 'LORA' and a rank r are read")
+    if adapter.get("peft_type") != "LORA":
+        raise ConfigError(f"{folder / ADAPTER}: only adapters with peft_type 'LORA' are read")
     factorized = bool(arguments.get("factorized"))
     recon = task == "recon"
     return Published(
@@ -211,19 +213,26 @@ def read_arguments(folder: Path) -> Published:
         head_size=_size(arguments, "head_in_size", 512),
         standard_scores=recon and factorized and bool(arguments.get("pred_z_score", True)),
         # A and B each bear the root of what ΔW was scaled up by.
-        scale=float(arguments.get("delta_w_scaling") or 10000) ** -0.5 if recon and not factorized else 1.0,
+        scale=_positive(arguments, "delta_w_scaling", 10000) ** -0.5 if recon and not factorized else 1.0,
         conditioning="input" if arguments.get("use_inp_as_desc") else "description",
-        rank=int(str(adapter["r"])),
-        alpha=float(str(adapter.get("lora_alpha", 8))),
+        rank=_size(adapter, "r", 0, least=1),
+        alpha=_positive(adapter, "lora_alpha", 8),
         use_rslora=bool(adapter.get("use_rslora", False)),
     )
 
 
-def _size(arguments: Mapping[str, Any], key: str, default: int) -> int:
-    value = arguments.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 4 <= value <= 2**16:
-        raise ConfigError(f"{ARGUMENTS}: {key} must be a whole number from 4 to {2**16}, got {value!r}")
+def _size(settings: Mapping[str, Any], key: str, default: int, *, least: int = 4) -> int:
+    value = settings.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 2**16:
+        raise ConfigError(f"The published setting {key} must be a whole number from {least} to {2**16}, got {value!r}")
     return value
+
+
+def _positive(settings: Mapping[str, Any], key: str, default: float) -> float:
+    value = settings.get(key) or default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise ConfigError(f"The published setting {key} must be a number above 0, got {value!r}")
+    return float(value)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

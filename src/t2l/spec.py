@@ -137,7 +137,7 @@ class AdapterSpec:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, where: str = "spec.json") -> "AdapterSpec":
+    def from_json(cls, text: str | bytes, *, where: str = "spec.json") -> "AdapterSpec":
         """Reads what `to_json` wrote.
 
         Raises:

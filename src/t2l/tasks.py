@@ -145,11 +145,11 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Any:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError(f"Reading {path.name} needs pyarrow: pip install 'text-to-lora[train]'") from error
+    if not path.is_file():
+        raise DataError(f"{path} is missing; `t2l data build` makes it")
     try:
         present = pq.read_schema(path).names
         table = None if set(columns) - set(present) else pq.read_table(path, columns=list(columns))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; `t2l data build` makes it") from error
     except (OSError, pa.ArrowException) as error:  # a cut-off file, or one whose middle is damaged
         said = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is damaged or no Parquet file ({said}); `t2l data build` makes it anew") from error

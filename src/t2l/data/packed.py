@@ -113,6 +113,8 @@ def read_table(path: Path) -> Any:
 def _reading(path: Path) -> Iterator[None]:
     import pyarrow as pa
 
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is missing or no file; `t2l data build` makes it")
     try:
         yield
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,7 @@
 """Files of answers: a first line of facts about the run, then one line an answer. Knows JSON lines and nothing else."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from t2l.errors import ConfigError, DataError, OutputError
-from t2l.io import parse_json, regular_file, write_text
+from t2l.io import parse_json, read_whole, regular_file, write_text
 
 FORMAT_VERSION = 3
+MAX_BYTES = 1 << 30
 Key = tuple[str, str, int, str, str]
 """Suite, condition, seed, task and id of an answer."""
 RUN_FACTS = (
@@ -66,11 +68,16 @@ def read(path: Path) -> AnswerFile:
     Raises:
         DataError: if it is no such file, naming the line, or holds an answer twice.
     """
+    data = read_whole(path, DataError, limit=MAX_BYTES)
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        if path.suffix == ".gz":
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(MAX_BYTES + 1)
+        text = data.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read answers from {path}: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{path} unpacks to more than the {MAX_BYTES >> 20} MiB of answers that are read")
     first, *rows = text.split("\n")
     if not text:
         raise DataError(f"{path} is empty; `t2l eval run` writes files of answers")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l.errors import CheckpointError, OutputError, TrainingError
-from t2l.io import new_file, parse_json, read_json, read_tensors
+from t2l.io import new_file, open_tensors, parse_json, read_json, read_tensors, reading
 
 STATE = "state.safetensors"
 HOW = ("ddp_timeout", "fsdp", "gradient_accumulation_steps")
@@ -137,12 +137,10 @@ def read_facts(run: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the state is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(run / STATE, framework="pt") as file:
+        with open_tensors(run / STATE) as file:
             found: dict[str, Any] = parse_json((file.metadata() or {})["facts"], f"{run / STATE}")
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
     return found
 
@@ -209,8 +207,18 @@ def read_progress(run: Path) -> Progress:
 
 
 def load_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Puts back what `save_state` wrote."""
+    """Puts back what `save_state` wrote.
+
+    Raises:
+        CheckpointError: if the state is damaged, or another run's.
+    """
     progress = read_progress(run)
+    with reading(str(run), "state"):
+        _put_back(run, progress, module, optimizer)
+    return progress
+
+
+def _put_back(run: Path, progress: Progress, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     groups: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}, "optimizer": {}, "random": {}}
     for name, value in read_tensors(run / STATE).items():
         group, _, rest = name.partition("/")
@@ -225,4 +233,3 @@ def load_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
     torch.set_rng_state(groups["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in groups["random"]:
         torch.cuda.set_rng_state(groups["random"]["cuda"])
-    return progress
