@@ -126,7 +126,7 @@ class Server:
 
 @contextmanager
 def serving(options: argparse.Namespace) -> Iterator[Server]:
-    """vLLM with the plug-in, for the length of a `with` block; its log is shown if it does not start."""
+    """vLLM with the plug-in, for the length of a `with` block; its log is shown where something fails."""
     from t2l import hub
     from t2l.checkpoint import read_config
     from t2l.ranks import next_rank
@@ -155,6 +155,9 @@ def serving(options: argparse.Namespace) -> Iterator[Server]:
             server = Server(options.port, "base")
             wait_until_up(server, process, log)
             yield server
+        except Exception:
+            print(tail(log), file=sys.stderr)
+            raise
         finally:
             process.terminate()
             try:
@@ -185,8 +188,11 @@ def wait_until_up(server: Server, process: "subprocess.Popen[bytes]", log: Path)
             return
         except (urllib.error.URLError, OSError):
             time.sleep(1)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-    sys.exit(f"vLLM did not start within {SERVER_SECONDS} s (exit code {process.poll()}):\n{tail}")
+    sys.exit(f"vLLM did not start within {SERVER_SECONDS} s (exit code {process.poll()}):\n{tail(log)}")
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
 
 
 # --------------------------------------------------------------------------------------------------- measuring

@@ -51,9 +51,16 @@ def test_a_run_goes_on_where_its_file_ends(
     checkpoint = str(make_checkpoint(tmp_path / "checkpoint"))
     multitask = str(make_checkpoint(tmp_path / "multitask", variant="none"))
     options = argparse.Namespace(
-        out=tmp_path / "out.jsonl", checkpoint=checkpoint, multitask=multitask, seeds=1, per_task=3, numbers=[0, 8]
+        out=tmp_path / "out.jsonl",
+        checkpoint=checkpoint,
+        multitask=multitask,
+        seeds=1,
+        per_task=3,
+        numbers=[0, 8],
+        tasks=0,
+        tokens=4096,
     )
-    monkeypatch.setattr(few_shot, "TuneConfig", lambda seed: TuneConfig(seed=seed, max_epochs=1))
+    monkeypatch.setattr(few_shot, "TuneConfig", lambda: TuneConfig(max_epochs=1))
     few_shot.run(options)
     rows = [json.loads(line) for line in options.out.read_text().splitlines()]
     assert [(r["examples"], r["start"]) for r in rows] == [(n, s) for n in (0, 8) for s in few_shot.STARTS]
@@ -66,3 +73,32 @@ def test_a_run_goes_on_where_its_file_ends(
         {k: v for k, v in r.items() if k != "seconds"} for r in rows
     ]
     assert few_shot.report(again).count("\n") == 4
+
+
+def test_many_tunings_are_those_of_one_at_a_time() -> None:
+    from conftest import make_base, make_config, make_tokenizer, random_lora
+    from tune_many import Job, tune_many
+
+    from t2l.config import LoraConfig, PromptConfig
+    from t2l.spec import AdapterSpec
+    from t2l.text_to_lora import LoraAdapter
+    from t2l.train.tune import tune
+
+    base, prompt = (make_base(make_config()), make_tokenizer()), PromptConfig()
+    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig(r=4, lora_alpha=8))
+    config = TuneConfig(learning_rate=3e-2, max_epochs=8, patience=1)
+    examples = [(f"number {n}" + " and more" * (n % 3), "even" if n * n % 5 > 1 else "odd") for n in range(24)]
+    jobs = [
+        Job(LoraAdapter(random_lora(spec, seed=seed), spec, "Say even or odd.", {}), examples[seed:][:16], start, seed)
+        for seed, start in ((0, "adapter"), (1, "scratch"), (2, "adapter"), (3, "adapter"))
+    ]
+    found = tune_many(jobs, base, prompt=prompt, config=config, tokens=800)
+    lengths = set()
+    for job, (lora, losses, best) in zip(jobs, found, strict=True):
+        own = TuneConfig(learning_rate=3e-2, max_epochs=8, patience=1, seed=job.seed)
+        alone = tune(job.adapter, base, examples[job.seed :][:16], prompt=prompt, config=own, start=job.start)
+        assert losses == pytest.approx(alone.held_out_losses, rel=1e-3) and best == alone.best_epoch
+        for ours, theirs in zip((*lora.a, *lora.b), (*alone.adapter.lora.a, *alone.adapter.lora.b), strict=True):
+            assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
+        lengths.add(len(losses))
+    assert len(lengths) > 1  # some ended before others
