@@ -1,5 +1,6 @@
 """What the server's tests share: adapters of any shape, prompts, and the answer that Transformers alone would give."""
 
+import gc
 import random
 import threading
 import time
@@ -150,3 +151,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def memory() -> int:
+    """Bytes of this process that lie in memory."""
+    gc.collect()
+    fields: Any = Path("/proc/self/statm").read_text().split() if Path("/proc/self/statm").exists() else [0, 0]
+    return int(fields[1]) * 4096

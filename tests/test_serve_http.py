@@ -14,10 +14,11 @@ import openai
 import pytest
 import torch
 from conftest import DESCRIPTIONS, make_base, make_config, make_tokenizer
-from serve_helpers import Server, reference, running, wait_for
+from serve_helpers import Server, memory, reference, running, wait_for
 
 from t2l.config import PromptConfig
 from t2l.prompt import render, token_ids
+from t2l.serve.guard import Guard
 from t2l.serve.limits import Limits
 from t2l.text_to_lora import TextToLora
 
@@ -175,6 +176,60 @@ def test_stops_and_seeds(client: openai.OpenAI, names: list[str]) -> None:
     assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(whole[4:6])], "stop")
     drawn = [client.chat.completions.create(seed=seed, **options).choices[0].message.content for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_n_choices_are_those_of_as_many_requests(client: openai.OpenAI, names: list[str]) -> None:
+    """Choice i of a seeded request is what seed + i draws alone; of two prompts the first one's choices come first."""
+    chat: Any = {"model": names[2], "messages": USER, "max_tokens": 12, "temperature": 1.1, "top_p": 0.9}
+    three = client.chat.completions.create(n=3, seed=40, **chat)
+    alone = [client.chat.completions.create(seed=40 + i, **chat) for i in range(3)]
+    assert [choice.index for choice in three.choices] == [0, 1, 2]
+    assert [choice.message for choice in three.choices] == [reply.choices[0].message for reply in alone]
+    assert three.usage is not None and three.usage.prompt_tokens == alone[0].usage.prompt_tokens  # type: ignore[union-attr]
+    assert three.usage.completion_tokens == sum(reply.usage.completion_tokens for reply in alone if reply.usage)
+    unseeded = client.chat.completions.create(n=4, **chat)
+    assert len({choice.message.content for choice in unseeded.choices}) > 1
+    greedy = client.chat.completions.create(n=3, **chat | {"temperature": 0})
+    assert len({choice.message.content for choice in greedy.choices}) == 1
+
+    text: Any = {
+        "model": names[2],
+        "prompt": ["Once", "upon a time"],
+        "max_tokens": 8,
+        "n": 2,
+        "seed": 3,
+        "logprobs": 1,
+    }
+    whole = client.completions.create(**text)
+    single = client.completions.create(**text | {"prompt": "upon a time", "n": 1, "seed": 4})
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3] and whole.choices[3].text == single.choices[
+        0
+    ].text
+    chunks = list(client.completions.create(stream=True, stream_options={"include_usage": True}, **text))
+    assert chunks[-1].usage == whole.usage
+    for index in range(4):
+        pieces = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert "".join(piece.text for piece in pieces) == whole.choices[index].text
+        told = [token for piece in pieces if piece.logprobs for token in piece.logprobs.tokens or ()]
+        assert told == whole.choices[index].logprobs.tokens  # type: ignore[union-attr]
+
+
+def test_a_streamed_stop_ends_the_stream(client: openai.OpenAI, names: list[str]) -> None:
+    options: Any = {"model": names[1], "messages": USER, "max_tokens": 40, "temperature": 0}
+    whole = client.chat.completions.create(**options).choices[0].message.content or ""
+    chunks = list(client.chat.completions.create(stop=whole[4:7], stream=True, logprobs=True, **options))
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == whole[: whole.index(whole[4:7])]
+    assert choices[-1].finish_reason == "stop"
+
+
+def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="at most 6 are given"):
+        client.chat.completions.create(model="base", messages=USER, n=7)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(model="base", messages=USER, tools=[], extra_body={"tools": [{}]})
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-4", prompt="x")
 
 
 def test_the_async_client_too(server: Server, names: list[str], single_user: Callable[..., str]) -> None:
@@ -384,12 +439,57 @@ def test_metrics_and_health_say_what_happens(http: httpx.Client, names: list[str
     assert http.get("/healthz").json()["status"] == "ok"
 
 
-def test_a_stopped_server_ends_answers_and_starts_again_with_its_adapters(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cycles", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_adapters_that_come_and_go_leave_no_memory_behind(cycles: int, checkpoint: Path, tmp_path: Path) -> None:
+    """Made, asked and deleted over HTTP, each from a description of its own."""
+    base, guard = (make_base(make_config()), make_tokenizer()), Guard(requests_per_minute=10**6)
+    with (
+        running(checkpoint, base, tmp_path, guard=guard) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+
+        def cycle(start: int, count: int) -> None:
+            for n in range(start, start + count):
+                name = http.post("/v1/adapters", json={"description": f"Task {n}."}).json()["id"]
+                if n % 5 == 0:
+                    body = {"model": name, "prompt": "x", "max_tokens": 1}
+                    assert http.post("/v1/completions", json=body).status_code == 200
+                assert http.delete(f"/v1/adapters/{name}").status_code == 200
+
+        # Descriptions are remembered up to a number of them; the table is full before memory is looked at.
+        warm = 1200 if cycles > 1000 else 20
+        cycle(0, warm)
+        before = memory()
+        cycle(warm, cycles)
+        grown = memory() - before
+        print(f"{cycles} cycles: {grown / 2**20:+.2f} MiB")
+        assert grown < 8 * 2**20
+        assert len(server.service.store) == server.service.store.cached_bytes == 0
+        assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_stopped_server_lets_answers_end_and_starts_again_with_its_adapters(checkpoint: Path, tmp_path: Path) -> None:
     base = make_base(make_config()), make_tokenizer()
+    base[0].generation_config.eos_token_id = 999  # answers are as long as they may be
     with running(checkpoint, base, tmp_path) as server:
         made = httpx.post(f"{server.url}/v1/adapters", json={"description": DESCRIPTIONS[0]}).json()
         body = {"model": made["id"], "messages": USER, "max_tokens": 20, "temperature": 0}
         before = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"]
+        text: list[str] = []
+        begun = threading.Event()
+
+        def stream() -> None:
+            asked = {**body, "stream": True, "max_tokens": 100}
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=30) as lines:
+                for line in lines.iter_lines():
+                    begun.set()
+                    text.append(line)
+
+        under_way = threading.Thread(target=stream)
+        under_way.start()
+        assert begun.wait(20)
+    under_way.join(20)
+    assert text[-2] == "data: [DONE]" and '"finish_reason": "length"' in text[-4], "what was under way has ended well"
     assert sum(len(module._forward_hooks) for module in base[0].modules()) == 0
     with running(checkpoint, base, tmp_path) as server:
         assert httpx.get(f"{server.url}/v1/adapters/{made['id']}").json()["sha256"] == made["sha256"]

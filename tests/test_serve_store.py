@@ -1,18 +1,16 @@
 """Adapters on disk: found by what is in them, there after a crash once acknowledged, and gone once deleted."""
 
-import gc
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import make_base, make_config
-from serve_helpers import SHAPES, make_adapter
+from serve_helpers import SHAPES, make_adapter, memory
 
 from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError
 from t2l.lora import LoraTensors
@@ -217,9 +215,3 @@ def test_creating_and_deleting_does_not_grow(cycles: int, tmp_path: Path, adapte
     assert not list(tmp_path.glob("*.safetensors"))
     assert (tmp_path / DATABASE).stat().st_size < 2**18
     store.close()
-
-
-def memory() -> int:
-    gc.collect()
-    fields: Any = Path("/proc/self/statm").read_text().split() if Path("/proc/self/statm").exists() else [0, 0]
-    return int(fields[1]) * 4096
