@@ -222,6 +222,20 @@ def _is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+@contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Runs what `compiled` has compiled as it is, for the length of a `with` block: for inputs of many lengths."""
+    layers = [module for module in model.modules() if module._compiled_call_impl is not None]
+    calls = [layer._compiled_call_impl for layer in layers]
+    try:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        yield
+    finally:
+        for layer, call in zip(layers, calls, strict=True):
+            layer._compiled_call_impl = call
+
+
 def target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, nn.Linear]]:
     """(m, position in spec.layers, module) for every target module, checked."""
     modules = []

@@ -303,9 +303,9 @@ def build(cls: type[C], data: Mapping[str, Any], *, where: str = "config") -> C:
         ConfigError: for unknown keys (with the nearest known one), missing keys and wrong types.
     """
     problems: list[str] = []
-    result = _build(cls, data, where, problems)
+    result = _build(cls, data, "", problems)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(f"{where}: {problem.removeprefix(': ')}" for problem in problems))
     return result
 
 
@@ -319,16 +319,20 @@ def _build(cls: type[C], data: Any, where: str, problems: list[str]) -> C:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(fields)}"
-            problems.append(f"{where}.{_short(str(key))}: unknown key{hint}")
+            problems.append(f"{_below(where, _short(str(key)))}: unknown key{hint}")
     values = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _convert(hints[name], data[name], f"{where}.{name}", problems)
+            values[name] = _convert(hints[name], data[name], _below(where, name), problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            problems.append(f"{where}.{name}: missing")
+            problems.append(f"{_below(where, name)}: missing")
     if problems:
         return typing.cast(C, None)
     return cls(**values)
+
+
+def _below(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
 
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:

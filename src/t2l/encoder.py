@@ -220,8 +220,8 @@ class TokenEncoder:
         depth = int(model.config.get_text_config().num_hidden_layers)
         if not layers or min(layers) < 0 or max(layers) > depth:
             raise ConfigError(
-                f"encoder.layers must lie in 0..{depth} for this encoder, got {list(layers)}; `t2l train sft` chooses "
-                "them where they are left out"
+                f"encoder.layers must lie in 0..{depth} for this encoder, got {list(layers)}. `t2l train sft` chooses "
+                "layers of any base with --set encoder.layers=[]"
             )
         self.model = model.base_model
         lists = [x for x in self.model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == depth]

@@ -186,7 +186,10 @@ def _check_layers(layers: Sequence[int], num_layers: int) -> None:
     if not layers or list(layers) != sorted(set(layers)):
         raise ConfigError(f"layers must be ascending and distinct, got {list(layers)}")
     if layers[0] < 0 or layers[-1] >= num_layers:
-        raise ConfigError(f"layers must lie in 0..{num_layers - 1}, got {list(layers)}")
+        raise ConfigError(
+            f"layers must lie in 0..{num_layers - 1}, got {list(layers)}; lora.layers_to_transform may also count from "
+            "the end, as [-2, -1], and null means all of them"
+        )
 
 
 def _layer_templates(linears: dict[str, tuple[int, int]]) -> dict[str, str]:

@@ -75,6 +75,12 @@ class RunData:
         for key, what in (("descriptions_over_window", "descriptions"), ("inputs_over_window", "inputs")):
             if summary[key]:
                 lines.append(f"{summary[key]:,} {what} are left out: they exceed encoder.max_tokens")
+        if summary["tasks"] == 1:
+            lines.append("A single task: all descriptions will do the same; `t2l tune` trains one adapter for one task")
+        if not self.evaluation:
+            lines.append(
+                'No example is of split "val": nothing will be evaluated; mark some lines so to see how it goes'
+            )
         return lines + [f"Without effect, {reason}" for reason in summary["without_effect"]]
 
 

@@ -57,6 +57,11 @@ class Work:
     """Time that each step takes in the run beyond `step`."""
     least_seconds: float = 0.0
     """Time that each step takes at least, because its batch is built meanwhile."""
+    least: int = 1
+    """The fewest rows that a step can have, of which all numbers of rows that are measured are multiples."""
+    turns: int = 0
+    """In how many turns a step computes its rows (train.gradient_accumulation_steps); 0 where there is no such
+    setting."""
     remedies: tuple[str, ...] = ()
     """Other settings that would save memory, as one gives them on the command line."""
 
@@ -200,12 +205,15 @@ def _advice(work: Work, fits: bool, peak: float, per_row: float, available: int)
     rows = math.floor(room / max(per_row, 1.0))
     if fits:
         return f"{work.setting} {work.rows}; there is room for about {max(rows, work.rows):,}"
-    more = "".join(f", or --set {remedy}" for remedy in work.remedies)
-    if rows >= 1:
-        return f"--set {work.setting}={rows} in place of {work.rows} fits{more}"
+    more = "".join(f"; --set {remedy} takes less too" for remedy in work.remedies)
+    if rows >= work.least:
+        same = math.ceil(max(1, work.turns) * work.rows / rows)
+        turns = f"--set train.gradient_accumulation_steps={same} fits with the same batch, and " if work.turns else ""
+        return f"{turns}--set {work.setting}={rows} in place of {work.rows} fits{more}"
     tokens = math.floor(work.tokens * room / max(per_row, 1.0))
     if work.tokens > 1 and tokens >= 16:
-        return f"--set {work.setting}=1 --set train.max_seq_length={tokens} in place of {work.tokens} fits{more}"
+        fewer = f"--set train.max_seq_length={tokens} in place of {work.tokens}"
+        return f"--set {work.setting}={work.least} {fewer} fits{more}"
     return f"{size(fixed)} are needed whatever the batch is{more}; take a smaller base or network, or a larger device"
 
 
@@ -229,25 +237,26 @@ def _measure(work: Work, budget: float, available: int) -> tuple[Measured | None
             pass  # what the step held is freed only once the exception is gone
         return *_below(work, budget), 0
     one, kept = _probe(work)
-    needed = one.peak + kept * (work.rows - 1)
-    if work.rows == 1 or (needed <= ROOM * available and 3 * one.seconds * work.rows <= budget):
+    needed = one.peak + kept * (work.rows - one.rows)
+    each = one.seconds / one.rows
+    if work.rows < 2 * one.rows or (needed <= ROOM * available and 3 * each * work.rows <= budget):
         return None, _steps(work, work.rows, work.tokens, seconds=budget / 2), kept
-    rows = max(2, min(work.rows - 1, math.floor(budget / 3 / max(one.seconds, 1e-9))))
+    rows = max(2 * one.rows, min(work.rows - 1, math.floor(budget / 3 / max(each, 1e-9))))
     some = _steps(work, rows, work.tokens, number=1)
     # The most that a process ever held says little of small steps; what they keep for the backward pass does.
-    return one, some._replace(peak=one.peak + kept * (rows - 1)), kept
+    return one, some._replace(peak=one.peak + kept * (rows - one.rows)), kept
 
 
 def _below(work: Work, budget: float) -> tuple[Measured, Measured]:
     """Steps of one and two rows, of fewer tokens where even one row is too large for the device."""
-    tokens = work.tokens
+    tokens, least = work.tokens, work.least
     while True:
         _forget(work.device)
         try:
-            small = _steps(work, 1, max(1, tokens // 2), seconds=budget / 10)
-            large = _steps(work, 1, tokens, seconds=budget / 10)
+            small = _steps(work, least, max(1, tokens // 2), seconds=budget / 10)
+            large = _steps(work, least, tokens, seconds=budget / 10)
             if tokens == work.tokens:
-                small, large = large, _steps(work, 2, tokens, seconds=budget / 10)
+                small, large = large, _steps(work, 2 * least, tokens, seconds=budget / 10)
             return small, large
         except torch.cuda.OutOfMemoryError as error:
             if tokens < 4:
@@ -285,15 +294,17 @@ def _steps(work: Work, rows: int, tokens: int, *, seconds: float = 0.0, number: 
 
 
 def _probe(work: Work) -> tuple[Measured, int]:
-    """Two steps of a single row; also how many bytes one keeps for its backward pass."""
+    """Two steps of a single row; also how many bytes a row keeps for its backward pass."""
     started = time.perf_counter()
     saved = SavedBytes()
     with saved:
-        work.step(1, work.tokens)
+        work.step(work.least, work.tokens)
     first = time.perf_counter() - started
     started = time.perf_counter()
-    work.step(1, work.tokens)
-    return Measured(1, work.tokens, 1, first, time.perf_counter() - started, peak_bytes(work.device)), saved.total
+    work.step(work.least, work.tokens)
+    seconds = time.perf_counter() - started
+    one = Measured(work.least, work.tokens, 1, first, seconds, peak_bytes(work.device))
+    return one, saved.total // work.least
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):

@@ -97,6 +97,8 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
             self.facts |= found
             self.bar.update(self.bar.task_ids[0], facts=_words(self.facts))
             return
+        if not found:
+            return
         left = f"  {row['minutes_left']:.3g} min left" if "minutes_left" in row else ""
         self.log(f"step {row['step']:,}{self.of}  {_words(found)}{left}")
 
