@@ -71,7 +71,16 @@ def test_the_card_is_yaml_whatever_the_base_is_called(base: str) -> None:
 def test_only_settings_that_old_versions_of_peft_read_are_written(tmp_path: Path) -> None:
     folder = make_adapter().save_pretrained(tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text()).keys() <= {
-        *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "target_modules"),
+        *(
+            "peft_type",
+            "task_type",
+            "base_model_name_or_path",
+            "revision",
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "target_modules",
+        ),
         *("layers_to_transform", "lora_dropout", "bias", "fan_in_fan_out", "inference_mode"),
     }
 

@@ -14,11 +14,17 @@ from t2l.apply import add_into, target_modules
 from t2l.errors import AdapterNotAppliedError, SpecMismatchError
 from t2l.lora import LoraTensors
 from t2l.peft_folder import open_adapter
+from t2l.pypi import public_name
 from t2l.spec import AdapterSpec
 from t2l.upload import HubFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_OTHER_WEIGHTS = (
+    "\n\nIt was made with and for the weights of `{}`, which were unpacked from 4 bits. On the weights of the Hub's "
+    "model of this name, which it was not tried on, answers can differ."
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,8 +107,9 @@ class LoraAdapter(HubFolder):
         Args:
             for_hub: Whether the base is left out of the metadata if it is no Hub id, as the Hub demands.
         """
-        base = self.spec.base_model
+        base = public_name(self.spec.base_model)
         named = None if for_hub and not hub.is_hub_id(base) else base
+        weights = "" if base == self.spec.base_model else _OTHER_WEIGHTS.format(self.spec.base_model)
         quoted = "\n".join(f"> {line}" for line in self.description.split("\n"))
         facts = "\n".join(f"| {key} | {value} |" for key, value in self.provenance.items())
         targets = ", ".join(t.name for t in self.spec.targets)
@@ -111,7 +118,7 @@ class LoraAdapter(HubFolder):
             f"{peft_io.card_header(named, 'lora', 'text-to-lora')}"
             f"# LoRA adapter written from a description\n\n{quoted}\n\n"
             f"For {base}: rank {self.spec.rank}, alpha {self.spec.alpha:g}, targets {targets}, "
-            f"{self.spec.num_parameters:,} parameters. {seen} of the task; judge it before relying on it.\n\n"
+            f"{self.spec.num_parameters:,} parameters. {seen} of the task; judge it before relying on it.{weights}\n\n"
             f"| | |\n| --- | --- |\n{facts}\n"
         )
 

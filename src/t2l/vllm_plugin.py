@@ -161,8 +161,9 @@ class AdapterStore:
     def _is_base(self, base_model_name: str, expected: str) -> bool:
         """Whether the engine's model is the checkpoint's base: by name, by folder, or because the operator says so."""
         from t2l import hub
+        from t2l.pypi import public_name
 
-        if base_model_name in (expected, self.settings.base):
+        if base_model_name in (expected, public_name(expected), self.settings.base):
             return True
         served = Path(base_model_name)
         return served.is_dir() and hub.is_cached(expected) and served.resolve() == hub.resolve(expected).resolve()
