@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from t2l.data.overlap import CONTAINMENT, GRAM_WORDS, MAX_SHARED, Corpus, Overlap, build_corpus
@@ -143,13 +144,40 @@ def worst_reason(task: str, against: Iterable[str], overlap: Overlap, kind: str)
     return f"shares inputs with {kind} task {other} ({share:.1%})" if share > MAX_SHARED else None
 
 
+class SplitOverlap(Overlap):
+    """Which tasks share too many inputs, and what is said of it in the split's file."""
+
+    def too_much(self, task: str, others: Iterable[str]) -> list[str]:
+        """Those of ``others`` in which more than the allowed share of ``task``'s inputs occur."""
+        return [other for other in others if self.share(task, other) > MAX_SHARED]
+
+    def report(self, task: str, training: Sequence[str]) -> dict[str, Any]:
+        """The worst training task by each measure, and what all training tasks together share with the scored part."""
+        number = self.number[task]
+        trained = np.array([self.number[name] for name in training], dtype=np.int64)
+        figures: dict[str, Any] = {}
+        seen = np.zeros(len(self.corpus.owner), dtype=bool)
+        for measure in self.hits:
+            shares = self.shares[measure][number][trained]
+            worst = int(shares.argmax())
+            figures[measure] = {
+                "share": round(float(shares[worst]), 4),
+                "task": training[worst] if shares[worst] > 0 else None,
+            }
+            hits = self.hits[measure][number]
+            seen[hits.inputs[np.isin(hits.tasks, trained)]] = True
+        scored = self.corpus.scored & (self.corpus.owner == number)
+        figures["test_inputs_in_any_training_task"] = round(float(seen[scored].mean()), 4)
+        return figures
+
+
 def make_split(tasks: Sequence[Task], corpus: Corpus) -> dict[str, Any]:
     """Apply the rule. ``tasks`` are those with examples, sorted by name."""
     excluded = permanent_exclusions(tasks)
     paper_train = [task for task in tasks if task.split == "train"]
     others = [task for task in tasks if task.split == "other" and task.name not in excluded]
     validation = [task.name for task in tasks if task.split == "validation"]
-    overlap = Overlap(corpus, [*(task.name for task in others), *validation])
+    overlap = SplitOverlap(corpus, [*(task.name for task in others), *validation])
 
     benchmarks = [name for name in corpus.tasks if name.startswith(BENCHMARK_PREFIX)]
     for task in others:

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,44 +51,21 @@ class Overlap:
     """Which inputs of a task occur in which other tasks, by each measure."""
 
     def __init__(self, corpus: Corpus, queries: Iterable[str]) -> None:
-        self._corpus = corpus
-        self._number = {name: number for number, name in enumerate(corpus.tasks)}
-        numbers = sorted(self._number[name] for name in queries)
-        self._hits = {
+        self.corpus = corpus
+        self.number = {name: number for number, name in enumerate(corpus.tasks)}
+        numbers = sorted(self.number[name] for name in queries)
+        self.hits = {
             "exact": find_hits(corpus, *whole_inputs(corpus), numbers),
             "ngram": find_hits(corpus, *word_grams(corpus, GRAM_WORDS), numbers),
         }
-        self._shares = {
+        self.shares = {
             measure: {number: share_with_each(corpus, number, hits) for number, hits in of_task.items()}
-            for measure, of_task in self._hits.items()
+            for measure, of_task in self.hits.items()
         }
 
     def share(self, task: str, other: str) -> float:
         """The share of ``task``'s inputs, or test inputs, that occur in ``other``: whatever gives most."""
-        return max(float(shares[self._number[task]][self._number[other]]) for shares in self._shares.values())
-
-    def too_much(self, task: str, others: Iterable[str]) -> list[str]:
-        """Those of ``others`` in which more than the allowed share of ``task``'s inputs occur."""
-        return [other for other in others if self.share(task, other) > MAX_SHARED]
-
-    def report(self, task: str, training: Sequence[str]) -> dict[str, Any]:
-        """The worst training task by each measure, and what all training tasks together share with the scored part."""
-        number = self._number[task]
-        trained = np.array([self._number[name] for name in training], dtype=np.int64)
-        figures: dict[str, Any] = {}
-        seen = np.zeros(len(self._corpus.owner), dtype=bool)
-        for measure in self._hits:
-            shares = self._shares[measure][number][trained]
-            worst = int(shares.argmax())
-            figures[measure] = {
-                "share": round(float(shares[worst]), 4),
-                "task": training[worst] if shares[worst] > 0 else None,
-            }
-            hits = self._hits[measure][number]
-            seen[hits.inputs[np.isin(hits.tasks, trained)]] = True
-        scored = self._corpus.scored & (self._corpus.owner == number)
-        figures["test_inputs_in_any_training_task"] = round(float(seen[scored].mean()), 4)
-        return figures
+        return max(float(shares[self.number[task]][self.number[other]]) for shares in self.shares.values())
 
 
 def normalise(text: str) -> str:
