@@ -1,4 +1,4 @@
-"""A library as one checkpoint: scores against a model run by hand, the report against its parts, the commands."""
+"""A library as one checkpoint: scores against a model run by hand, the report, and runs that are broken off."""
 
 import json
 import os
@@ -11,24 +11,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compress_helpers import NAMES, four_adapters
 from conftest import full_disk, random_lora
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from typer.testing import CliRunner
 
-from t2l import TextToLora, cli
+from t2l import TextToLora
 from t2l.apply import apply_adapters
 from t2l.compress import run
 from t2l.compress.networks import KINDS, principal, score_controls, texts_for
-from t2l.compress.plan import fitting_head, network_parameters, plan_networks, size_warnings, subset
+from t2l.compress.plan import fitting_head, network_parameters, plan_network, size_warning
 from t2l.compress.report import recovered
 from t2l.compress.run import compress
 from t2l.compress.scores import Scores, prepare_scores, read_scores
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
-from t2l.errors import ConfigError, DataError, OutputError
+from t2l.errors import DataError, OutputError
 from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
-from t2l.peft_io import load_adapter
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.tasks import Example, Task
@@ -42,8 +41,6 @@ from t2l.train.reconstruction import (
 from t2l.train.reconstruction_data import ReconstructionDataConfig, choose_descriptions, names_as_texts
 from t2l.train.reconstruction_losses import compare
 
-NAMES = ("add", "bark", "count", "dance")
-
 
 @pytest.fixture(scope="module")
 def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
@@ -52,23 +49,12 @@ def spec(tiny_config: LlamaConfig, base_folder: Path) -> AdapterSpec:
 
 @pytest.fixture(scope="module")
 def library(spec: AdapterSpec, tmp_path_factory: pytest.TempPathFactory) -> AdapterLibrary:
-    lora = LoraTensors.stack([random_lora(spec, n) for n in range(4)])
-    facts = {
-        name: {
-            "descriptions": [f"{word} {name}." for word in ("Do", "Please", "Always", "Never", "Now")],
-            "prompt": {"description_in_prompt": False},
-        }
-        for name in NAMES
-    }
-    return save_library(tmp_path_factory.mktemp("library") / "four", lora, spec, facts)
+    return four_adapters(tmp_path_factory.mktemp("library") / "four", spec)
 
 
 @pytest.fixture(scope="module")
 def shared(library: AdapterLibrary) -> AdapterLibrary:
-    """The same adapters, all with the A of the first."""
-    lora = library.stack()
-    lora = LoraTensors(tuple(a[:1].repeat(4, 1, 1, 1) for a in lora.a), lora.b, lora.scaling)
-    return save_library(library.folder.parent / "shared", lora, library.spec, library.index)
+    return four_adapters(library.folder.parent / "shared", library.spec, one_a=True)
 
 
 @pytest.fixture(scope="module")
@@ -210,12 +196,6 @@ def test_texts_are_of_their_kind(library: AdapterLibrary, config: Reconstruction
     assert texts_for("trained", onehot, NAMES, fits) == list(NAMES)
 
 
-def test_subsets_are_nested(library: AdapterLibrary) -> None:
-    assert set(subset(library, 1)) < set(subset(library, 2)) < set(subset(library, 4)) == set(NAMES)
-    with pytest.raises(ConfigError, match=r"asks for 5 adapters; .* holds 4"):
-        subset(library, 5)
-
-
 def test_the_head_fits_a_quarter(library: AdapterLibrary, config: ReconstructionConfig) -> None:
     """Larger libraries get larger heads, each under its share where the smallest is."""
     heads = []
@@ -252,17 +232,14 @@ def compressed(
     tiny_tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, Any]]:
-    """The whole library and a part of it."""
-    part = replace(config, data=replace(config.data, adapters=subset(library, 2)))
     out = tmp_path_factory.mktemp("compressed") / "out"
-    plain = compress(
-        library, out, {"all": config, "two": part}, tasks=tasks, base=(tiny_base, tiny_tokenizer), log=quiet
-    )
+    plain = compress(library, out, config, tasks=tasks, base=(tiny_base, tiny_tokenizer), log=quiet)
+    assert plain is not None
     return out, plain
 
 
-def test_the_checkpoint_is_the_first_networks(compressed: tuple[Path, dict[str, Any]], library: AdapterLibrary) -> None:
-    """It writes what the report says it writes, and the runs are gone."""
+def test_the_checkpoint_is_the_networks(compressed: tuple[Path, dict[str, Any]], library: AdapterLibrary) -> None:
+    """It writes what the report says it writes, and the run is gone."""
     out, plain = compressed
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     generator = TextToLora.from_pretrained(str(out))
@@ -293,14 +270,14 @@ def test_one_a_of_all_is_counted_once(
         hypernet=replace(config.hypernet, freeze_a=True),
         data=replace(config.data, library=str(shared.folder)),
     )
-    plain = compress(shared, tmp_path / "out", {"all": alone}, log=quiet)
+    plain = compress(shared, tmp_path / "out", alone, log=quiet)
     (network,) = plain["networks"]
     own = sum(3 * 2 * t.out_features for t in spec.targets)
     assert network["library_size"] == 2 * 4 * spec.num_parameters
     assert network["library_size_one_a"] == 2 * (4 * own + 3 * 2 * (32 + 32))
     assert network["share_one_a"] == pytest.approx(network["size"] / network["library_size_one_a"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "The 4 adapters of “all” have one A" in text and f"the network is {network['share_one_a']:.0%}" in text
+    assert "The 4 adapters of “out” have one A" in text and f"the network is {network['share_one_a']:.0%}" in text
     assert f"| {network['share']:.0%} |" in text
     scorer = prepare_scores(shared, tasks[:1], (tiny_base, tiny_tokenizer), limit=1)
     for of, size, number in ((shared, own, 2), (library, spec.num_parameters, 1)):
@@ -332,10 +309,8 @@ def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, An
         "task-lora",
         "mean of all",
         "3 components",
-        "all, trained",
-        "all, held-out",
-        "two, trained",
-        "two, held-out",
+        "out, trained",
+        "out, held-out",
     )
     assert tuple(dict.fromkeys(s.condition for s in scores)) == tuple(plain["conditions"]) == conditions
     for name, found in plain["conditions"].items():
@@ -347,7 +322,7 @@ def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, An
         assert plain["tasks"][s.task][s.condition] == {"n": 5, "exact_match": pytest.approx(np.mean(s.exact_match))}
     text = (out / "report.md").read_text()
     assert "have one A" not in text and plain["networks"][0]["share_one_a"] == plain["networks"][0]["share"]
-    assert "| all | 4 | trained |" in text and "| two | 2 | held-out |" in text and "| task-lora | 3 | 15 |" in text
+    assert "| out | 4 | trained |" in text and "| out | 4 | held-out |" in text and "| task-lora | 3 | 15 |" in text
     # Three components and the mean hold all of four adapters.
     of = {
         name: [s.loss for s in scores if s.condition == name] for name in ("task-lora", "3 components", "mean of all")
@@ -369,17 +344,15 @@ def test_compressing_goes_on_where_time_ran_out(
 ) -> None:
     """The checkpoint is the one of a compression that was not interrupted."""
     out, lines = tmp_path / "out", list[str]()
-    networks = {"all": config, "again": config}
-    for steps in (*range(5, 40, 5), None):
-        plain = compress(library, out, networks, max_minutes=0.0, log=lines.append)
+    for steps in (*range(5, 20, 5), None):
+        plain = compress(library, out, config, max_minutes=0.0, log=lines.append)
         if steps is None:
             break
         assert plain is None and not out.exists()
         assert lines[-1] == (
-            f"Time is up after {steps} of 40 steps; they are saved in {out}.runs, and the same command goes on"
+            f"Time is up after {steps} of 20 steps; they are saved in {out}.run, and the same command goes on"
         )
-    assert f"network “again”, 2 of 2: 4 adapters; {steps or 35} of 40 steps are done" in lines
-    assert plain is not None and plain["conditions"] == {} and not (tmp_path / "out.runs").exists()
+    assert plain is not None and plain["conditions"] == {} and not (tmp_path / "out.run").exists()
     assert (out / "hypernet.safetensors").read_bytes() == (compressed[0] / "hypernet.safetensors").read_bytes()
 
 
@@ -403,9 +376,9 @@ def test_compressing_goes_on_after_ctrl_c(
     monkeypatch.setattr(Trainer, "step", interrupted)
     out, lines = tmp_path / "out", list[str]()
     with pytest.raises(KeyboardInterrupt):
-        compress(library, out, {"all": config}, log=lines.append)
+        compress(library, out, config, log=lines.append)
     assert lines[-1].startswith("Interrupted after 7 of 20 steps") and lines[-1].endswith("the same command goes on")
-    assert compress(library, out, {"all": config}, log=quiet) is not None
+    assert compress(library, out, config, log=quiet) is not None
     assert (out / "hypernet.safetensors").read_bytes() == (compressed[0] / "hypernet.safetensors").read_bytes()
 
 
@@ -423,10 +396,10 @@ def test_killed_before_the_report_it_is_made_by_the_same_command(
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run, "write_report", dying)
-        compress(library, out, {"all": config}, log=quiet)
+        compress(library, out, config, log=quiet)
     assert not out.exists()
     monkeypatch.setattr(run, "train_reconstruction", dying)
-    assert compress(library, out, {"all": config}, log=quiet) is not None
+    assert compress(library, out, config, log=quiet) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -444,9 +417,9 @@ def test_a_full_disk_is_an_error_of_ours(
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="Cannot write"):
         patch.setattr(run, name, limited)
-        compress(library, out, {"all": config}, log=quiet)
+        compress(library, out, config, log=quiet)
     assert not out.exists() and not list(tmp_path.rglob(".*"))
-    assert compress(library, out, {"all": config}, log=quiet) is not None
+    assert compress(library, out, config, log=quiet) is not None
 
 
 def test_a_network_larger_than_its_adapters_is_warned_of(library: AdapterLibrary, config: ReconstructionConfig) -> None:
@@ -457,9 +430,10 @@ def test_a_network_larger_than_its_adapters_is_warned_of(library: AdapterLibrary
         library.folder.parent / "sixty", many, library.spec, {f"x{n}": {"descriptions": ["d"]} for n in range(60)}
     )
     limit = 2 * 60 * library.spec.num_parameters
-    (warning,) = size_warnings({"all": wide}, larger)
+    warning = size_warning(wide, larger)
+    assert warning is not None
     share = 2 * network_parameters(wide, library.spec, 32) / limit
-    assert "network “all”" in warning and f"{share:,.0%}" in warning and "nothing is compressed" in warning
+    assert f"{share:,.0%}" in warning and "nothing is compressed" in warning
     settings = dict(x.split("=") for x in warning.split() if x.startswith("hypernet."))
     smaller = replace(
         wide,
@@ -469,151 +443,20 @@ def test_a_network_larger_than_its_adapters_is_warned_of(library: AdapterLibrary
     )
     share = 2 * network_parameters(smaller, library.spec, 32) / limit
     assert share <= 0.5 and warning.endswith(f"makes it {share:.0%}")
-    assert size_warnings({"all": smaller}, larger) == []
-    (hopeless,) = size_warnings({"all": wide}, library)
-    assert "4 adapters" in hopeless and hopeless.endswith("keep the adapters, or compress more at once")
+    assert size_warning(smaller, larger) is None
+    hopeless = size_warning(wide, library)
+    assert (
+        hopeless is not None
+        and "4 adapters" in hopeless
+        and hopeless.endswith("keep the adapters, or compress more at once")
+    )
 
 
-def test_planned_networks(library: AdapterLibrary, config: ReconstructionConfig) -> None:
-    """The file's settings, then parts of the library, then other heads; the command line's settings hold in all."""
+def test_the_command_lines_settings_replace_the_files(library: AdapterLibrary, config: ReconstructionConfig) -> None:
     settings = {
         "encoder": {"kind": "sentence", "model": config.encoder.model, "max_tokens": 60},
         "hypernet": {"width": 24, "head_size": 16, "dropout": 0.0},
         "train": {"max_steps": 15},
     }
-    found = plan_networks(library, settings, ["train.max_steps=7"], curve=[2], heads=[("S", 8)])
-    assert list(found) == ["all", "2 adapters", "S 8"]
-    assert {x.train.max_steps for x in found.values()} == {7}
-    assert {x.data.library for x in found.values()} == {str(library.folder)}
-    assert [x.data.adapters for x in found.values()] == [(), subset(library, 2), ()]
-    assert (found["S 8"].hypernet.variant, found["S 8"].hypernet.head_size) == ("S", 8)
-
-
-# -------------------------------------------------------------------------------------------------- the commands
-
-
-def t2l(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def way(base_folder: Path, sentence_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Own tasks and configs for the whole way from tasks to a checkpoint."""
-    folder = tmp_path_factory.mktemp("way")
-    rows = [
-        {"task": name, "description": f"Say {name}.", "input": f"Is it {n}?", "output": name, "split": split}
-        for name in ("yes", "no")
-        for split, numbers in (("train", range(30, 50)), ("val", range(50, 53)), ("test", range(53, 56)))
-        for n in numbers
-    ]
-    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task_loras = {
-        "base": str(base_folder),
-        "lora": {"r": 2, "lora_alpha": 4},
-        "data": {"tasks": [str(folder / "own.jsonl")]},
-        "train": {
-            "max_steps": 10,
-            "eval_steps": 5,
-            "max_seq_length": 96,
-            "max_target_length": 16,
-            "learning_rate": 0.01,
-        },
-    }
-    reconstruction = {
-        "encoder": {"kind": "sentence", "model": str(sentence_folder), "max_tokens": 60},
-        "hypernet": {"width": 24, "head_size": 16, "dropout": 0.0},
-        "train": {"max_steps": 15, "logging_steps": 5},
-    }
-    (folder / "task-loras.yaml").write_text(json.dumps(task_loras))  # JSON is YAML
-    (folder / "reconstruction.yaml").write_text(json.dumps(reconstruction))
-    return folder
-
-
-def test_from_tasks_to_a_checkpoint_on_the_command_line(way: Path, base_folder: Path) -> None:
-    """train task-loras, library export and import, compress, train reconstruction, library evaluate."""
-    run = way / "run"
-    done = t2l("train", "task-loras", "--config", way / "task-loras.yaml", "--run", run, "--device", "cpu", "--json")
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["adapters"] == 2
-    library = AdapterLibrary.open(run / "library")
-    assert library.names == ("no", "yes")
-
-    assert t2l("library", "export", library.folder, "-o", way / "peft", "--name", "yes").exit_code == 0
-    exported = load_adapter(way / "peft" / "yes", library.spec)
-    assert torch.equal(exported.b[0], library.stack(["yes"]).b[0][0])
-    assert t2l("library", "export", library.folder, "-o", way / "both").exit_code == 0
-    (way / "said.jsonl").write_text('{"task": "yes", "description": "Say yes."}\n')
-    done = t2l(
-        "library", "import", way / "both" / "yes", way / "both" / "no", "-o", way / "imported", "--base", base_folder,
-        "--descriptions", way / "said.jsonl",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    imported = AdapterLibrary.open(way / "imported")
-    assert imported.names == ("yes", "no") and imported.index["yes"] == {"descriptions": ["Say yes."]}
-
-    done = t2l(
-        "compress", library.folder, "-o", way / "small", "--config", way / "reconstruction.yaml", "--curve", "1",
-        "--networks", "S:16", "--score", way / "own.jsonl", "--device", "cpu", "--json",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
-    assert [network["label"] for network in report["networks"]] == ["all", "1 adapters", "S 16"]
-    assert set(report["tasks"]) == {"yes", "no"} and report["conditions"]["task-lora"]["n"] == 6
-    assert "nothing is compressed" in done.stderr
-    done = t2l(
-        "compress", library.folder, "-o", way / "stopped", "--config", way / "reconstruction.yaml",
-        "--max-minutes", "0", "--device", "cpu", "--json",
-    )  # fmt: skip
-    assert done.exit_code == 0 and json.loads(done.stdout) == {"complete": False, "runs": str(way / "stopped.runs")}
-    assert "Time is up after 5 of 15 steps" in done.stderr and "the same command goes on" in done.stderr
-    again = t2l("compress", library.folder, "-o", way / "small", "--config", way / "reconstruction.yaml")
-    assert again.exit_code == 1 and "exists already" in again.stderr
-
-    onehot = ["--set", "encoder={kind: onehot}", "--set", f"data.library={library.folder}"]
-    done = t2l(
-        "train",
-        "reconstruction",
-        "--config",
-        way / "reconstruction.yaml",
-        "--run",
-        way / "one-hot",
-        *onehot,
-        "--device",
-        "cpu",
-    )
-    assert done.exit_code == 0, done.output
-    done = t2l(
-        "library", "evaluate", library.folder, way / "small", way / "one-hot" / "checkpoint", "-o", way / "evaluated",
-        "--score", way / "own.jsonl", "--device", "cpu",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    rows = list(json.loads((way / "evaluated" / "report.json").read_text())["conditions"])
-    kinds = ["trained", "held-out", "random", "other"]
-    assert rows[:4] == ["base", "task-lora", "mean of all", "1 components"]
-    assert rows[4:] == [*(f"small, {k}" for k in kinds), "one-hot, trained", "one-hot, other"]
-    wrong = t2l("library", "evaluate", imported.folder, way / "small", "-o", way / "wrong", "--device", "cpu")
-    assert wrong.exit_code == 1 and "was not trained to reconstruct" in wrong.stderr
-
-
-def test_wrong_use_of_the_commands(library: AdapterLibrary, tmp_path: Path) -> None:
-    for arguments in (["--reads", "trained,gossip"], ["--curve", "many"]):
-        done = t2l("compress", library.folder, "-o", tmp_path / "out", "--device", "cpu", *arguments)
-        assert done.exit_code == 2, done.output
-    done = t2l("compress", tmp_path / "nothing", "-o", tmp_path / "out", "--device", "cpu")
-    assert done.exit_code == 1 and "is not an adapter library" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_a_file_one_a_makes_a_basis(
-    library: AdapterLibrary, shared: AdapterLibrary, sentence_folder: Path, tmp_path: Path
-) -> None:
-    """Of adapters that share A all differences fit; others get variant L."""
-    quick = [f"encoder.model={sentence_folder}", "encoder.max_tokens=60", "train.max_steps=2", "hypernet.width=24"]
-    options = [word for setting in quick for word in ("--set", setting)]
-    found = {}
-    for name, of in (("own", library), ("one", shared)):
-        done = t2l("compress", of.folder, "-o", tmp_path / name, "--device", "cpu", *options)
-        assert done.exit_code == 0, done.output
-        found[name] = json.loads((tmp_path / name / "config.json").read_text())["hypernet"]
-    assert (found["own"]["variant"], found["own"]["freeze_a"], found["own"]["head_size"]) == ("L", False, 128)
-    assert (found["one"]["variant"], found["one"]["freeze_a"], found["one"]["head_size"]) == ("basis", True, 3)
+    found = plan_network(library, settings, ["train.max_steps=7"])
+    assert (found.train.max_steps, found.hypernet.head_size, found.data.library) == (7, 16, str(library.folder))

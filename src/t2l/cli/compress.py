@@ -35,12 +35,6 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="YAML settings as for `t2l train reconstruction`, without data.library."),
 ]
-CurveOption = Annotated[
-    str, typer.Option(metavar="NUMBERS", help="Also networks for so many of the adapters, such as 9,50,150.")
-]
-NetworksOption = Annotated[
-    str, typer.Option(metavar="LIST", help="Also networks of these variants and head sizes, such as M:512,S:512,L:128.")
-]
 ReportOut = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where checkpoint and report go.")]
 
 
@@ -50,8 +44,6 @@ def compress_library(
     out: ReportOut,
     config: ConfigOption = None,
     overrides: SetOption = None,
-    curve: CurveOption = "",
-    networks: NetworksOption = "",
     score: ScoreOption = None,
     limit: LimitOption = None,
     reads: ReadsOption = "trained,held-out",
@@ -65,25 +57,20 @@ def compress_library(
     Called again after it was stopped, it goes on where it was.
     """
     kinds = _kinds(reads)
-    numbers = [_number(word, "--curve") for word in filter(None, curve.split(","))]
-    pairs = [word.partition(":") for word in filter(None, networks.split(","))]
-    heads = [(variant, _number(head, "--networks")) for variant, _, head in pairs]
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists already; choose another folder or pass --overwrite")
     try_writing(out.absolute())
-    from t2l.compress.plan import plan_networks
-    from t2l.compress.run import compress, runs_folder
+    from t2l.compress.plan import plan_network
+    from t2l.compress.run import compress, run_folder
     from t2l.config import load_yaml
     from t2l.library import AdapterLibrary
 
     opened = AdapterLibrary.open(library)
     chosen = _device(device)
-    planned = plan_networks(
+    planned = plan_network(
         opened,
         load_yaml(config) if config else None,
         overrides or [],
-        curve=numbers,
-        heads=heads,
         torch_compile=chosen == "cuda",
         where=str(config or "settings"),
     )
@@ -102,7 +89,7 @@ def compress_library(
         log=say,
     )
     if as_json:
-        print_json({"complete": False, "runs": str(runs_folder(out))} if report is None else report)
+        print_json({"complete": False, "run": str(run_folder(out))} if report is None else report)
     elif report is not None:
         print(out)
 
@@ -170,13 +157,6 @@ def _kinds(words: str) -> "list[Kind]":
     if unknown:
         raise typer.BadParameter(f"--reads knows {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
     return [kind for kind in KINDS if kind in words.split(",")]
-
-
-def _number(word: str, option: str) -> int:
-    try:
-        return int(word)
-    except ValueError as error:
-        raise typer.BadParameter(f"{option} needs whole numbers, got '{word}'") from error
 
 
 def _device(device: Device | None) -> str:

@@ -1,10 +1,9 @@
-"""Which networks are trained for a library: recipes, how large a head fits, and a warning where nothing is compressed.
+"""Which network is trained for a library: recipes, how large a head fits, and a warning where nothing is compressed.
 
 Knows settings and adapters' shapes. Loads no weights but the library's.
 """
 
 import json
-import random
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,29 +39,25 @@ LEAST_BASIS = 32
 SMALL_WIDTHS, SMALL_HEADS = (64, 32, 16, 8), (256, 128, 64, 32, 16, 8, 4)
 
 
-def plan_networks(
+def plan_network(
     library: AdapterLibrary,
     settings: Mapping[str, Any] | None,
     overrides: Sequence[str] = (),
     *,
-    curve: Sequence[int] = (),
-    heads: Sequence[tuple[str, int]] = (),
     torch_compile: bool = False,
     where: str = "settings",
-) -> dict[str, ReconstructionConfig]:
-    """Makes the settings of every network that is to be trained; the first is the one whose checkpoint is kept.
+) -> ReconstructionConfig:
+    """Makes the settings of the network that is to be trained.
 
     Args:
         library: The adapters.
         settings: Settings as a file has them; None for those that fit the library.
         overrides: Settings of the command line, which replace these.
-        curve: Networks for so many of the adapters come next.
-        heads: Networks of these variants and head sizes come last.
         torch_compile: Whether steps are compiled where neither `settings` nor `overrides` says so.
         where: What the settings are called in messages.
 
     Raises:
-        ConfigError: if settings are wrong, or the library has fewer adapters than `curve` asks for.
+        ConfigError: if settings are wrong.
     """
     fitted = settings is None and not any(x.startswith("hypernet.head_size=") for x in overrides)
     if settings is None:
@@ -70,29 +65,9 @@ def plan_networks(
         settings = {**settings, "train": {"torch_compile": torch_compile, **settings["train"]}}
     plain = override(dict(settings), [f"data.library={json.dumps(str(library.folder))}", *overrides])
     config = build(ReconstructionConfig, plain, where=where)
-    if fitted:
-        size = embedding_size(config, library)
-        config = fitting_head(config, library.spec, len(library.names), size, share=0.25)
-    planned = {"all": config}
-    for number in curve:
-        adapters = subset(library, number)
-        planned[f"{number} adapters"] = replace(config, data=replace(config.data, adapters=adapters))
-    for variant, head in heads:
-        changed = override(plain, [f"hypernet.variant={variant}", f"hypernet.head_size={head}"])
-        planned[f"{variant} {head}"] = build(ReconstructionConfig, changed, where=f"--networks {variant}:{head}")
-    return planned
-
-
-def subset(library: AdapterLibrary, number: int) -> tuple[str, ...]:
-    """Chooses `number` adapters, in an order that is drawn once, so that a smaller subset is part of a larger one.
-
-    Raises:
-        ConfigError: if the library has fewer.
-    """
-    if not 1 <= number <= len(library.names):
-        raise ConfigError(f"The curve asks for {number} adapters; {library.folder} holds {len(library.names)}")
-    order = sorted(library.names, key=lambda name: random.Random(name).random())
-    return tuple(sorted(order[:number]))
+    if not fitted:
+        return config
+    return fitting_head(config, library.spec, len(library.names), embedding_size(config, library), share=0.25)
 
 
 def embedding_size(config: ReconstructionConfig, library: AdapterLibrary) -> int:
@@ -144,21 +119,19 @@ def fitting_head(
     return basis_of_library(_resized(config, sizes[max(0, fitting - 1)]), number)
 
 
-def size_warnings(networks: Mapping[str, ReconstructionConfig], library: AdapterLibrary) -> list[str]:
-    """Says of each planned network that is larger than its adapters how large it is, and which setting is smaller."""
-    found = []
-    for label, config in networks.items():
-        names = config.data.adapters or library.names
-        config = basis_of_library(config, len(names))
-        inputs = embedding_size(config, library)
-        _, limit = library_sizes(library.stack(names))
-        size = 2 * network_parameters(config, library.spec, inputs)
-        if size >= limit:
-            found.append(
-                f"Warning: network “{label}” has {size / 1e6:.2f} MB, {size / limit:,.0%} of the {limit / 1e6:.2f} MB "
-                f"of its {len(names)} adapters: nothing is compressed. {_way_out(config, library.spec, inputs, limit)}"
-            )
-    return found
+def size_warning(config: ReconstructionConfig, library: AdapterLibrary) -> str | None:
+    """Says of a network that is larger than its adapters how large it is, and which setting is smaller."""
+    names = config.data.adapters or library.names
+    config = basis_of_library(config, len(names))
+    inputs = embedding_size(config, library)
+    _, limit = library_sizes(library.stack(names))
+    size = 2 * network_parameters(config, library.spec, inputs)
+    if size < limit:
+        return None
+    return (
+        f"Warning: the network has {size / 1e6:.2f} MB, {size / limit:,.0%} of the {limit / 1e6:.2f} MB of its "
+        f"{len(names)} adapters: nothing is compressed. {_way_out(config, library.spec, inputs, limit)}"
+    )
 
 
 def _way_out(config: ReconstructionConfig, spec: AdapterSpec, inputs: int, limit: int) -> str:
