@@ -1,9 +1,9 @@
-"""Writes the table of README.md from files of answers: `python research/readme_table.py`. A test compares them.
+"""Writes the tables of README.md and docs/findings.md from files of answers: `python research/readme_table.py`.
 
-The files are those of the checkpoint that ships. Give others where another checkpoint ships.
+The files are those of the checkpoint that ships; a test compares the tables with them. Where another checkpoint ships,
+replace the files and run this again.
 """
 
-import argparse
 import functools
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from t2l.eval.results import gather
 from t2l.eval.stats import Scores, estimate
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-ANSWERS = tuple(sorted((ROOT / "research" / "results" / "test").glob("*.jsonl.gz")))
-BEGIN, END = "<!-- results: python research/readme_table.py -->\n", "<!-- end of results -->"
+RESULTS = ROOT / "research" / "results"
+NEW_TASKS = tuple(sorted((RESULTS / "test").glob("*.jsonl.gz")))
+"""`t2l eval run --suite test --conditions minimum,base+shots,base+shots+description`, three judging seeds."""
+EVERYDAY = (RESULTS / "everyday.jsonl.gz",)
+"""`t2l eval run --suite everyday --conditions minimum --seeds 0`."""
+BEGIN, END = "<!-- by research/readme_table.py -->\n", "<!-- end -->"
 ROWS = {
     "base model": ("base", "base+description"),
     "base model, three examples in the prompt": ("base+shots", "base+shots+description"),
@@ -23,6 +26,16 @@ ROWS = {
     "T2L, another task's description": ("t2l-wrong", "t2l-wrong+description"),
     "T2L, random text": ("t2l-random", "t2l-random+description"),
 }
+ANOTHER = "another's"
+COLUMNS = {
+    "base": "base+description",
+    "one LoRA for all": "multitask+description",
+    "T2L": "t2l+description",
+    "T2L, plain": "t2l",
+    ANOTHER: "t2l-wrong+description",
+    "random text": "t2l-random+description",
+}
+"""Of the table of everyday tasks; the prompt shows the description but where it says plain."""
 
 
 @functools.cache
@@ -35,29 +48,62 @@ def scores_of(paths: tuple[Path, ...]) -> dict[str, Scores]:
     return rows
 
 
-def table(paths: tuple[Path, ...]) -> str:
-    """The table: a row an adapter, a column a kind of prompt; exact match with its interval over tasks.
+def short(text: object) -> str:
+    return str(text).replace("0.", ".")
 
-    Raises:
-        SystemExit: naming the conditions that the files lack.
-    """
-    scores = scores_of(paths)
-    if missing := [name for names in ROWS.values() for name in names if name not in scores]:
-        raise SystemExit(f"error: no answers for {', '.join(missing)} in {', '.join(map(str, paths))}")
+
+def new_tasks() -> str:
+    """A row an adapter, a column a kind of prompt; exact match with its interval over tasks."""
+    scores = scores_of(NEW_TASKS)
     lines = ["| who answers | plain prompt | description in the prompt |", "| --- | --- | --- |"]
     for title, names in ROWS.items():
-        plain, described = (str(estimate(scores[name])).replace("0.", ".") for name in names)
+        plain, described = (short(estimate(scores[name])) for name in names)
         lines.append(f"| {title} | {plain} | {described} |")
     return "\n".join(lines) + "\n"
 
 
-def with_table(text: str, new: str) -> str:
-    """The README with another table between its two marks."""
-    head, _, rest = text.partition(BEGIN)
-    return head + BEGIN + new + END + rest.partition(END)[2]
+def right(condition: str) -> dict[str, int]:
+    """How many inputs of each everyday task are answered right."""
+    tasks = scores_of(EVERYDAY)[condition]
+    return {task.replace("_", " "): round(sum(sum(seeds) for seeds in items.values())) for task, items in tasks.items()}
+
+
+def everyday_in_words() -> str:
+    """What works and what does not, and how the controls do."""
+    counts = right("t2l+description")
+    works = sorted(task for task, count in counts.items() if count >= 7)
+    fails = sorted(task for task, count in counts.items() if count <= 1)
+    mean = {title: f"{estimate(scores_of(EVERYDAY)[name]).mean:.2f}".lstrip("0") for title, name in COLUMNS.items()}
+    return (
+        f"\n{len(counts)} everyday tasks, ten inputs each, none trained on, the description in the prompt: base "
+        f"{mean['base']}, one LoRA for all tasks {mean['one LoRA for all']}, **T2L {mean['T2L']}** "
+        f"({mean['T2L, plain']} in a plain prompt), another's description {mean[ANOTHER]}, "
+        f"random text {mean['random text']}. T2L has seven or more right in {len(works)} ({', '.join(works)}), none "
+        f"or one in {len(fails)} ({', '.join(fails)}).\n"
+    )
+
+
+def everyday_tasks() -> str:
+    """Right answers of ten for each everyday task, best first."""
+    counts = {title: right(name) for title, name in COLUMNS.items()}
+    tasks = sorted(counts["T2L"], key=lambda task: (-counts["T2L"][task], task))
+    lines = [f"| task | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {task} | {' | '.join(str(count[task]) for count in counts.values())} |" for task in tasks]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    ROOT / "README.md": lambda: new_tasks() + everyday_in_words(),
+    ROOT / "docs" / "findings.md": everyday_tasks,
+}
+
+
+def fresh(page: Path) -> str:
+    """A page with what stands between its two marks made anew."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    return head + BEGIN + PAGES[page]() + END + rest.partition(END)[2]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("answers", nargs="*", type=Path, default=ANSWERS)
-    README.write_text(with_table(README.read_text("utf-8"), table(tuple(parser.parse_args().answers))), "utf-8")
+    for path in PAGES:
+        path.write_text(fresh(path), encoding="utf-8")

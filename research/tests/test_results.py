@@ -97,10 +97,10 @@ def test_the_card_says_what_was_measured(files: list[str]) -> None:
         assert f"| {plain} | {described} |" in card, f"{name} of {files}"
 
 
-def test_readme_says_what_was_measured() -> None:
-    text = readme_table.README.read_text(encoding="utf-8")
-    new = readme_table.with_table(text, readme_table.table(readme_table.ANSWERS))
-    assert new == text, "README.md is out of date: python research/readme_table.py"
+@pytest.mark.parametrize("page", readme_table.PAGES, ids=lambda page: page.name)
+def test_pages_say_what_was_measured(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert readme_table.fresh(page) == text, f"{page.name} is out of date: python research/readme_table.py"
 
 
 # ------------------------------------------------------------------------------------------- the checks themselves
