@@ -235,7 +235,9 @@ def test_other_bases_and_encoders_are_refused(make_folder: Any, make_sentence_fo
 def test_the_published_bases_at_full_shape(base: str, variant: str, record_property: Any) -> None:
     """Random weights, no base model: what generating takes on a CPU, and how large a network and an adapter are."""
     config = AutoConfig.for_model(**sakana.BASES[base])
-    published = sakana.Published(base, "gte", variant, 128, 512, False, 1.0, "description", 8, 16, True)
+    # Sizes in the authors' training scripts: the two later bases have the larger network.
+    width, head_size = (128, 512) if base.startswith("mistralai") else (512, 2048)
+    published = sakana.Published(base, "gte", variant, width, head_size, False, 1.0, "description", 8, 16, True)
     spec = sakana.published_spec(
         {f"heads.{m}.weight": torch.ones(1) for m in ("q_proj", "v_proj")}, published, config, base
     )

@@ -286,7 +286,8 @@ def add_into(model: nn.Module, adapter: HasLora) -> int:
     for _, _, module in modules:
         weight = module.weight
         if (
-            not weight.is_floating_point()
+            type(weight) is not nn.Parameter  # torchao's tensors say that they are floats
+            or not weight.is_floating_point()
             or weight.is_meta
             or weight.shape != (module.out_features, module.in_features)
         ):
