@@ -66,7 +66,6 @@ def run(
         raise ConfigError(
             "--workers needs Ray: pip install 'text-to-lora[ray]'; without it one process works"
         ) from error
-    gpus = _gpus(device)
     started = not ray.is_initialized()
     if started:
         # A cluster that RAY_ADDRESS names has its own sizes; on this machine workers may be more than cores.
@@ -85,7 +84,7 @@ def run(
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
             fn_constructor_args=(make, arguments),
             num_cpus=1,
-            num_gpus=gpus,
+            num_gpus=_gpus(device),
         )
         for row in done.iter_rows():
             result = parse_json(row["result"], "a job's result")

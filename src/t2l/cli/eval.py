@@ -106,21 +106,19 @@ def eval_run(
     """Ask every instance under every condition; prints the file of answers."""
     if full and per_task is not None:
         raise typer.BadParameter("--full and --per-task are two numbers of items: give one")
-    numbers = _whole_numbers(seeds)
-    if not (checkpoint or multitask or hyperdecoders or libraries or base):
-        checkpoint = DEFAULT
+    named = checkpoint or multitask or hyperdecoders or libraries or base
     try_writing(out.absolute().parent)
     from t2l.eval.run import Settings, run
 
     settings = Settings(
         suites=tuple(dict.fromkeys(suites)),
         conditions=conditions,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint if named else DEFAULT,
         multitask=multitask,
         hyperdecoders=hyperdecoders,
         libraries=tuple(libraries or ()),
         base=base,
-        seeds=numbers,
+        seeds=_whole_numbers(seeds),
         per_task=per_task,
         full=full,
         held_out=held_out,

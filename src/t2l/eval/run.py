@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from t2l import hub
-from t2l.errors import ConfigError, DataError, EvaluationError, OutputError, T2LError
+from t2l.errors import ConfigError, DataError, EvaluationError
 from t2l.eval import answers, backends, requests, suites
 from t2l.eval.adapters import AdapterCache
 from t2l.eval.answers import Key, key_of
@@ -25,7 +25,7 @@ from t2l.eval.report import below_floor, gather
 from t2l.eval.requests import Line, Request
 from t2l.eval.sources import BaseModels, MultitaskLora, Sources, base_model_of, load_sources, shipped_multitask
 from t2l.eval.suites import EvalInstance, EvalTask
-from t2l.io import only_writer, write_text
+from t2l.io import only_writer, write_text, writing
 from t2l.library import AdapterLibrary
 from t2l.pace import Pace
 from t2l.text_to_lora import TextToLora
@@ -209,31 +209,26 @@ def evaluate(
     log(f"{len(asked):,} answers to get, {len(done):,} in {out} already")
     progress = Pace(len(asked), "answers", log)
     floor, plain, adapted, routed = requests.stages(requests.merge_duplicates(asked, adapters))
-    try:
-        with out.open("a", encoding="utf-8") as file:
+    with writing(out), out.open("a", encoding="utf-8") as file:
 
-            def write_answers(part: Sequence[Request]) -> None:
-                for answered in requests.answer(part, adapters, backend, batch_tokens=settings.batch_tokens):
-                    if settings.allow_code_execution:
-                        _run_code([(request.instance, line) for request, line in answered])
-                    lines = [line for request, first in answered for line in requests.with_duplicates(request, first)]
-                    file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
-                    file.flush()
-                    progress.add(len(lines))
+        def write_answers(part: Sequence[Request]) -> None:
+            for answered in requests.answer(part, adapters, backend, batch_tokens=settings.batch_tokens):
+                if settings.allow_code_execution:
+                    _run_code([(request.instance, line) for request, line in answered])
+                lines = [line for request, first in answered for line in requests.with_duplicates(request, first)]
+                file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+                file.flush()
+                progress.add(len(lines))
 
-            write_answers(floor)
-            if settings.check_floor:
-                require_floor(out)
-            adapters.prepare((request.condition, request.instance) for request in adapted)
-            write_answers(plain)
-            write_answers(adapted)
-            if routed and adapters.sources.training is not None:
-                with arrow(adapters.model, adapters.sources.training):
-                    write_answers(routed)
-    except T2LError:  # a download error is an OSError too, and says itself what went wrong
-        raise
-    except OSError as error:
-        raise OutputError(f"Cannot write answers to {out}: {error.strerror or error}") from error
+        write_answers(floor)
+        if settings.check_floor:
+            require_floor(out)
+        adapters.prepare((request.condition, request.instance) for request in adapted)
+        write_answers(plain)
+        write_answers(adapted)
+        if routed and adapters.sources.training is not None:
+            with arrow(adapters.model, adapters.sources.training):
+                write_answers(routed)
     log(f"{out} is complete")
 
 
