@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
 
 from t2l.checkpoint import Checkpoint, CheckpointConfig
@@ -101,6 +102,14 @@ def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return bandwidth, 2 * side**3 / seconds(lambda: a @ b, device, 0.5)
 
 
+def operations(generator: TextToLora) -> float:
+    """Floating-point operations for each adapter of a batch, without the encoder's."""
+    texts = [f"Description {n}." for n in range(8)]
+    with FlopCounterMode(display=False) as counter:
+        generator.tensors(texts)
+    return counter.get_total_flops() / len(texts)
+
+
 def in_folders(generator: TextToLora, dtype: torch.dtype, place: Path | None) -> float:
     """Seconds for each adapter that is written alone and saved as a PEFT folder."""
 
@@ -163,8 +172,10 @@ def measure(options: argparse.Namespace) -> None:
         dtype = getattr(torch, word)
         saved = torch.float16 if dtype == torch.float32 else dtype
         bandwidth, flops = limits(options.device, dtype)
+        facts = [f"copy {bandwidth / 1e9:.0f} GB/s", f"matrix product {flops / 1e12:.1f} TFLOP/s"]
         for variant in options.variants.split(","):
             generator = make_generator(variant, options.device, dtype, options.layers)
+            facts.append(f"{variant} {operations(generator) / 1e9:.2f} GFLOP an adapter")
             alone = 0.0
             for size in map(int, options.batches.split(",")):
                 texts = [f"Description {n}." for n in range(size)]
@@ -182,9 +193,7 @@ def measure(options: argparse.Namespace) -> None:
                 f"| {variant} | {word} | | | | | | {shards:,.0f} | shards, {saved} |".replace("torch.", ""), flush=True
             )
             del generator
-        print(
-            f"<!-- {word}: copy {bandwidth / 1e9:.0f} GB/s, matrix product {flops / 1e12:.1f} TFLOP/s -->", flush=True
-        )
+        print(f"<!-- {word}: {', '.join(facts)} -->", flush=True)
 
 
 def main() -> None:
