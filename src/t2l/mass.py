@@ -3,7 +3,7 @@
     file ─ plan: what is missing ─▶ chunks ─ hypernetwork, in batches ─▶ host memory of a shard ─ threads ─▶ disk
 
 What is done is what `shards/` holds, so a run that was killed at any moment goes on without loss or repetition. Memory
-grows by some 20 bytes a description for the plan, and by nothing else.
+grows with the plan alone, by less than 200 bytes a description.
 
 Knows generators, files of descriptions and shards. Knows no training.
 """
