@@ -20,15 +20,15 @@ from t2l.cli import app
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig
 from t2l.train import estimate as estimates
 from t2l.train.config import SftConfig
-from t2l.train.dry_run import dry_run_reconstruction, dry_run_sft, dry_run_task_loras, preview_sft
-from t2l.train.estimate import Estimate, SavedBytes, Work, estimate, tensor_bytes
+from t2l.train.dry_run import dry_run_reconstruction, dry_run_sft, dry_run_task_loras
+from t2l.train.estimate import SavedBytes, Work, estimate, tensor_bytes
 from t2l.train.reconstruction import (
     ReconstructionConfig,
     ReconstructionDataConfig,
     ReconstructionTrainConfig,
     train_reconstruction,
 )
-from t2l.train.sft import Session, Trainer, train
+from t2l.train.sft import train
 from t2l.train.task_config import TaskLorasConfig, TaskLorasDataConfig, TaskLorasTrainConfig
 from t2l.train.task_loras import train_task_loras
 
@@ -125,22 +125,6 @@ def test_reconstruction_needs_what_its_dry_run_says(
     assert found.disk["state"] == (tmp_path / "run" / "state.safetensors").stat().st_size
     assert found.rows == 2, "the library holds no more"
     assert 0.1 < found.seconds_per_step * metrics(tmp_path / "run")[-2]["steps_per_second"] < 10
-
-
-def test_a_run_that_was_looked_at_first_is_the_same_run(sft_config: SftConfig, tmp_path: Path) -> None:
-    """The steps that an estimate takes leave weights, optimiser and random state as they were."""
-    seen: list[Estimate] = []
-
-    def watch(session: Session, trainer: Trainer, step: int, log: Callable[[str], None]) -> None:
-        if not step:
-            seen.append(preview_sft(session, trainer))
-
-    dropout = replace(sft_config, hypernet=replace(sft_config.hypernet, token_dropout=0.3, dropout=0.2))
-    one = train(dropout, tmp_path / "one", device="cpu", log=quiet)
-    other = train(dropout, tmp_path / "other", device="cpu", watch=watch, log=quiet)
-    assert (one / "hypernet.safetensors").read_bytes() == (other / "hypernet.safetensors").read_bytes()
-    (found,) = seen
-    assert found.steps == 6 and "a step" in found.line() and "\n" not in found.line()
 
 
 def test_the_command_prints_a_table_and_writes_nothing(

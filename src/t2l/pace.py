@@ -75,3 +75,11 @@ def progress_bar(total: int, what: str, *, done: int = 0) -> Any:
     bar = Progress(*columns, console=Console(stderr=True, highlight=False, markup=False))
     bar.add_task(what, total=total, completed=done, facts="")
     return bar
+
+
+def duration(seconds: float) -> str:
+    """A number of seconds, for people."""
+    for unit, least in (("days", 2 * 86400), ("h", 7200), ("min", 120)):
+        if seconds >= least:
+            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -54,34 +55,42 @@ class Trainer(NamedTuple):
     settings: type
     train: Callable[..., Any]
     dry_run: Callable[..., Any]
+    shown: dict[str, Any]
+    """What `train` takes to show people what it does."""
     own: dict[str, Any]
-    """What `train` takes that the others do not."""
-    source: dict[str, Any]
     """What `train` and `dry_run` take that the others do not."""
+
+
+def _shown(watch: Callable[..., None]) -> dict[str, Any]:
+    return {"bar": sys.stderr.isatty(), "watch": watch}
 
 
 def _sft() -> Trainer:
     """Train through the base model's loss on the tasks' answers; prints the checkpoint's folder."""
     from t2l.train.dry_run import dry_run_sft
     from t2l.train.sft import SftConfig, train
+    from t2l.watching import watch_sft
 
-    return Trainer(SftConfig, train, dry_run_sft, {"bar": sys.stderr.isatty()}, {})
+    return Trainer(SftConfig, train, dry_run_sft, _shown(watch_sft), {})
 
 
 def _task_loras() -> Trainer:
     """Train one LoRA for every task of a suite, many at once; prints the library's folder."""
     from t2l.train.dry_run import dry_run_task_loras
     from t2l.train.task_loras import TaskLorasConfig, train_task_loras
+    from t2l.watching import watch_task_loras
 
-    return Trainer(TaskLorasConfig, train_task_loras, dry_run_task_loras, {}, {"benchmarks": benchmark_tasks})
+    own = {"benchmarks": benchmark_tasks}
+    return Trainer(TaskLorasConfig, train_task_loras, dry_run_task_loras, _shown(watch_task_loras), own)
 
 
 def _reconstruction() -> Trainer:
     """Train a hypernetwork to write a library's adapters from their descriptions; prints the checkpoint's folder."""
     from t2l.train.dry_run import dry_run_reconstruction
     from t2l.train.reconstruction import ReconstructionConfig, train_reconstruction
+    from t2l.watching import watch_reconstruction
 
-    return Trainer(ReconstructionConfig, train_reconstruction, dry_run_reconstruction, {"bar": sys.stderr.isatty()}, {})
+    return Trainer(ReconstructionConfig, train_reconstruction, dry_run_reconstruction, _shown(watch_reconstruction), {})
 
 
 def _print_estimate(found: "Estimate", run_folder: Path | None, as_json: bool) -> None:
@@ -107,7 +116,7 @@ def _by_workers(trainer: Trainer, workers: int) -> Trainer:
 
     if trainer.settings is not TaskLorasConfig:
         raise typer.BadParameter("--workers trains task LoRAs, which do not depend on one another")
-    return trainer._replace(train=train_on_workers, own=trainer.own | {"workers": workers})
+    return trainer._replace(train=partial(train_on_workers, workers=workers), shown={})
 
 
 def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
@@ -139,7 +148,7 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
         if dry_run and not is_main():
             return
         if run_folder is None or dry_run:
-            _print_estimate(trainer.dry_run(settings, device=where, log=say, **trainer.source), run_folder, as_json)
+            _print_estimate(trainer.dry_run(settings, device=where, log=say, **trainer.own), run_folder, as_json)
             return
         from t2l.io import only_writer
 
@@ -151,8 +160,8 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
                 max_minutes=max_minutes,
                 device=where,
                 log=say,
+                **trainer.shown,
                 **trainer.own,
-                **trainer.source,
             )
         what, folder = ("checkpoint", result) if isinstance(result, Path) else ("library", result.folder)
         if not is_main():

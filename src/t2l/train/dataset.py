@@ -62,9 +62,7 @@ class RunData:
     def told(self) -> list[str]:
         """The summary for people: how much there is, what is left out, and what the settings ask for in vain."""
         summary = self.summary
-        lines = [
-            f"{summary['tasks']} tasks, {summary['examples']:,} examples, {summary['descriptions']:,} descriptions"
-        ]
+        lines = [", ".join(f"{summary[what]:,} {what}" for what in ("tasks", "examples", "descriptions"))]
         if summary["held_out_tasks"]:
             lines[0] += f"; {len(summary['held_out_tasks'])} other tasks for evaluation alone"
         for key, why in (("tasks_too_long", "an example"), ("tasks_without_description_in_window", "a description")):
@@ -72,16 +70,16 @@ class RunData:
                 lines.append(
                     f"{len(summary[key])} tasks are left out, without {why} that fits: {', '.join(summary[key])}"
                 )
-        for key, what in (("descriptions_over_window", "descriptions"), ("inputs_over_window", "inputs")):
-            if summary[key]:
-                lines.append(f"{summary[key]:,} {what} are left out: they exceed encoder.max_tokens")
+        for what in ("descriptions", "inputs"):
+            if over := summary[f"{what}_over_window"]:
+                lines.append(f"{over:,} {what} exceed encoder.max_tokens and are left out")
         if summary["tasks"] == 1:
             lines.append("A single task: all descriptions will do the same; `t2l tune` trains one adapter for one task")
         if not self.evaluation:
             lines.append(
                 'No example is of split "val": nothing will be evaluated; mark some lines so to see how it goes'
             )
-        return lines + [f"Without effect, {reason}" for reason in summary["without_effect"]]
+        return [*lines, *(f"Without effect, {reason}" for reason in summary["without_effect"])]
 
 
 # ----------------------------------------------------------------------------------------------------- loading

@@ -108,6 +108,8 @@ def sft_work(session: sft.Session, trainer: sft.Trainer, setup_seconds: float) -
         disk=disk,
         setup_seconds=setup_seconds,
         least_seconds=build_seconds / workers if workers else 0.0,
+        least=train.gradient_accumulation_steps,
+        turns=train.gradient_accumulation_steps,
         remedies=() if train.gradient_checkpointing else ("train.gradient_checkpointing=true",),
     )
 
@@ -151,6 +153,14 @@ def dry_run_reconstruction(
     started = time.monotonic()
     trainer = reconstruction.setup(config, encoder, _device(device), log)
     return estimate(reconstruction_work(trainer, time.monotonic() - started), budget=BUDGET)
+
+
+def preview_reconstruction(trainer: reconstruction.Trainer) -> Estimate:
+    """As `preview_sft`."""
+    with unchanged(trainer.hypernet, trainer.optimizer):
+        found = estimate(reconstruction_work(trainer, 0.0), budget=PREVIEW, fresh=False)
+        trainer.stopped.zero_()
+    return found
 
 
 def reconstruction_work(trainer: reconstruction.Trainer, setup_seconds: float) -> Work:
@@ -217,6 +227,14 @@ def dry_run_task_loras(
     with trainer.stepping():
         trainer.fill()
         return estimate(task_loras_work(trainer, time.monotonic() - started), budget=BUDGET)
+
+
+def preview_task_loras(trainer: task_loras.Trainer) -> Estimate:
+    """As `preview_sft`: what was trained in the slots is thrown away, and all tasks wait again."""
+    trainer.fill()
+    found = estimate(task_loras_work(trainer, 0.0), budget=PREVIEW, fresh=False)
+    trainer.running, trainer.waiting = [None] * trainer.slots.number, list(trainer.data)
+    return found
 
 
 def task_loras_work(trainer: task_loras.Trainer, setup_seconds: float) -> Work:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l.errors import TrainingError
+from t2l.pace import duration
 from t2l.train.metrics import memory_gb
 
 ROOM = 0.95
@@ -409,14 +410,6 @@ def size(number: float) -> str:
         if abs(number) >= least:
             return f"{number / least:.3g} {unit}"
     return f"{number / 1e3:.3g} kB"
-
-
-def duration(seconds: float) -> str:
-    """A number of seconds, for people."""
-    for unit, least in (("days", 2 * 86400), ("h", 7200), ("min", 120)):
-        if seconds >= least:
-            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 def _parts(parts: Mapping[str, float], word: Callable[[float], str]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from t2l.errors import ConfigError, OutputError
 from t2l.io import write_text
-from t2l.pace import progress_bar
+from t2l.pace import duration, progress_bar
 
 METRICS = "metrics.jsonl"
 ReportTo = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -99,7 +99,7 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
             return
         if not found:
             return
-        left = f"  {row['minutes_left']:.3g} min left" if "minutes_left" in row else ""
+        left = f"  {duration(60 * row['minutes_left'])} left" if "minutes_left" in row else ""
         self.log(f"step {row['step']:,}{self.of}  {_words(found)}{left}")
 
     def step(self, done: int) -> None:

@@ -151,6 +151,7 @@ def train_reconstruction(
     device: str | None = None,
     encoder: Encoder | None = None,
     bar: bool = False,
+    watch: "Callable[[Trainer, Callable[[str], None]], None] | None" = None,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Runs a reconstruction training to its end or its time budget.
@@ -163,6 +164,7 @@ def train_reconstruction(
         device: `cuda`, `cpu`; the GPU if there is one.
         encoder: The encoder that the settings name, if in memory already.
         bar: Draw a progress bar on standard error in place of progress lines.
+        watch: Looks on before the first step of a new run, and leaves everything as it is.
         log: Where progress lines go.
 
     Returns:
@@ -193,6 +195,8 @@ def train_reconstruction(
         log=log,
     )
     with logger, StopRequest(max_minutes, started=started) as stop:
+        if watch is not None and not first:
+            watch(trainer, logger.log)
         step = trainer.fit(run, first, logger, stop)
     stop.raise_if_interrupted(log, f"after step {step} is saved")
     return save(trainer, run / "checkpoint", step, log)

@@ -291,6 +291,7 @@ def stepping(session: Session) -> Iterator[Trainer]:
             session.device,
             processes,
             prepared,
+            slots,
         )
 
 

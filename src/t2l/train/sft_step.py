@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2l.apply import AdapterHooks
 from t2l.encoder import Encoded
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
@@ -63,6 +64,8 @@ class Trainer:
     processes: Processes = field(default_factory=Processes)
     synchronized: Any = None
     """What `Processes.prepare` made of what is trained."""
+    hooks: AdapterHooks | None = None
+    """Where the base bears adapters, for who looks on."""
 
     def __post_init__(self) -> None:
         self.stopped = torch.zeros((), device=self.device)

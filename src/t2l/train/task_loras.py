@@ -112,15 +112,18 @@ class Trainer:
             self.update = torch.compile(adamw, dynamic=False) if compile_ else adamw
             yield
 
-    def fit(self, logger: MetricLogger, stop: StopRequest) -> None:
+    def fit(self, logger: MetricLogger, stop: StopRequest, watch: "Watch | None" = None) -> None:
         """Trains until all tasks are done or the run has to stop, and saves the state then."""
         train = self.config.train
         with self.stepping():
+            if watch is not None and not self.steps:
+                watch(self, logger.log)
             while True:
                 self.fill()
                 before = self.steps
                 if self.left:
                     logger.record(self._train_segment(stop))
+                    logger.step(len(self.finished))
                 if stop or not self.left or before // train.save_steps != self.steps // train.save_steps:
                     self.save()
                 if stop or not self.left:
@@ -342,6 +345,10 @@ class Trainer:
         return library
 
 
+Watch = Callable[[Trainer, Callable[[str], None]], None]
+"""Looks on before the first step of a new run, with what takes its steps and where lines go; leaves all as it is."""
+
+
 def _not_hooked(*_: Any) -> AnswerLosses:
     raise AssertionError("the base is hooked in `fit`")
 
@@ -354,6 +361,8 @@ def train_task_loras(
     max_minutes: float | None = None,
     device: str | None = None,
     benchmarks: Benchmarks | None = None,
+    bar: bool = False,
+    watch: Watch | None = None,
     log: Callable[[str], None] = print,
 ) -> AdapterLibrary:
     """Trains an adapter for every task, to the end or to the time budget.
@@ -365,6 +374,8 @@ def train_task_loras(
         max_minutes: Wall time after which the state is saved and the run stops.
         device: `cuda` or `cpu`; the GPU if there is one.
         benchmarks: Loads the benchmarks' tasks, for the source `benchmarks`.
+        bar: Draw a progress bar of the tasks on standard error in place of progress lines.
+        watch: Looks on; see `Watch`.
         log: Where progress lines go.
 
     Returns:
@@ -389,14 +400,15 @@ def train_task_loras(
     logger = MetricLogger(
         run,
         to_plain(config),
-        steps=0,
+        steps=len(trainer.data),
         first_step=trainer.steps,
         report_to=config.train.report_to,
-        bar=False,
+        bar=bar,
         log=log,
+        unit="tasks",
     )
     with logger, StopRequest(max_minutes, started=started) as stop:
-        trainer.fit(logger, stop)
+        trainer.fit(logger, stop, watch)
     stop.raise_if_interrupted(log, f"is saved, {trainer.left} adapters are left")
     if not trainer.finished:
         raise TrainingError(f"No adapter was finished within {max_minutes} minutes; go on with --resume")
