@@ -33,7 +33,8 @@ from t2l.config import (
 )
 from t2l.encoder import Encoded, Encoder, OneHotEncoder, encoder_revision, load_encoder
 from t2l.errors import ConfigError, TrainingError
-from t2l.hypernet import HeadBasis, Hypernet
+from t2l.heads import HeadBasis
+from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary
 from t2l.spec import AdapterSpec
 from t2l.train.embeddings import EmbeddingCache

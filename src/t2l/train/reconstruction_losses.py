@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from t2l.config import NotNegative, check_ranges
 from t2l.errors import ConfigError, DataError
-from t2l.hypernet import HeadBasis, Hypernet
+from t2l.heads import HeadBasis
+from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 
