@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from t2l.checkpoint import load_checkpoint
 from t2l.cli import app
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig
+from t2l.errors import TrainingError
+from t2l.train import dry_run, sft
 from t2l.train import estimate as estimates
 from t2l.train.config import SftConfig
 from t2l.train.dry_run import dry_run_reconstruction, dry_run_sft, dry_run_task_loras
@@ -108,6 +110,28 @@ def test_task_loras_need_what_their_dry_run_says(task_loras_config: TaskLorasCon
     assert found.disk["library"] == pytest.approx(bytes_of(task_loras_run / "library"), abs=1000)
     row = json.loads((task_loras_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert found.peak == pytest.approx(1e9 * row["memory_gb"], rel=0.15)
+
+
+def test_compressing_has_a_dry_run_too(task_loras_run: Path, sentence_folder: Path, tmp_path: Path) -> None:
+    library, out = task_loras_run / "library", tmp_path / "out"
+    settings = [f"encoder.model={sentence_folder}", "encoder.max_tokens=60", "hypernet.width=24", "train.max_steps=20"]
+    options = [x for setting in settings for x in ("--set", setting)]
+    done = CliRunner().invoke(app, ["compress", str(library), "-o", str(out), "--dry-run", "--device", "cpu", *options])
+    assert done.exit_code == 0, done.output
+    assert "for 20 steps" in done.stdout and list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_the_gpu_cannot_hold_is_said_with_its_size(
+    sft_config: SftConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(sft, "setup", full)
+    monkeypatch.setattr(dry_run, "device_name", lambda device: "Pretended GPU")
+    monkeypatch.setattr(dry_run, "memory_available", lambda device: 10**5)
+    with pytest.raises(TrainingError, match=r"has 40,160 parameters, 161 kB .*; Pretended GPU has 100 kB\. Take"):
+        dry_run_sft(sft_config, device="cpu", log=quiet)
 
 
 def test_reconstruction_needs_what_its_dry_run_says(

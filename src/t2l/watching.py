@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from t2l.apply import not_compiled
+from t2l.errors import TrainingError
 from t2l.eval.decode import greedy
 from t2l.prompt import render, token_ids
 from t2l.train.batches import Batches
 from t2l.train.dry_run import preview_reconstruction, preview_sft, preview_task_loras
+from t2l.train.estimate import Estimate
 
 if TYPE_CHECKING:
     from t2l.train import reconstruction, task_loras
@@ -32,7 +34,7 @@ def watch_sft(session: "Session", trainer: "Trainer", step: int, log: Callable[[
             log(line)
         return
     log(MEASURING)
-    log(preview_sft(session, trainer).line())
+    _tell(preview_sft(session, trainer), log)
     if not session.config.unconditional:
         log(
             "right answers: of questions that are not trained on; another's: the same questions with another task's "
@@ -43,13 +45,24 @@ def watch_sft(session: "Session", trainer: "Trainer", step: int, log: Callable[[
 def watch_reconstruction(trainer: "reconstruction.Trainer", log: Callable[[str], None]) -> None:
     """Shows what a run of reconstruction will need."""
     log(MEASURING)
-    log(preview_reconstruction(trainer).line())
+    _tell(preview_reconstruction(trainer), log)
 
 
 def watch_task_loras(trainer: "task_loras.Trainer", log: Callable[[str], None]) -> None:
     """Shows what a run of task LoRAs will need; a `t2l.train.task_loras.Watch`."""
     log(MEASURING)
-    log(preview_task_loras(trainer).line())
+    _tell(preview_task_loras(trainer), log)
+
+
+def _tell(found: Estimate, log: Callable[[str], None]) -> None:
+    """Says what a run will need.
+
+    Raises:
+        TrainingError: if it is more than the GPU has, which is certain; a process may still swap.
+    """
+    log(found.line())
+    if not found.fits and found.on_gpu:
+        raise TrainingError(f"The run does not fit into the GPU's memory: {found.advice}. Begin it in another folder")
 
 
 def samples(session: "Session", trainer: "Trainer", number: int) -> list[str]:

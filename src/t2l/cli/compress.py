@@ -8,7 +8,14 @@ import typer.core
 
 from t2l.cli.common import Device, DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
 from t2l.cli.library import LibraryArgument, library_app
-from t2l.cli.train import MinutesOption, SetOption, benchmark_tasks
+from t2l.cli.train import (
+    DryRunOption,
+    MinutesOption,
+    SetOption,
+    benchmark_tasks,
+    print_estimate,
+    shown_to_people,
+)
 from t2l.errors import OutputError
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ def compress_library(
     score: ScoreOption = None,
     limit: LimitOption = None,
     reads: ReadsOption = "trained,held-out",
+    dry_run: DryRunOption = False,
     max_minutes: MinutesOption = None,
     device: DeviceOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
@@ -57,13 +65,14 @@ def compress_library(
     Called again after it was stopped, it goes on where it was.
     """
     kinds = _kinds(reads)
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists already; choose another folder or pass --overwrite")
-    try_writing(out.absolute())
+    if not dry_run:
+        _require_place(out, overwrite)
     from t2l.compress.plan import plan_network
     from t2l.compress.run import compress, run_folder
     from t2l.config import load_yaml
     from t2l.library import AdapterLibrary
+    from t2l.train.dry_run import dry_run_reconstruction
+    from t2l.watching import watch_reconstruction
 
     opened = AdapterLibrary.open(library)
     chosen = _device(device)
@@ -74,6 +83,9 @@ def compress_library(
         torch_compile=chosen == "cuda",
         where=str(config or "settings"),
     )
+    if dry_run:
+        print_estimate(dry_run_reconstruction(planned, device=chosen, log=say), out, as_json)
+        return
     tasks = scoring_tasks(opened, score or [])
     report = compress(
         opened,
@@ -87,6 +99,7 @@ def compress_library(
         device=chosen,
         overwrite=overwrite,
         log=say,
+        **shown_to_people(watch_reconstruction),
     )
     if as_json:
         print_json({"complete": False, "run": str(run_folder(out))} if report is None else report)
@@ -148,6 +161,12 @@ def scoring_tasks(library: "AdapterLibrary", sources: list[str]) -> "list[Task]"
             found = load_own(source)
         tasks |= {task.name: task for task in found}
     return list(tasks.values())
+
+
+def _require_place(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists already; choose another folder or pass --overwrite")
+    try_writing(out.absolute())
 
 
 def _kinds(words: str) -> "list[Kind]":

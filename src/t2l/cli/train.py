@@ -61,7 +61,8 @@ class Trainer(NamedTuple):
     """What `train` and `dry_run` take that the others do not."""
 
 
-def _shown(watch: Callable[..., None]) -> dict[str, Any]:
+def shown_to_people(watch: Callable[..., None]) -> dict[str, Any]:
+    """What a training takes to show people what it does: a bar where standard error is a terminal, and who looks on."""
     return {"bar": sys.stderr.isatty(), "watch": watch}
 
 
@@ -71,7 +72,7 @@ def _sft() -> Trainer:
     from t2l.train.sft import SftConfig, train
     from t2l.watching import watch_sft
 
-    return Trainer(SftConfig, train, dry_run_sft, _shown(watch_sft), {})
+    return Trainer(SftConfig, train, dry_run_sft, shown_to_people(watch_sft), {})
 
 
 def _task_loras() -> Trainer:
@@ -81,7 +82,7 @@ def _task_loras() -> Trainer:
     from t2l.watching import watch_task_loras
 
     own = {"benchmarks": benchmark_tasks}
-    return Trainer(TaskLorasConfig, train_task_loras, dry_run_task_loras, _shown(watch_task_loras), own)
+    return Trainer(TaskLorasConfig, train_task_loras, dry_run_task_loras, shown_to_people(watch_task_loras), own)
 
 
 def _reconstruction() -> Trainer:
@@ -90,10 +91,12 @@ def _reconstruction() -> Trainer:
     from t2l.train.reconstruction import ReconstructionConfig, train_reconstruction
     from t2l.watching import watch_reconstruction
 
-    return Trainer(ReconstructionConfig, train_reconstruction, dry_run_reconstruction, _shown(watch_reconstruction), {})
+    return Trainer(
+        ReconstructionConfig, train_reconstruction, dry_run_reconstruction, shown_to_people(watch_reconstruction), {}
+    )
 
 
-def _print_estimate(found: "Estimate", run_folder: Path | None, as_json: bool) -> None:
+def print_estimate(found: "Estimate", run_folder: Path | None, as_json: bool) -> None:
     """Prints an estimate, and what the disk has left for the run."""
     from t2l.train.estimate import size
 
@@ -148,7 +151,7 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
         if dry_run and not is_main():
             return
         if run_folder is None or dry_run:
-            _print_estimate(trainer.dry_run(settings, device=where, log=say, **trainer.own), run_folder, as_json)
+            print_estimate(trainer.dry_run(settings, device=where, log=say, **trainer.own), run_folder, as_json)
             return
         from t2l.io import only_writer
 

@@ -32,6 +32,7 @@ def compress(
     device: str = "cpu",
     overwrite: bool = False,
     log: Callable[[str], None] = print,
+    **shown: Any,
 ) -> dict[str, Any] | None:
     """Trains the planned network, evaluates it, and leaves its checkpoint with the report.
 
@@ -49,6 +50,7 @@ def compress(
         device: Where it all happens.
         overwrite: Whether an existing `out` is replaced.
         log: Where progress lines go.
+        shown: As `train_reconstruction` takes them: `bar` and `watch`.
 
     Returns:
         The report as plain data, or None if time ran out before the network was trained.
@@ -64,7 +66,7 @@ def compress(
     if warning := size_warning(config, library):
         log(warning)
     run = run_folder(out)
-    if not _train(config, run, max_minutes=max_minutes, device=device, log=log):
+    if not _train(config, run, max_minutes=max_minutes, device=device, log=log, **shown):
         return None
     folders = [(out.name, run / "checkpoint")]
     networks, scores = evaluate_networks(folders, library, scorer, kinds=kinds, device=device, log=log)
@@ -81,7 +83,13 @@ def run_folder(out: Path) -> Path:
 
 
 def _train(
-    config: ReconstructionConfig, run: Path, *, max_minutes: float | None, device: str, log: Callable[[str], None]
+    config: ReconstructionConfig,
+    run: Path,
+    *,
+    max_minutes: float | None,
+    device: str,
+    log: Callable[[str], None],
+    **shown: Any,
 ) -> bool:
     """Trains the network to its end; returns whether it is trained, which it is not if time runs out."""
 
@@ -95,7 +103,7 @@ def _train(
     if reached() < wanted or not (run / "checkpoint").exists():
         resume = (run / "config.json").exists()
         try:
-            train_reconstruction(config, run, resume=resume, max_minutes=max_minutes, device=device, log=log)
+            train_reconstruction(config, run, resume=resume, max_minutes=max_minutes, device=device, log=log, **shown)
         except KeyboardInterrupt:
             stopped("Interrupted")
             raise

@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from t2l import hub
 from t2l.encoder import Encoder
+from t2l.errors import TrainingError
 from t2l.train import reconstruction, sft, task_loras
 from t2l.train.batches import Batch
 from t2l.train.defaults import follow
 from t2l.train.embeddings import EmbeddingCache
-from t2l.train.estimate import Estimate, Work, estimate, tensor_bytes
+from t2l.train.estimate import Estimate, Work, device_name, estimate, memory_available, size, tensor_bytes
 from t2l.train.packing import PackedRows
 from t2l.train.processes import Processes
 from t2l.train.resume import Progress, restore_weights, weights, whole_state
@@ -49,7 +51,8 @@ def dry_run_sft(config: sft.SftConfig, *, device: str | None = None, log: Log = 
         ConfigError, DataError: as the run itself would before its first step.
     """
     started = time.monotonic()
-    session = sft.setup(follow(config, log), Processes(_device(device)), 0, log)
+    with _in_memory(config.base):
+        session = sft.setup(follow(config, log), Processes(_device(device)), 0, log)
     with sft.stepping(session) as trainer:
         return estimate(sft_work(session, trainer, time.monotonic() - started), budget=BUDGET)
 
@@ -223,7 +226,8 @@ def dry_run_task_loras(
         ConfigError, DataError: as the run itself would before its first step.
     """
     started = time.monotonic()
-    trainer = task_loras.setup(config, Path(), _device(device), log, benchmarks)
+    with _in_memory(config.base):
+        trainer = task_loras.setup(config, Path(), _device(device), log, benchmarks)
     with trainer.stepping():
         trainer.fill()
         return estimate(task_loras_work(trainer, time.monotonic() - started), budget=BUDGET)
@@ -313,6 +317,28 @@ def unchanged(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[N
     restore_weights(module, kept, Path("the trial"))
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
+
+
+@contextmanager
+def _in_memory(base: str) -> Iterator[None]:
+    """Says of a base that a device cannot hold how large it is.
+
+    Raises:
+        TrainingError: in place of torch's own error.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            number = _parameters(AutoModelForCausalLM.from_config(hub.load_config(base)))
+        gpu = torch.device("cuda")
+        raise TrainingError(
+            f"{base} has {number:,} parameters, {size(4 * number)} as it is loaded (float32) and {size(2 * number)} in "
+            f"bfloat16; {device_name(gpu)} has {size(memory_available(gpu))}. Take a smaller base or a larger device, "
+            "or shard the base over several (train.fsdp)"
+        ) from error
 
 
 def _parameters(*modules: nn.Module | None) -> int:

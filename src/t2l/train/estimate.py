@@ -103,6 +103,7 @@ class Estimate:
     advice: str = ""
     """Which setting to change, and to what, where memory will not do; else how far it would go."""
     fits: bool = True
+    on_gpu: bool = False
 
     @property
     def peak(self) -> int:
@@ -196,6 +197,7 @@ def estimate(work: Work, *, budget: float, fresh: bool = True) -> Estimate:
         measured=large,
         advice=_advice(work, fits, peak, per_row, available),
         fits=fits,
+        on_gpu=work.device.type == "cuda",
     )
 
 
