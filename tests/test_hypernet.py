@@ -202,6 +202,23 @@ def test_loaded_offset_is_what_comes_out(kind: str, variant: str, spec: AdapterS
         assert single.scaling == trained.scaling
 
 
+@pytest.mark.parametrize("output_std", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_gradients_nothing_is_another_number(
+    variant: str, autocast: bool, output_std: bool, spec: AdapterSpec
+) -> None:
+    """What is then added in place keeps the shared LoRA's digits and its memory."""
+    hypernet = make_hypernet(spec, variant=variant, output_std=output_std)
+    before = [x.clone() for x in hypernet.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        trained = hypernet(encode("sentence")[0])
+        with torch.no_grad():
+            found = hypernet(encode("sentence")[0])
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(tensors(found), tensors(trained), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(hypernet.parameters(), before, strict=True))
+
+
 def test_offset_of_another_shape_or_scaling_is_refused(spec: AdapterSpec) -> None:
     hypernet = make_hypernet(spec, randomise=False)
     before = [x.clone() for x in (*hypernet.shared_lora.a, *hypernet.shared_lora.b)]

@@ -199,7 +199,8 @@ class OutputStd(nn.Module):
 
 def _added(shared: Sequence[Tensor], change: Sequence[Tensor], std: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
     """shared + std · change, for each target."""
-    if not torch.is_grad_enabled():
+    # Under autocast the change has fewer digits than the shared LoRA, which must not be lost.
+    if not torch.is_grad_enabled() and all(c.dtype == s.dtype for s, c in zip(shared, change, strict=True)):
         # In place: nobody else reads the change, and fresh memory of its size costs as much as writing it did.
         scaled = change if std is None else [c.mul_(d) for c, d in zip(change, std, strict=True)]
         return tuple(c.add_(s) for s, c in zip(shared, scaled, strict=True))

@@ -293,6 +293,7 @@ def generate_library(
         CheckpointError: as `TextToLora.from_pretrained` and `Generator.run`.
     """
     require_pyarrow("An adapter library's index")
+    folder = folder.absolute()  # as workers elsewhere see it
     writer = TextToLora.from_pretrained(settings.checkpoint, device="cpu" if workers else settings.device)
     origin = Origin(
         checkpoint_sha256=writer.config.weights_sha256,
