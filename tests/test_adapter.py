@@ -62,12 +62,6 @@ def test_what_is_saved_is_read(description: str, base_folder: Path, tmp_path: Pa
     assert again.state_dict().keys() == load_file(folder / "adapter_model.safetensors").keys()
 
 
-@pytest.mark.parametrize("base", ["/models/a: b", "#x", "'", "org/name"])
-def test_the_card_is_yaml_whatever_the_base_is_called(base: str) -> None:
-    header = make_adapter(base).card().split("---\n")[1]
-    assert yaml.safe_load(header)["base_model"] == base
-
-
 def test_only_settings_that_old_versions_of_peft_read_are_written(tmp_path: Path) -> None:
     folder = make_adapter().save_pretrained(tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text()).keys() <= {

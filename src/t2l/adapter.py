@@ -11,6 +11,7 @@ import torch
 
 from t2l import hub, peft_io
 from t2l.apply import add_into, target_modules
+from t2l.cards import card_header
 from t2l.errors import AdapterNotAppliedError, SpecMismatchError
 from t2l.lora import LoraTensors
 from t2l.peft_folder import open_adapter
@@ -97,25 +98,28 @@ class LoraAdapter(HubFolder):
         )
         return folder
 
-    def _write_for_hub(self, folder: Path, **options: Any) -> None:
-        super()._write_for_hub(folder, **options)
-        (folder / peft_io.CARD).write_text(self.card(for_hub=True), encoding="utf-8", newline="")
-
-    def card(self, *, for_hub: bool = False) -> str:
+    def card(self, *, library: str = "peft") -> str:
         """The adapter's model card.
 
         Args:
-            for_hub: Whether the base is left out of the metadata if it is no Hub id, as the Hub demands.
+            library: What reads it; `transformers` for a model that the adapter was merged into.
         """
         base = public_name(self.spec.base_model)
-        named = None if for_hub and not hub.is_hub_id(base) else base
         weights = "" if base == self.spec.base_model else _OTHER_WEIGHTS.format(self.spec.base_model)
         quoted = "\n".join(f"> {line}" for line in self.description.split("\n"))
         facts = "\n".join(f"| {key} | {value} |" for key, value in self.provenance.items())
         targets = ", ".join(t.name for t in self.spec.targets)
         seen = "Tuned on a few examples" if "tuned on" in self.provenance else "Written without seeing an example"
+        header = card_header(
+            base,
+            "lora",
+            "text-to-lora",
+            library=library,
+            license=self.provenance.get("license"),
+            example=self.description,
+        )
         return (
-            f"{peft_io.card_header(named, 'lora', 'text-to-lora')}"
+            f"{header}"
             f"# LoRA adapter written from a description\n\n{quoted}\n\n"
             f"For {base}: rank {self.spec.rank}, alpha {self.spec.alpha:g}, targets {targets}, "
             f"{self.spec.num_parameters:,} parameters. {seen} of the task; judge it before relying on it.{weights}\n\n"

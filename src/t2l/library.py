@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from t2l import peft_io
+from t2l.cards import card_header
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
 from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
@@ -133,7 +134,7 @@ class AdapterLibrary:
             if isinstance(value, str | int | float) and "\n" not in str(value)
         )
         return (
-            f"{peft_io.card_header(public_name(self.spec.base_model), 'lora')}"
+            f"{card_header(self.spec.base_model, 'lora')}"
             f"# {name}\n\nOne adapter of a library of {len(self.names)} for {public_name(self.spec.base_model)}: rank "
             f"{self.spec.rank}, alpha {self.spec.alpha:g}, targets {', '.join(t.name for t in self.spec.targets)}.\n\n"
             f"| | |\n| --- | --- |\n| library sha256 | {self.checksum} |\n{facts}"

@@ -122,14 +122,6 @@ def _module_names(spec: AdapterSpec) -> list[str]:
     return [t.path.format(layer=layer) for t in spec.targets for layer in spec.layers]
 
 
-def card_header(base_model: str | None, *tags: str) -> str:
-    """The metadata that opens a model card, as the Hub reads it."""
-    from huggingface_hub import ModelCardData
-
-    metadata = ModelCardData(base_model=base_model, library_name="peft", tags=list(tags))
-    return f"---\n{metadata.to_yaml()}\n---\n\n"
-
-
 _IRRELEVANT = frozenset(
     # One text and not a list, since the formatter would give each name a line.
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from t2l import hub
+from t2l.cards import EXAMPLE, card_header
 from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig, load_yaml
 from t2l.encoder import encoder_revision, load_encoder
@@ -426,8 +427,9 @@ def _bias_parts(bias: Tensor, published: Published, spec: AdapterSpec, m: int) -
 
 def _card(spec: AdapterSpec) -> str:
     facts = json.dumps([t.name for t in spec.targets])
+    header = card_header(spec.base_model, "lora", "text-to-lora", library="text-to-lora", example=EXAMPLE)
     return (
-        f"---\nbase_model: {spec.base_model}\ntags:\n- text-to-lora\n---\n\n# Imported Text-to-LoRA checkpoint\n\n"
+        f"{header}# Imported Text-to-LoRA checkpoint\n\n"
         f"From SakanaAI/text-to-lora, for {spec.base_model}: rank {spec.rank}, targets {facts} in the order of the "
         "published file. See there for its licence.\n"
     )

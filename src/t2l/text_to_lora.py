@@ -16,6 +16,7 @@ import torch
 
 from t2l import hub
 from t2l.adapter import LoraAdapter
+from t2l.cards import card_license
 from t2l.checkpoint import FILES, Checkpoint, load_checkpoint, save_checkpoint
 from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
@@ -209,6 +210,7 @@ class TextToLora(HubFolder):
             "training seed": str(self.config.training.get("seed", "unknown")),
             **versions(),
             **({} if strength == 1 else {"strength": f"{strength:g}"}),
+            **({} if (licence := card_license(self._card)) is None else {"license": licence}),
         }
 
 

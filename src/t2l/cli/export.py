@@ -145,7 +145,7 @@ def merge(
     from t2l.merge import merge_into_folder
 
     adapter = find_adapter(source, checkpoint, base)
-    card = adapter.card().replace("library_name: peft", "library_name: transformers")
+    card = adapter.card(library="transformers")
     changed = merge_into_folder(adapter, output, base_model=base, card=card, overwrite=overwrite)
     if as_json:
         print_json({"path": str(output), "base_model": adapter.spec.base_model, "changed_matrices": changed})

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l import hub
+from t2l.cards import EXAMPLE, card_header
 from t2l.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from t2l.config import to_plain
 from t2l.encoder import encoder_revision
@@ -14,6 +15,9 @@ from t2l.io import new_folder, sha256
 from t2l.spec import AdapterSpec
 from t2l.train.config import SftConfig
 from t2l.train.resume import differences
+
+DATASETS = {"sni": "hf:Muennighoff/natural-instructions", "t0": "hf:bigscience/P3"}
+"""Where the Hub has the tasks of `T2L_DATA`, for cards."""
 
 
 def require_origin(config: SftConfig, spec: AdapterSpec) -> None:
@@ -110,6 +114,16 @@ def save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, An
 
 def card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
     """The model card of a trained checkpoint."""
+    data = provenance["settings"]["data"]
+    sources = [DATASETS.get(name, name) for name in (data["tasks"], *data["extra_tasks"])]
+    header = card_header(
+        spec.base_model,
+        "lora",
+        "text-to-lora",
+        library="text-to-lora",
+        datasets=[name.removeprefix("hf:") for name in sources if name.startswith("hf:")],
+        example=EXAMPLE,
+    )
     targets = ", ".join(t.name for t in spec.targets)
     plain = provenance["settings"]
     reads = {"description": "a task description", "input": "an input", "task": "the name of a trained task"}
@@ -117,7 +131,7 @@ def card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
     if plain["hypernet"]["variant"] == "none":
         does = "One LoRA adapter, the same whatever the description"
     return (
-        f"# Text-to-LoRA hypernetwork for {spec.base_model}\n\n"
+        f"{header}# Text-to-LoRA hypernetwork for {spec.base_model}\n\n"
         f"{does}: rank {spec.rank}, alpha {spec.alpha:g}, targets {targets}.\n\n"
         f"Trained for {provenance['steps']} of {provenance['planned_steps']} steps on "
         f"{provenance['data']['tasks']} tasks, seed {provenance['seed']}. All settings stand in `config.json`.\n"

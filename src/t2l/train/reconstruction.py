@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from t2l.cards import EXAMPLE, card_header
 from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import (
     Count,
@@ -430,6 +431,7 @@ def save(trainer: Trainer, folder: Path, step: int, log: Callable[[str], None]) 
         prompt=config.prompt,
     )
     card = (
+        f"{card_header(spec.base_model, 'lora', 'text-to-lora', library='text-to-lora', example=EXAMPLE)}"
         f"# Text-to-LoRA hypernetwork for {spec.base_model}\n\n"
         f"Writes the {len(trainer.targets.names)} LoRA adapters of a library (sha256 {library.checksum}) from their "
         f"descriptions: rank {spec.rank}, alpha {spec.alpha:g}, targets {', '.join(t.name for t in spec.targets)}. "
