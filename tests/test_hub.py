@@ -65,6 +65,7 @@ def toy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> pypi.Pa
         kind="folder",
         licence="MIT",
         description="a toy",
+        hub_id="toys/toy-model",
     )
     monkeypatch.setitem(pypi.KNOWN_PACKAGES, "toy-model", package)
     no_network(monkeypatch)

@@ -177,6 +177,29 @@ def apply_adapters(
         yield model
 
 
+@torch.no_grad()
+def largest_change(model: Any, adapter: HasLora, tokens: Mapping[str, Tensor]) -> float:
+    """How much an adapter moves a logit of a model.
+
+    Args:
+        model: The base model.
+        adapter: The adapter.
+        tokens: What the model is given, such as `input_ids`.
+
+    Raises:
+        AdapterNotAppliedError: if it moves none.
+    """
+    plain = model(**tokens).logits
+    with apply_adapters(model, adapter):
+        change = float((model(**tokens).logits - plain).abs().max())
+    if not change > 0:  # also a NaN
+        raise AdapterNotAppliedError(
+            f"The adapter changes the base model's answers in nothing (largest change of a logit: {change}); "
+            "is the checkpoint trained, and the adapter not all zeros?"
+        )
+    return change
+
+
 @contextmanager
 def compiled(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
     """Runs the decoder layers that bear adapters compiled for the length of a `with` block: one graph for all of them.

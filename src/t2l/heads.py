@@ -20,20 +20,20 @@ Changes = tuple[list[Tensor], list[Tensor]]
 """Changes of A (N, L, R, I) and of B (N, L, O, R), one of each for each target; none of A where it is not written."""
 
 
+def feed_forward(width: int, dropout: float) -> list[nn.Module]:
+    """The layers of the paper's MLP, with its SiLU after both matrices."""
+    wide = 4 * width
+    layers = [nn.Linear(width, wide), nn.SiLU(), nn.Dropout(dropout), nn.Linear(wide, width), nn.SiLU()]
+    return [*layers, nn.Dropout(dropout)]
+
+
 class Residual(nn.Module):
-    """x + MLP(LayerNorm(x)) with the paper's SiLU after both layers."""
+    """x + MLP(LayerNorm(x))."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            nn.Linear(4 * width, width),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-        )
+        self.mlp = nn.Sequential(*feed_forward(width, dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, H) to (…, H)."""

@@ -384,6 +384,15 @@ def load_meta_model(ref: str, **fetch: Unpack[FetchOptions]) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).requires_grad_(False).eval()
 
 
+def best_device(asked: str | None = None) -> str:
+    """The device that is asked for; with none, or with `auto`, the GPU if there is one."""
+    if asked not in (None, "auto"):
+        return str(asked)
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keeps transformers' progress bars off for the length of a `with` block: we say ourselves what takes time."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from t2l.config import HypernetConfig
 from t2l.errors import ConfigError, SpecMismatchError
-from t2l.heads import HEADS, HeadBasis, HeadL, HeadM, HeadS, Residual, Sizes
+from t2l.heads import HEADS, HeadBasis, HeadL, HeadM, HeadS, Residual, Sizes, feed_forward
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 
@@ -218,15 +218,7 @@ class SentenceTrunk(nn.Module):
         self.embedding = nn.Sequential(nn.Linear(embedding_size, width // 2), nn.LayerNorm(width // 2))
         self.depth = nn.Sequential(nn.Embedding(num_layers, width // 4), nn.LayerNorm(width // 4))
         self.target = nn.Sequential(nn.Embedding(num_targets, width // 4), nn.LayerNorm(width // 4))
-        self.mixer = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(width, 4 * width),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            nn.Linear(4 * width, width),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-        )
+        self.mixer = nn.Sequential(nn.Dropout(dropout), *feed_forward(width, dropout))
         self.block = Residual(width, dropout)
         self.register_buffer("layer_index", torch.arange(num_layers), persistent=False)
         self.register_buffer("target_index", torch.arange(num_targets), persistent=False)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from t2l import hub
-from t2l.apply import apply_adapters
+from t2l.apply import apply_adapters, largest_change
 from t2l.checkpoint import read_config
 from t2l.encoder import check_description
-from t2l.errors import AdapterNotAppliedError, DataError
+from t2l.errors import DataError
 from t2l.prompt import pad_on_the_left, render, token_ids
 from t2l.text_to_lora import LoraAdapter, TextToLora, checkpoint_folder
 
@@ -82,18 +82,7 @@ class Session:
         Raises:
             AdapterNotAppliedError: if it moves none.
         """
-        tokens = self._tokens([prompt])
-        with torch.no_grad():
-            plain = self.model(**tokens).logits
-            with self.adapted():
-                changed = self.model(**tokens).logits
-        change = float((changed - plain).abs().max())
-        if not change > 0:  # also a NaN
-            raise AdapterNotAppliedError(
-                f"The adapter changes the base model's answers in nothing (largest change of a logit: {change}); "
-                "is the checkpoint trained, and the adapter not all zeros?"
-            )
-        return change
+        return largest_change(self.model, self.adapter, self._tokens([prompt]))
 
     def answer(self, prompts: list[str], max_new_tokens: int) -> list[str]:
         """Whole answers, by greedy decoding."""

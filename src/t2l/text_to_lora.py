@@ -89,7 +89,7 @@ class TextToLora(HubFolder):
         """
         reference = str(reference)
         fetch = hub.FetchOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else str(device)
+        place = hub.best_device(str(device))
         checkpoint = load_checkpoint(checkpoint_folder(reference, revision=revision, **fetch), device=place)
         if dtype != "auto":
             checkpoint.hypernet.to(dtype)

@@ -180,9 +180,9 @@ def _kinds(words: str) -> "list[Kind]":
 
 def _device(device: Device | None) -> str:
     """The device to use: the one asked for, or the GPU if there is one."""
-    import torch
+    from t2l import hub
 
-    return checked_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+    return hub.best_device(checked_device(device))
 
 
 def _base(reference: str, device: str) -> tuple[Any, Any]:

@@ -39,8 +39,7 @@ def serve(
         raise ConfigError("The server needs packages that are not installed: run `pip install 'text-to-lora[serve]'`")
     found = checked_device(device)
 
-    import torch
-
+    from t2l import hub
     from t2l.pypi import cache_dir
     from t2l.serve.launch import Settings, run
     from t2l.serve.limits import Limits
@@ -52,7 +51,7 @@ def serve(
         port=port,
         token=os.environ.get("T2L_TOKEN") or None,
         allow_hosts=tuple(name.lower() for name in allow_host or ()),
-        device=found or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=hub.best_device(found),
         dtype="bfloat16" if bfloat16 else "float32",
         memory=memory * 2**20,
         limits=Limits(rows=rows),

@@ -100,9 +100,7 @@ def _prompt(checkpoint: str, description_in_prompt: bool | None) -> Any:
 
 def _base(reference: str, device: str | None) -> tuple[Any, Any]:
     """The base model and its tokenizer."""
-    import torch
-
     from t2l import hub
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = hub.best_device(device)
     return hub.load_causal_lm(reference, device=device), hub.load_tokenizer(reference)

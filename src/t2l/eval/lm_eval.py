@@ -66,7 +66,7 @@ class T2LLM(HFLM):
         enable_thinking: bool | None = None,
     ) -> None:
         _check(description, adapter, description_in_prompt, dtype)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = hub.best_device(device)
         dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         reference = base or _base_of(checkpoint, adapter)
         model = hub.load_causal_lm(reference, device=device, dtype=DTYPES[dtype])

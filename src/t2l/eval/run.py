@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from t2l import hub
 from t2l.errors import ConfigError, DataError, EvaluationError
 from t2l.eval import answers, backends, requests, suites
@@ -143,7 +141,7 @@ def opened(settings: Settings, *, log: Log) -> Iterator[Ready]:
 
 def _load(settings: Settings) -> tuple[BaseModels, Sources]:
     """The base model, and what adapters come from."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = hub.best_device(settings.device)
     libraries = tuple(AdapterLibrary.open(Path(folder)) for folder in settings.libraries)
     multitask = settings.multitask or shipped_multitask(settings.checkpoint)
     references = settings.checkpoint, multitask, settings.hyperdecoders
