@@ -188,7 +188,7 @@ class TooLong(BaseException):
 
 
 @contextmanager
-def bounded(seconds: float = 5, memory: int = 3 << 30) -> Iterator[None]:
+def bounded(seconds: float = 10, memory: int = 3 << 30) -> Iterator[None]:
     """A block that must end in time, with only so much more memory than it begins with."""
 
     def late(*_: object) -> None:

@@ -518,8 +518,8 @@ def test_inspect_refuses_nan_and_other_folders(adapter: Path, small_base: Path, 
     next(iter(state.values()))[0, 0] = torch.nan
     save_file(state, damaged / "adapter_model.safetensors")
     failed(t2l("inspect", damaged), "NaN")
-    failed(t2l("inspect", small_base), "neither a checkpoint")
-    failed(t2l("inspect", tmp_path / "absent"), "not a folder")
+    failed(t2l("inspect", small_base), "is no checkpoint")
+    failed(t2l("inspect", tmp_path / "absent"), "there is no folder")
 
 
 # ----------------------------------------------------------------------------------------------------- doctor

@@ -51,6 +51,23 @@ class LoraAdapter(HubFolder):
         targets = ", ".join(t.name for t in spec.targets)
         return f"LoraAdapter({start!r}, {spec.base_model}, {targets}, {len(spec.layers)} layers, rank {spec.rank})"
 
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the whole weight update."""
+        return float(torch.stack([x.float().square().sum() for x in self.lora.norms()]).sum().sqrt())
+
+    def require_effect(self) -> None:
+        """Checks that the adapter does anything.
+
+        Raises:
+            AdapterNotAppliedError: if its weight update is zero or no number, as an untrained hypernetwork writes it.
+        """
+        if not self.norm > 0:
+            raise AdapterNotAppliedError(
+                f"The adapter changes nothing (norm of its update: {self.norm:g}): the hypernetwork that wrote it is "
+                "not trained. `t2l doctor --checkpoint REF` measures what a checkpoint does"
+            )
+
     # ------------------------------------------------------------------------------------------- files and the Hub
 
     @classmethod

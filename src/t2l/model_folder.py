@@ -2,28 +2,45 @@
 
 import hashlib
 import os
+import re
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from t2l.errors import CheckpointError
 from t2l.io import read_json
 
 TEXT_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
+MOST_LAYERS = 1 << 16
+_COUNT = re.compile(r"(num|n)_\w*(layer|head)s?")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_config(folder: Path, ref: str) -> None:
-    """Checks that a folder holds a model's configuration.
+    """Checks that a folder holds a model's configuration, of sizes that a model can have, and nothing but files.
+
+    Transformers would wait for a pipe for ever, and make as many layers as it is told to.
 
     Raises:
         CheckpointError: if it does not, naming the reference.
     """
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{ref}: {path} is no regular file")
     if (folder / "config.json").is_file():
+        _check_sizes(read_json(folder / "config.json"), ref)
         return
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{ref} is a LoRA adapter, not a model: it holds adapter_config.json and no config.json")
     raise CheckpointError(f"{ref} holds no config.json ({folder}); give the folder or id of a whole model")
+
+
+def _check_sizes(config: dict[str, Any], ref: str) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value, ref)
+        elif _COUNT.fullmatch(key) and isinstance(value, int) and not 0 <= value <= MOST_LAYERS:
+            raise CheckpointError(f"{ref}: {key} in its config.json is {value}; at most {MOST_LAYERS:,} can be meant")
 
 
 def check_weights(folder: Path, ref: str) -> None:

@@ -25,6 +25,8 @@ class Session:
         checkpoint: Checkpoint that says how prompts are rendered, and that writes the adapter if none is given.
         description: What the task is; an adapter's own, if absent.
         adapter: PEFT folder of an adapter. The base model is then the one that the adapter is for.
+        base: Reference of the base model, if it is not to be had by the adapter's or checkpoint's name for it.
+        device: Where it all happens; the GPU, if there is one.
         description_in_prompt: Whether prompts show the description too; as the checkpoint says, if absent.
 
     Raises:
@@ -38,25 +40,30 @@ class Session:
         *,
         description: str | None = None,
         adapter: Path | None = None,
+        base: str | None = None,
+        device: str | None = None,
         description_in_prompt: bool | None = None,
     ) -> None:
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         spec, config = read_config(checkpoint_folder(checkpoint))
         self.prompt = config.prompt.with_description(description_in_prompt)
         if adapter is None:
             self.description = check_description(description)
-            self.base_model = spec.base_model
+            self.base_model = base or spec.base_model
             self._load_base()
-            base = (self.model, self.tokenizer)
-            generator = TextToLora.from_pretrained(checkpoint, base=base, device=self.model.device)
+            loaded = (self.model, self.tokenizer)
+            generator = TextToLora.from_pretrained(
+                checkpoint, base=loaded, base_reference=self.base_model, device=self.device
+            )
             (self.adapter,) = generator.generate([self.description])
         else:  # read before the base model is, so that one that does not fit fails at once
-            self.adapter = LoraAdapter.from_pretrained(adapter)
+            self.adapter = LoraAdapter.from_pretrained(adapter, base_model=base)
             self.description = check_description(description or self.adapter.description)
             self.base_model = self.adapter.spec.base_model
             self._load_base()
 
     def _load_base(self) -> None:
-        self.model: Any = hub.load_causal_lm(self.base_model)
+        self.model: Any = hub.load_causal_lm(self.base_model, device=self.device)
         self.tokenizer: Any = hub.load_tokenizer(self.base_model)
         pad_on_the_left(self.tokenizer)
 
@@ -100,7 +107,7 @@ class Session:
     def _tokens(self, prompts: list[str]) -> Any:
         return self.tokenizer(
             prompts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False
-        )
+        ).to(self.device)
 
     def _generate(self, tokens: Any, max_new_tokens: int, **options: Any) -> Any:
         from transformers import GenerationConfig

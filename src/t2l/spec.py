@@ -117,6 +117,17 @@ class AdapterSpec:
         }
         num_layers = int(config.get_text_config().num_hidden_layers)
         templates = _layer_templates(linears)
+        if not templates:
+            # The matrices of GPT-2's layers, for one, are modules of a class of their own, which keeps them transposed.
+            others = {
+                f"{name.rsplit('.', 1)[-1]} ({type(module).__name__})"
+                for name, module in model.named_modules()
+                if re.search(r"\.\d+\.", name) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+            }
+            raise SpecMismatchError(
+                f"{base_model} has no modules of the class torch.nn.Linear in its layers, the one that is adapted: "
+                f"its matrices are {', '.join(sorted(others)) or 'no modules'}. Choose another base"
+            )
         names = lora.target_modules or next((x for x in QUERY_AND_VALUE if {*x} <= templates.keys()), (ALL_LINEAR,))
         names = tuple(sorted(templates)) if names == (ALL_LINEAR,) else names
         layers = tuple(range(num_layers)) if lora.layers_to_transform is None else lora.layers_to_transform
@@ -226,8 +237,7 @@ def _target(
 ) -> Target:
     matches = [path for path in templates.values() if path.endswith("." + name)]
     if not matches:
-        # The matrices of GPT-2's layers, for one, are modules of another class, which keeps them transposed.
-        known = ", ".join(sorted(templates)) or "no modules of the class torch.nn.Linear, the only one that is adapted"
+        known = ", ".join(sorted(templates))
         raise SpecMismatchError(f"{base_model} has no linear module '{name}' in its layers; it has: {known}")
     if len(matches) > 1:
         raise SpecMismatchError(

@@ -3,6 +3,7 @@
 Knows files of tasks and the frozen split. Knows nothing of training, evaluation or models.
 """
 
+import difflib
 import os
 import random
 from collections import defaultdict
@@ -150,6 +151,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Any:
     try:
         present = pq.read_schema(path).names
         table = None if set(columns) - set(present) else pq.read_table(path, columns=list(columns))
+        if table is not None:
+            table.validate(full=True)  # texts that are no UTF-8
     except (OSError, pa.ArrowException) as error:  # a cut-off file, or one whose middle is damaged
         said = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is damaged or no Parquet file ({said}); `t2l data build` makes it anew") from error
@@ -356,7 +359,9 @@ def _collect(rows: Iterable[tuple[str, str, Any]], source: str) -> list[Task]:
         unknown = row.keys() - {"task", "description", "input", "output", "split"}
         missing = {"task", "description", "input", "output"} - row.keys()
         if unknown or missing:
-            raise DataError(f"{where}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+            near = {key: difflib.get_close_matches(key, sorted(missing), n=1) for key in sorted(unknown)}
+            hints = "".join(f"; is {key!r} meant to be '{found[0]}'?" for key, found in near.items() if found)
+            raise DataError(f"{where}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}{hints}")
         split = row.get("split", "train")
         if split not in SPLITS:
             raise DataError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")

@@ -12,14 +12,19 @@ import typer.core
 
 from t2l.cli.common import (
     DEFAULT,
+    BaseOption,
     CheckpointOption,
+    DeviceOption,
     InPromptOption,
     JsonOption,
     app,
+    checked_device,
     peak_memory,
     print_json,
     read_lines,
+    read_text,
     say,
+    text_or_stdin,
     try_writing,
 )
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError
@@ -46,29 +51,43 @@ class SavedType(StrEnum):
 @app.command()
 def generate(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
-    description: Annotated[list[str] | None, typer.Argument(metavar="DESCRIPTION", show_default=False)] = None,
+    description: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DESCRIPTION", show_default=False, help="What a task is, in up to 128 tokens; - is standard input."
+        ),
+    ] = None,
     from_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One description per line, blank lines skipped; - is standard input."),
+    ] = None,
+    description_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--description-file", metavar="FILE", help="All of FILE is one description; may be repeated; - is stdin."
+        ),
     ] = None,
     checkpoint: CheckpointOption = DEFAULT,
     strength: Annotated[
         float, typer.Option(min=0, max=2, help="Share of the description's change; 0 is the shared LoRA alone.")
     ] = 1.0,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
+    device: DeviceOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it holds adapters.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a LoRA adapter for each description, all in one forward pass.
 
-    One description: DIR is its PEFT folder. Several: DIR/000-..., DIR/001-..., all of them or none.
+    One description: DIR is its PEFT folder. Several: DIR/000-..., DIR/001-..., all of them or none. A description that
+    is longer than what the checkpoint reads (128 tokens, some 90 words, for the shipped one) is refused, never cut.
     """
-    if (description is None) == (from_file is None):
-        problem = "both descriptions and --from-file are given" if description else "no description is given"
-        raise typer.BadParameter(f"{problem}: give one or more DESCRIPTION, or --from-file FILE")
-    _require_writable(output, overwrite=overwrite)
-    texts = read_lines(from_file, "description") if from_file else description or []
-    single = from_file is None and len(texts) == 1
+    if sum(given is not None for given in (description, from_file, description_files)) != 1:
+        problem = "descriptions are given in several ways" if description or from_file else "no description is given"
+        raise typer.BadParameter(f"{problem}: give DESCRIPTION, --from-file FILE or --description-file FILE")
+    single = from_file is None and len(description or description_files or ()) == 1
+    _require_writable(output, overwrite=overwrite, single=single)
+    texts = read_lines(from_file, "description") if from_file else [text_or_stdin(text) for text in description or ()]
+    texts += [read_text(path).strip() for path in description_files or ()]
 
     started = time.perf_counter()
     import torch
@@ -78,10 +97,12 @@ def generate(
 
     for number, text in enumerate(texts, start=1):  # before anything slow is loaded
         check_description(text, f" (description {number} of {len(texts)})")
-    writer = TextToLora.from_pretrained(checkpoint)
+    writer = TextToLora.from_pretrained(checkpoint, device=checked_device(device) or "auto")
     loaded = time.perf_counter()
     adapters = writer.generate(texts, strength=strength)
     generated = time.perf_counter()
+    for adapter in adapters:
+        adapter.require_effect()
     paths = _save(adapters, output, dtype=getattr(torch, dtype.value), single=single, overwrite=overwrite)
     facts = {
         "checkpoint": checkpoint,
@@ -121,13 +142,19 @@ def _slug(text: str) -> str:
     return words[:40].rstrip("-") or "adapter"
 
 
-def _require_writable(folder: Path, *, overwrite: bool) -> None:
-    """Raises before anything slow is done if `folder` cannot be written, or must not be."""
+def _require_writable(folder: Path, *, overwrite: bool, single: bool) -> None:
+    """Raises before anything slow is done if `folder` cannot be written, or must not be.
+
+    Args:
+        folder: The folder.
+        overwrite: Whether adapters that are there may be replaced.
+        single: Whether the folder will be that of one adapter.
+    """
     try:
         if folder.exists() or folder.is_symlink():
             if not overwrite:
                 raise OutputError(f"{folder} exists already; choose another folder or pass --overwrite")
-            _require_adapters(folder)
+            _require_adapters(folder, single=single)
     except T2LError:
         raise
     except OSError as error:
@@ -135,8 +162,8 @@ def _require_writable(folder: Path, *, overwrite: bool) -> None:
     try_writing(folder.absolute().parent)
 
 
-def _require_adapters(folder: Path) -> None:
-    """`--overwrite` replaces what `generate` wrote, never somebody's other files."""
+def _require_adapters(folder: Path, *, single: bool) -> None:
+    """`--overwrite` replaces what `generate` wrote, one adapter by one or several by several; never other files."""
     if not folder.is_dir():
         raise OutputError(f"{folder} is a file; an output folder cannot take its place")
     if folder.is_symlink():
@@ -146,6 +173,8 @@ def _require_adapters(folder: Path) -> None:
 
     if (folder / CONFIG).is_file():
         require_only(folder, *FILES)
+        if not single:
+            raise OutputError(f"{folder} is one adapter; several would replace it. Choose another folder")
         return
     foreign = sorted(entry.name for entry in folder.iterdir() if not (entry / CONFIG).is_file())
     if foreign:
@@ -153,8 +182,14 @@ def _require_adapters(folder: Path) -> None:
             f"{folder} holds other things than adapters ({', '.join(foreign[:3])}); --overwrite would delete them. "
             "Choose another folder"
         )
-    for entry in folder.iterdir():
+    found = list(folder.iterdir())
+    for entry in found:
         require_only(entry, *FILES)
+    if single and found:
+        raise OutputError(
+            f"{folder} holds {len(found)} adapters, which one adapter would replace; choose another folder, or delete "
+            "it first"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- run
@@ -162,8 +197,12 @@ def _require_adapters(folder: Path) -> None:
 
 @app.command()
 def run(
-    description: Annotated[str | None, typer.Argument(show_default=False, help="What the task is.")] = None,
-    inputs: Annotated[list[str] | None, typer.Option("--input", metavar="TEXT", help="May be repeated.")] = None,
+    description: Annotated[
+        str | None, typer.Argument(show_default=False, help="What the task is; - is standard input.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", metavar="TEXT", help="May be repeated; - is standard input.")
+    ] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One input per line, blank lines skipped; - is standard input."),
@@ -173,6 +212,8 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Use this adapter; DESCRIPTION may then be left out if the adapter has one."),
     ] = None,
+    base_model: BaseOption = None,
+    device: DeviceOption = None,
     description_in_prompt: InPromptOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: JsonOption = False,
@@ -181,14 +222,24 @@ def run(
     if not inputs and input_file is None:
         raise typer.BadParameter("no input is given: give --input TEXT or --input-file FILE")
     _require_description(description, adapter)
-    texts = [*(inputs or []), *(read_lines(input_file, "input") if input_file else [])]
+    if [description, *(inputs or []), str(input_file)].count("-") > 1:
+        raise typer.BadParameter("standard input can be only one of DESCRIPTION, --input and --input-file")
+    description = None if description is None else text_or_stdin(description)
+    texts = [*map(text_or_stdin, inputs or []), *(read_lines(input_file, "input") if input_file else [])]
     for text in texts:
         _check_input(text)
 
     from t2l.session import Session
 
     started = time.perf_counter()
-    session = Session(checkpoint, description=description, adapter=adapter, description_in_prompt=description_in_prompt)
+    session = Session(
+        checkpoint,
+        description=description,
+        adapter=adapter,
+        base=base_model,
+        device=checked_device(device),
+        description_in_prompt=description_in_prompt,
+    )
     load_seconds = time.perf_counter() - started
     prompts = session.prompts(texts, max_new_tokens)
     change = session.largest_change(prompts[0])
@@ -226,10 +277,17 @@ def _require_description(description: str | None, adapter: Path | None) -> None:
         raise typer.BadParameter("no description is given: give DESCRIPTION, or --adapter DIR")
     if adapter is not None and not adapter.is_dir():
         raise CheckpointError(f"{adapter} is not an adapter folder")
-    if description is None and adapter is not None:
-        from t2l.peft_io import read_origin
+    if adapter is not None:
+        from t2l.peft_io import CONFIG, read_origin
 
-        if not read_origin(adapter).description:
+        inner = sorted(path.parent.name for path in adapter.glob(f"*/{CONFIG}"))
+        if inner and not (adapter / CONFIG).exists():
+            more = "" if len(inner) < 4 else f" and {len(inner) - 3} more"
+            raise CheckpointError(
+                f"{adapter} holds {len(inner)} adapters ({', '.join(inner[:3])}{more}); give one of them, such as "
+                f"{adapter / inner[0]}"
+            )
+        if description is None and not read_origin(adapter).description:
             raise typer.BadParameter(f"{adapter} names no description: give DESCRIPTION")
 
 

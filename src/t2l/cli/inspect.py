@@ -28,19 +28,27 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: JsonOption = False) -> None:
-    """Say what is in a checkpoint folder or a PEFT adapter folder."""
-    from t2l import checkpoint, peft_io
+def inspect(
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="Folder of a checkpoint, adapter or library; t2l:NAME; or a Hub id.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is in a checkpoint, a PEFT adapter or a library of adapters."""
+    from t2l import checkpoint, library, peft_io
+    from t2l.text_to_lora import checkpoint_folder
 
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a checkpoint or a PEFT adapter folder")
+    folder = checkpoint_folder(reference)
     if (folder / peft_io.CONFIG).is_file():
         report = _inspect_adapter(folder)
+    elif (folder / library.INDEX).is_file():
+        report = _inspect_library(folder)
     elif (folder / checkpoint.WEIGHTS).is_file() or (folder / checkpoint.SPEC).is_file():
         report = _inspect_checkpoint(folder)
     else:
         raise CheckpointError(
-            f"{folder} is neither a checkpoint (no {checkpoint.WEIGHTS}) nor a PEFT adapter (no {peft_io.CONFIG})"
+            f"{folder} is no checkpoint (it has no {checkpoint.WEIGHTS}), PEFT adapter (no {peft_io.CONFIG}) or "
+            f"library (no {library.INDEX})"
         )
     if as_json:
         print_json(report)
@@ -73,6 +81,22 @@ def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "needs_base_weights_to_generate": needs_base(config),
         "sha256_ok": intact,
         "training": config.training,
+    }
+
+
+def _inspect_library(folder: Path) -> dict[str, Any]:
+    from t2l.library import AdapterLibrary
+
+    found = AdapterLibrary.open(folder)
+    return {
+        "kind": "library",
+        "path": str(folder),
+        "purpose": found.purpose,
+        "adapters": len(found.names),
+        "first_names": ", ".join(found.names[:3]),
+        "with_descriptions": sum(bool(about.get("descriptions")) for about in found.index.values()),
+        **_shape(found.spec),
+        "sha256": found.checksum,
     }
 
 
@@ -131,7 +155,17 @@ def needs_base(config: "CheckpointConfig") -> bool:
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REF",
+            show_default=False,
+            help="Also write an adapter with this checkpoint; measure what it does.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Say what is installed, what is in the cache and what is missing; exit code 1 if something essential is."""
     problems: list[str] = []
     report = {
@@ -142,6 +176,8 @@ def doctor(as_json: JsonOption = False) -> None:
         "checkpoints": _checkpoints(problems),
         "training_data": _training_data(problems),
     }
+    if checkpoint is not None:
+        report["effect"] = _effect(checkpoint, problems)
     if as_json:
         print_json(report | {"problems": problems})
     else:
@@ -252,6 +288,20 @@ def _training_data(problems: list[str]) -> str:
             damaged.append(name)
             problems.append(f"{error}; run: t2l data build")
     return f"T2L_DATA={value}" + (f"; damaged: {', '.join(damaged)}" if damaged else "")
+
+
+def _effect(checkpoint: str, problems: list[str]) -> dict[str, Any]:
+    """What an adapter of a checkpoint changes: weights, and what the base would say next."""
+    from t2l.session import Session
+
+    try:
+        session = Session(checkpoint, description="Decide whether the review of a hotel is positive or negative.")
+        (prompt,) = session.prompts(["The bed was soft and the view superb."], 1)
+        change = round(session.largest_change(prompt), 4)
+    except T2LError as error:
+        problems.append(f"{checkpoint}: {error}")
+        return {"checkpoint": checkpoint, "usable": False}
+    return {"checkpoint": checkpoint, "norm_of_update": round(session.adapter.norm, 4), "largest_logit_change": change}
 
 
 def _state_of(folder: Path) -> str:

@@ -1,0 +1,198 @@
+"""What new users tried, and what must happen: each of these once ended in a traceback, a wrong file or a lost one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, make_config, random_lora
+from test_cli import TASKS, failed, t2l, write_base, write_checkpoint
+from transformers import AutoConfig
+
+import t2l as package
+from t2l.adapter import LoraAdapter
+from t2l.config import LoraConfig
+from t2l.errors import AdapterNotAppliedError, DataError, SpecMismatchError
+from t2l.library import save_library
+from t2l.lora import LoraTensors
+from t2l.spec import AdapterSpec
+from t2l.tasks import load_own
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("new") / "base", 32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: Path) -> Path:
+    return write_checkpoint(base.parent / "checkpoint", base)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+# --------------------------------------------------------------------------------------------- what --overwrite does
+
+
+def test_overwrite_deletes_no_file_of_the_users_and_no_other_kind(checkpoint: Path, tmp_path: Path) -> None:
+    several, single = tmp_path / "several", tmp_path / "single"
+    assert t2l("generate", *TASKS, "-o", several, "--checkpoint", checkpoint).exit_code == 0
+    assert t2l("generate", TASKS[0], "-o", single, "--checkpoint", checkpoint).exit_code == 0
+    before = names(several), names(single)
+    again = ("--checkpoint", checkpoint, "--overwrite")
+    failed(t2l("generate", TASKS[0], "-o", several, *again), "holds 3 adapters, which one adapter would replace")
+    failed(t2l("generate", *TASKS, "-o", single, *again), "is one adapter; several would replace it")
+    (single / "notes.txt").write_text("years of work")
+    failed(t2l("generate", TASKS[0], "-o", single, *again), "notes.txt")
+    assert (names(several), names(single) - {"notes.txt"}) == before
+    (single / "notes.txt").unlink()
+    assert t2l("generate", TASKS[1], "-o", single, *again).exit_code == 0
+    assert t2l("generate", *TASKS, "-o", several, *again).exit_code == 0
+
+
+# ------------------------------------------------------------------------------- descriptions and standard input
+
+
+def test_descriptions_of_several_lines_come_from_files_and_standard_input(checkpoint: Path, tmp_path: Path) -> None:
+    text = "Name the city.\nAnswer with one word."
+    (tmp_path / "task.txt").write_text(text + "\n")
+    where = ("--checkpoint", checkpoint)
+    assert t2l("generate", "--description-file", tmp_path / "task.txt", "-o", tmp_path / "a", *where).exit_code == 0
+    assert t2l("generate", "-", "-o", tmp_path / "b", *where, stdin=text).exit_code == 0
+    assert t2l("generate", "--description-file", "-", "-o", tmp_path / "c", *where, stdin=text).exit_code == 0
+    for name in "abc":
+        assert json.loads((tmp_path / name / "t2l.json").read_text())["description"] == text
+    assert t2l("generate", "x", "--description-file", "y", "-o", tmp_path / "d").exit_code == 2
+    result = t2l("run", "-", "--input", "Rome", "--json", "--max-new-tokens", 2, *where, stdin=text)
+    assert json.loads(result.stdout)["description"] == text
+    result = t2l("run", text, "--input", "-", "--json", "--max-new-tokens", 2, *where, stdin="Rome\nwas hot.")
+    assert json.loads(result.stdout)["answers"][0]["input"] == "Rome\nwas hot."
+    assert t2l("run", "-", "--input", "-", *where, stdin=text).exit_code == 2
+
+
+def test_a_description_beyond_the_window_is_refused_with_both_lengths(checkpoint: Path, tmp_path: Path) -> None:
+    for text, limit in (("Do it. " * 30, "reads at most 128"), ("é" * 50_000, "at most 32,768 are read")):
+        failed(t2l("generate", text, "-o", tmp_path / "x", "--checkpoint", checkpoint), limit)
+    assert "128 tokens" in t2l("generate", "--help").stdout
+    assert not (tmp_path / "x").exists()
+
+
+def test_input_without_an_end_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2l.cli.common.MOST_BYTES", 1000)
+    failed(t2l("generate", "--from-file", "/dev/zero", "-o", tmp_path / "x"), "/dev/zero is larger than")
+
+
+# --------------------------------------------------------------------------------------------------- looking at things
+
+
+def test_inspect_knows_shipped_checkpoints_and_libraries(base: Path, tmp_path: Path) -> None:
+    result = t2l("inspect", "t2l:smollm2-135m", "--json")
+    assert json.loads(result.stdout)["kind"] == "checkpoint"
+    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig(r=2, lora_alpha=4))
+    facts = {"one": {"descriptions": ["Do it."]}, "two": {}}
+    save_library(tmp_path / "library", LoraTensors.stack([random_lora(spec, n) for n in range(2)]), spec, facts)
+    found = json.loads(t2l("inspect", tmp_path / "library", "--json").stdout)
+    assert (found["kind"], found["adapters"], found["with_descriptions"]) == ("library", 2, 1)
+    failed(t2l("inspect", tmp_path / "nothing"), "nothing")
+    failed(t2l("inspect", "t2l:nothing"), "there is: t2l:smollm2-135m")
+
+
+def test_a_folder_of_adapters_is_named_with_what_it_holds(checkpoint: Path, tmp_path: Path) -> None:
+    assert t2l("generate", *TASKS, "-o", tmp_path / "three", "--checkpoint", checkpoint).exit_code == 0
+    result = t2l("run", "--adapter", tmp_path / "three", "--input", "x", "--checkpoint", checkpoint)
+    failed(result, "holds 3 adapters (000-", "give one of them, such as")
+
+
+def test_the_base_may_have_moved(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert t2l("generate", TASKS[0], "-o", tmp_path / "a", "--checkpoint", checkpoint).exit_code == 0
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    config["base_model_name_or_path"] = "/gone/away"
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    run = ("run", "--adapter", tmp_path / "a", "--input", "x", "--checkpoint", checkpoint, "--max-new-tokens", 2)
+    failed(t2l(*run), "/gone/away")
+    assert t2l(*run, "--base", base, "--device", "cpu").exit_code == 0
+    other = write_base(tmp_path / "other", 48, seed=1)
+    failed(t2l(*run, "--base", other), "does not fit")
+
+
+def test_completion_can_be_installed_and_help_stays_light() -> None:
+    assert "--install-completion" in t2l("--help").stdout
+    code = "import sys; from t2l.cli import app; assert 'torch' not in sys.modules and 'rich' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dir_and_repr_are_short() -> None:
+    assert set(dir(package)) == {"__version__", *package.__all__}
+    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig())
+    assert len(repr(LoraAdapter(random_lora(spec), spec, "Answer in verse. " * 100))) < 200
+
+
+@pytest.mark.parametrize("settings", [{"LC_ALL": "C", "TZ": "Pacific/Apia"}, {"LC_ALL": "tr_TR.UTF-8"}], ids=str)
+def test_other_locales_and_time_zones_and_no_warnings(
+    settings: dict[str, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    text = "Übersetze ins Türkische: İstanbul, ılık."
+    command = [sys.executable, "-m", "t2l", "generate", text, "-o", str(tmp_path / "a"), "--checkpoint"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | settings
+    done = subprocess.run([*command, str(checkpoint)], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert text in done.stdout.decode()
+    assert len(done.stderr.splitlines()) == 1 and b"Warning" not in done.stderr
+    assert json.loads((tmp_path / "a" / "t2l.json").read_bytes())["description"] == text
+
+
+# ------------------------------------------------------------------------------------------------- errors that help
+
+
+def test_an_untrained_hypernetwork_writes_nothing(base: Path, tmp_path: Path) -> None:
+    untrained = write_checkpoint(tmp_path / "untrained", base, trained=False)
+    failed(t2l("generate", TASKS[0], "-o", tmp_path / "a", "--checkpoint", untrained), "is not trained")
+    failed(t2l("export", "peft", TASKS[0], "-o", tmp_path / "b", "--checkpoint", untrained), "is not trained")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    found = json.loads(t2l("doctor", "--checkpoint", untrained, "--json").stdout)
+    assert not found["effect"]["usable"] and any("changes" in problem for problem in found["problems"])
+
+
+def test_doctor_measures_what_a_checkpoint_does(checkpoint: Path) -> None:
+    effect = json.loads(t2l("doctor", "--checkpoint", checkpoint, "--json").stdout)["effect"]
+    assert effect["norm_of_update"] > 0 and effect["largest_logit_change"] > 0
+
+
+def test_an_adapter_of_zeros_has_no_effect() -> None:
+    spec = AdapterSpec.from_config(make_config(), "tiny", LoraConfig())
+    with pytest.raises(AdapterNotAppliedError, match="changes nothing"):
+        LoraAdapter(random_lora(spec).map(torch.zeros_like), spec, "x").require_effect()
+
+
+def test_misspelt_keys_of_tasks_get_a_suggestion(tmp_path: Path) -> None:
+    row = {"task": "a", "descripton": "Do it.", "input": "x", "ouput": "y"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"'descripton' meant to be 'description'\?; is 'ouput' meant to be 'output'"):
+        load_own(tmp_path / "own.jsonl")
+
+
+def test_layers_of_several_sizes_need_their_layers_named() -> None:
+    """Bases such as Gemma 3n and OpenELM, whose layers differ: what is adapted must have one size."""
+    sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 264, "num_kv_shared_layers": 0}
+    sizes |= {"intermediate_size": [48, 48, 96], "head_dim": 8}
+    config = AutoConfig.for_model("gemma3n_text", **(SMALL | sizes))
+    with pytest.raises(SpecMismatchError, match="differs from layer to layer"):
+        AdapterSpec.from_config(config, "g", LoraConfig(target_modules=("down_proj",)))
+    lora = LoraConfig(target_modules=("down_proj",), layers_to_transform=(0, 1))
+    assert AdapterSpec.from_config(config, "g", lora).targets[0].in_features == 48
+
+
+def test_read_only_folders_and_names_that_differ_in_case(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("Hotel", "hotel", "ho\u0301tel", "h\u00f3tel"):
+        assert t2l("generate", TASKS[0], "-o", tmp_path / name, "--checkpoint", checkpoint).exit_code == 0
+    (tmp_path / "shut").mkdir(mode=0o500)
+    if os.geteuid():  # root may write anywhere
+        failed(t2l("generate", TASKS[0], "-o", tmp_path / "shut" / "a", "--checkpoint", checkpoint), "Cannot write")
+    shutil.rmtree(tmp_path / "shut")
