@@ -54,10 +54,13 @@ class RandomEncoder:
 
 
 def make_generator(variant: str, device: str, dtype: torch.dtype, layers: int) -> TextToLora:
-    """A generator with random weights."""
-    config = MistralConfig(num_hidden_layers=layers)
-    spec = AdapterSpec.from_config(config, "mistral", LoraConfig(r=8, lora_alpha=16))
-    shape = HypernetConfig(variant=variant, head_size=HEAD_SIZES[variant])
+    """A generator of the paper's sizes."""
+    spec = AdapterSpec.from_config(MistralConfig(num_hidden_layers=layers), "mistral", LoraConfig(r=8, lora_alpha=16))
+    return with_random_weights(spec, HypernetConfig(variant=variant, head_size=HEAD_SIZES[variant]), device, dtype)
+
+
+def with_random_weights(spec: AdapterSpec, shape: HypernetConfig, device: str, dtype: torch.dtype) -> TextToLora:
+    """A generator with random weights, of random encodings."""
     torch.manual_seed(0)
     hypernet = Hypernet(spec, embedding_size=EMBEDDING_SIZE, kind="sentence", config=shape)
     for linear in hypernet.head.write:

@@ -14,15 +14,13 @@ import time
 from pathlib import Path
 
 import torch
-from generate import EMBEDDING_SIZE, RandomEncoder
+from generate import with_random_weights
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from t2l import hub, mass
-from t2l.checkpoint import Checkpoint, CheckpointConfig
-from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
+from t2l.config import EncoderConfig, HypernetConfig, LoraConfig
 from t2l.encoder import load_encoder
-from t2l.hypernet import Hypernet
 from t2l.prompt import token_ids
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import TextToLora
@@ -36,17 +34,7 @@ def tiny_writer() -> TextToLora:
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     spec = AdapterSpec.from_config(base, "tiny", LoraConfig(r=2, lora_alpha=4))
-    shape = HypernetConfig(variant="L", width=16, head_size=16)
-    network = Hypernet(spec, embedding_size=EMBEDDING_SIZE, kind="sentence", config=shape).eval().requires_grad_(False)
-    settings = CheckpointConfig.current(
-        {},
-        embedding_size=EMBEDDING_SIZE,
-        encoder=EncoderConfig(kind="sentence", model="random"),
-        encoder_revision="",
-        hypernet=shape,
-        prompt=PromptConfig(),
-    )
-    return TextToLora(Checkpoint(network, spec, settings), RandomEncoder("cpu", torch.float32), reference="random")
+    return with_random_weights(spec, HypernetConfig(variant="L", width=16, head_size=16), "cpu", torch.float32)
 
 
 def pipeline(number: int, folder: Path) -> None:

@@ -27,6 +27,7 @@ from t2l.errors import (
 )
 from t2l.lora import LoraTensors
 from t2l.mass import Settings, Summary, generate_library, read_descriptions, rows_per_shard
+from t2l.pace import progress
 from t2l.shards import COLUMNS, ShardedLibrary
 from t2l.text_to_lora import TextToLora
 
@@ -223,6 +224,14 @@ def test_rows_that_are_none_are_named_before_anything_is_written(
     with pytest.raises(error, match=said):
         generate(source, tmp_path / "library", settings)
     assert list((tmp_path / "library" / "shards").iterdir()) == []
+
+
+def test_a_bar_counts_to_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(4, "adapters", print, bar=True) as count:
+        count(1)
+        count(3)
+    shown = capsys.readouterr()
+    assert "4/4 adapters" in shown.err and shown.out == ""
 
 
 def test_files_of_descriptions_are_checked(tmp_path: Path) -> None:

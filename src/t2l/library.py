@@ -60,7 +60,10 @@ class AdapterLibrary:
             CheckpointError: if files are missing, malformed, changed after they were written or of another format.
         """
         if not (folder / INDEX).is_file():
-            raise CheckpointError(f"{folder} is not an adapter library: it holds no {INDEX}")
+            raise CheckpointError(
+                f"{folder} is not an adapter library: it holds no {INDEX}. (Adapters of a library of shards, as "
+                "`t2l library generate` writes it, are got by `t2l library export`.)"
+            )
         plain = read_json(folder / INDEX)
         if plain.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
