@@ -140,7 +140,7 @@ def add_head(state: dict[str, torch.Tensor]) -> None:
     ("spoil", "message"),
     [
         (lambda f: edit_config(f, base_model_name_or_path="other/base"), "for the base other/base, the library is for"),
-        (lambda f: edit_weights(f, drop_layer), "incomplete: 1 of 4 modules are missing, first v_proj of layer 2"),
+        (lambda f: edit_weights(f, drop_layer), "but not v_proj of layer 2 (1 of 4 are missing)"),
         (lambda f: edit_weights(f, drop_b), "has only A of A and B"),
         (lambda f: edit_weights(f, put_nan), "holds NaN or infinite values"),
         (lambda f: edit_weights(f, add_head), "adapts lm_head, which is no linear module in a layer"),
@@ -178,9 +178,9 @@ def test_a_folder_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 2}, "rank is 2 against 4 in most of the others"),
-        ({"target_modules": ("v_proj",)}, "targets is v_proj against down_proj, v_proj in"),
-        ({"layers_to_transform": (0, 1, 2)}, "layers is 0-2 against 0, 2 in"),
+        ({"r": 2}, "r is 2 against 4 in most of the others"),
+        ({"target_modules": ("v_proj",)}, "target_modules is v_proj against down_proj, v_proj in"),
+        ({"layers_to_transform": (0, 1, 2)}, "layers_to_transform is 0-2 against 0, 2 in"),
     ],
 )
 def test_mixed_shapes_are_named(

@@ -23,8 +23,9 @@ from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
 from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
 from t2l.lora import LoraTensors
 from t2l.names import require_folder_names
+from t2l.peft_folder import shape_of, whole_spec
 from t2l.pypi import public_name
-from t2l.spec import ALL_LINEAR, AdapterSpec, base_reference
+from t2l.spec import AdapterSpec, base_reference
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -240,18 +241,17 @@ def from_peft_folders(
     if not paths or repeated:
         what = f"several are named {', '.join(repeated[:5])}" if repeated else "there are none"
         raise ConfigError(f"PEFT folders become adapters named after them, but {what}")
-    whole = AdapterSpec.from_config(config, base_model, LoraConfig(target_modules=(ALL_LINEAR,)))
-    by_path = {t.path.format(layer=n): (t.name, n) for t in whole.targets for n in whole.layers}
+    whole = whole_spec(config, base_model)
     refused: dict[str, str] = {}
-    shapes = _each(paths, lambda path: _shape(path, by_path, base_model), refused)
+    shapes = _each(paths, lambda path: _shape(path, whole), refused)
     loaded: dict[str, LoraTensors] = {}
     if shapes:
         shape = Counter(shapes.values()).most_common(1)[0][0]
-        spec = AdapterSpec.from_config(config, base_model, shape.config())
+        spec = AdapterSpec.from_config(config, base_model, shape)
 
         def load(path: Path) -> LoraTensors:
             if shapes[path.name] != shape:
-                raise SpecMismatchError(f"{shapes[path.name].difference(shape)} in most of the others")
+                raise SpecMismatchError(f"{_difference(shapes[path.name], shape)} in most of the others")
             return peft_io.load_adapter(path, spec)
 
         loaded = _each([path for path in paths if path.name in shapes], load, refused)
@@ -273,33 +273,10 @@ def _each(paths: Sequence[Path], read: Callable[[Path], T], refused: dict[str, s
     return found
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What adapters of one library have in common."""
-
-    rank: int
-    alpha: float
-    use_rslora: bool
-    targets: tuple[str, ...]
-    layers: tuple[int, ...]
-
-    def config(self) -> LoraConfig:
-        """The settings that give a spec of this shape."""
-        return LoraConfig(
-            target_modules=self.targets,
-            layers_to_transform=self.layers,
-            r=self.rank,
-            lora_alpha=self.alpha,
-            use_rslora=self.use_rslora,
-        )
-
-    def difference(self, other: "_Shape") -> str:
-        """The first field that differs, with both values."""
-        for field, mine in vars(self).items():
-            theirs = vars(other)[field]
-            if mine != theirs:
-                return f"{field} is {_brief(mine)} against {_brief(theirs)}"
-        raise AssertionError("equal shapes have no difference")
+def _difference(one: LoraConfig, other: LoraConfig) -> str:
+    """The first setting that differs, with both values."""
+    names = (name for name, value in vars(one).items() if value != vars(other)[name])
+    return next(f"{name} is {_brief(vars(one)[name])} against {_brief(vars(other)[name])}" for name in names)
 
 
 def _brief(value: object) -> str:
@@ -309,26 +286,15 @@ def _brief(value: object) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _shape(folder: Path, by_path: Mapping[str, tuple[str, int]], base_model: str) -> _Shape:
-    """Reads what a folder adapts; raises where that is no full grid of targets and layers of the base."""
-    found = peft_io.read_facts(folder)
-    if base_reference(found.base_model) not in (base_reference(base_model), public_name(base_model)):
+def _shape(folder: Path, whole: AdapterSpec) -> LoraConfig:
+    """Reads what a folder adapts; raises where that is for another base, or no full grid of targets and layers."""
+    facts, base_model = peft_io.read_facts(folder), whole.base_model
+    if base_reference(facts.base_model) not in (base_reference(base_model), public_name(base_model)):
         raise SpecMismatchError(
-            f"it is for the base {found.base_model}, the library is for {base_model}; if they are the same model, give "
+            f"it is for the base {facts.base_model}, the library is for {base_model}; if they are the same model, give "
             "the base by the adapters' name"
         )
-    strange = sorted(found.modules.keys() - by_path.keys())
-    if strange:
-        raise SpecMismatchError(f"it adapts {strange[0]}, which is no linear module in a layer of {base_model}")
-    cells = {by_path[path] for path in found.modules}
-    targets, layers = sorted({name for name, _ in cells}), sorted({layer for _, layer in cells})
-    missing = [(name, layer) for layer in layers for name in targets if (name, layer) not in cells]
-    if missing:
-        raise SpecMismatchError(
-            f"it is incomplete: {len(missing)} of {len(targets) * len(layers)} modules are missing, first "
-            f"{missing[0][0]} of layer {missing[0][1]}"
-        )
-    return _Shape(found.rank, found.alpha, found.use_rslora, tuple(targets), tuple(layers))
+    return shape_of(facts, whole, where="it")
 
 
 def _parts(lora: LoraTensors) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...]:

@@ -5,12 +5,16 @@ Knows folders, specs and configs. Knows no hypernetwork and reads no weights of 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2l import hub, peft_io
 from t2l.config import LoraConfig
 from t2l.errors import SpecMismatchError
 from t2l.lora import LoraTensors
 from t2l.spec import ALL_LINEAR, AdapterSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def open_adapter(folder: Path, base_model: str | None = None) -> tuple[LoraTensors, AdapterSpec]:
@@ -31,32 +35,48 @@ def open_adapter(folder: Path, base_model: str | None = None) -> tuple[LoraTenso
     facts = peft_io.read_facts(folder)
     base = base_model or facts.base_model
     config = hub.load_config(base)
-    whole = AdapterSpec.from_config(config, base, LoraConfig(target_modules=(ALL_LINEAR,)))
+    lora = shape_of(facts, whole_spec(config, base), where=folder)
+    spec = AdapterSpec.from_config(config, base, lora)
+    return peft_io.load_adapter(folder, spec), spec
+
+
+def whole_spec(config: "PretrainedConfig", base_model: str) -> AdapterSpec:
+    """Every linear module of every layer of a base."""
+    return AdapterSpec.from_config(config, base_model, LoraConfig(target_modules=(ALL_LINEAR,)))
+
+
+def shape_of(facts: peft_io.PeftFacts, whole: AdapterSpec, *, where: object) -> LoraConfig:
+    """The settings that give a spec of a folder's adapter.
+
+    Args:
+        facts: What the folder says of itself.
+        whole: See `whole_spec`.
+        where: What the folder is called in messages.
+
+    Raises:
+        SpecMismatchError: if the folder adapts what the base does not have, or is no full grid of modules and layers.
+    """
     by_path = {t.path.format(layer=layer): (t.name, layer) for t in whole.targets for layer in whole.layers}
-    strange = [path for path in facts.modules if path not in by_path]
+    strange = sorted(facts.modules.keys() - by_path.keys())
     if strange:
         raise SpecMismatchError(
-            f"{folder} adapts {strange[0]}, which is no linear module in a layer of {base}; give the base model that "
-            "the adapter was made for"
+            f"{where} adapts {strange[0]}, which is no linear module in a layer of {whole.base_model}; give the base "
+            "model that the adapter was made for"
         )
     found = {by_path[path] for path in facts.modules}
     layers = tuple(sorted({layer for _, layer in found}))
     targets = tuple(t.name for t in whole.targets if any(name == t.name for name, _ in found))
-    if len(found) != len(layers) * len(targets):
-        missing = min({(name, layer) for name in targets for layer in layers} - found, key=lambda cell: cell[::-1])
+    missing = [(name, layer) for layer in layers for name in targets if (name, layer) not in found]
+    if missing:
         raise SpecMismatchError(
-            f"{folder} adapts {', '.join(targets)} in layers {layers[0]} to {layers[-1]}, but not {missing[0]} of "
-            f"layer {missing[1]}; only adapters that change the same modules in each of their layers are read"
+            f"{where} adapts {', '.join(targets)} in layers {layers[0]} to {layers[-1]}, but not {missing[0][0]} of "
+            f"layer {missing[0][1]} ({len(missing)} of {len(targets) * len(layers)} are missing); only adapters that "
+            "change the same modules in each of their layers are read"
         )
-    spec = AdapterSpec.from_config(
-        config,
-        base,
-        LoraConfig(
-            target_modules=targets,
-            layers_to_transform=layers,
-            r=facts.rank,
-            lora_alpha=facts.alpha,
-            use_rslora=facts.use_rslora,
-        ),
+    return LoraConfig(
+        target_modules=targets,
+        layers_to_transform=layers,
+        r=facts.rank,
+        lora_alpha=facts.alpha,
+        use_rslora=facts.use_rslora,
     )
-    return peft_io.load_adapter(folder, spec), spec
