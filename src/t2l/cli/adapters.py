@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from t2l.session import Session
     from t2l.text_to_lora import LoraAdapter
 
+DescriptionFilesOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--description-file", metavar="FILE", help="All of FILE is one description; may be repeated; - is stdin."
+    ),
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Use this adapter; DESCRIPTION may then be left out if the adapter has one."),
+]
 ANSWERS_AT_ONCE = 8
 """Inputs that `run` answers in one batch where it does not stream."""
 
@@ -61,12 +71,7 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="One description per line, blank lines skipped; - is standard input."),
     ] = None,
-    description_files: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--description-file", metavar="FILE", help="All of FILE is one description; may be repeated; - is stdin."
-        ),
-    ] = None,
+    description_files: DescriptionFilesOption = None,
     checkpoint: CheckpointOption = DEFAULT,
     strength: Annotated[
         float, typer.Option(min=0, max=2, help="Share of the description's change; 0 is the shared LoRA alone.")
@@ -82,7 +87,8 @@ def generate(
     is longer than what the checkpoint reads (128 tokens, some 90 words, for the shipped one) is refused, never cut.
     """
     if sum(given is not None for given in (description, from_file, description_files)) != 1:
-        problem = "descriptions are given in several ways" if description or from_file else "no description is given"
+        some = description or from_file or description_files
+        problem = "descriptions are given in several ways" if some else "no description is given"
         raise typer.BadParameter(f"{problem}: give DESCRIPTION, --from-file FILE or --description-file FILE")
     single = from_file is None and len(description or description_files or ()) == 1
     _require_writable(output, overwrite=overwrite, single=single)
@@ -111,6 +117,10 @@ def generate(
         "save_seconds": round(time.perf_counter() - generated, 3),
         "peak_memory_bytes": peak_memory(),
     }
+    _print_adapters(adapters, paths, facts, as_json=as_json)
+
+
+def _print_adapters(adapters: "list[LoraAdapter]", paths: list[Path], facts: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         listed = [{"path": str(p), "description": a.description} for p, a in zip(paths, adapters, strict=True)]
         print_json({"adapters": listed, **facts})
@@ -119,7 +129,7 @@ def generate(
         print(f"{path}\t{' '.join(adapter.description.split())}")
     memory = facts["peak_memory_bytes"]
     say(
-        f"{len(adapters)} adapter(s) from {checkpoint}: loading {facts['load_seconds']:.2f} s, generating "
+        f"{len(adapters)} adapter(s) from {facts['checkpoint']}: loading {facts['load_seconds']:.2f} s, generating "
         f"{facts['generate_seconds']:.3f} s, saving {facts['save_seconds']:.2f} s"
         + (f", peak memory {memory / 2**20:,.0f} MiB" if isinstance(memory, int) else "")
     )
@@ -208,11 +218,8 @@ def run(
         typer.Option(metavar="FILE", help="One input per line, blank lines skipped; - is standard input."),
     ] = None,
     checkpoint: CheckpointOption = DEFAULT,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Use this adapter; DESCRIPTION may then be left out if the adapter has one."),
-    ] = None,
-    base_model: BaseOption = None,
+    adapter: AdapterOption = None,
+    base: BaseOption = None,
     device: DeviceOption = None,
     description_in_prompt: InPromptOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
@@ -236,7 +243,7 @@ def run(
         checkpoint,
         description=description,
         adapter=adapter,
-        base=base_model,
+        base=base,
         device=checked_device(device),
         description_in_prompt=description_in_prompt,
     )
@@ -247,17 +254,7 @@ def run(
         for text, prompt in zip(texts, prompts, strict=True):
             _stream(session, text, prompt, max_new_tokens)
         return
-    answers = []
-    for start in range(0, len(texts), ANSWERS_AT_ONCE):
-        batch = prompts[start : start + ANSWERS_AT_ONCE]
-        base = session.answer(batch, max_new_tokens)
-        with session.adapted():
-            adapted = session.answer(batch, max_new_tokens)
-        rows = zip(texts[start : start + ANSWERS_AT_ONCE], batch, base, adapted, strict=True)
-        answers += [{"input": t, "prompt": p, "base": b, "adapted": a} for t, p, b, a in rows]
-        if not as_json:
-            for row in answers[start:]:
-                print(f"Input    {row['input']}\nBase     {row['base']}\nAdapted  {row['adapted']}\n")
+    answers = _answers(session, texts, prompts, max_new_tokens, show=not as_json)
     if as_json:
         facts = {
             "checkpoint": checkpoint,
@@ -269,6 +266,23 @@ def run(
             "peak_memory_bytes": peak_memory(),
         }
         print_json({**facts, "answers": answers})
+
+
+def _answers(
+    session: "Session", texts: list[str], prompts: list[str], max_new_tokens: int, *, show: bool
+) -> list[dict[str, str]]:
+    """Answers of the base and the adapted model, some inputs at a time; `show` prints them as they come."""
+    answers: list[dict[str, str]] = []
+    for start in range(0, len(texts), ANSWERS_AT_ONCE):
+        batch = prompts[start : start + ANSWERS_AT_ONCE]
+        base = session.answer(batch, max_new_tokens)
+        with session.adapted():
+            adapted = session.answer(batch, max_new_tokens)
+        rows = zip(texts[start : start + ANSWERS_AT_ONCE], batch, base, adapted, strict=True)
+        answers += [{"input": t, "prompt": p, "base": b, "adapted": a} for t, p, b, a in rows]
+        for row in answers[start:] if show else ():
+            print(f"Input    {row['input']}\nBase     {row['base']}\nAdapted  {row['adapted']}\n")
+    return answers
 
 
 def _require_description(description: str | None, adapter: Path | None) -> None:
