@@ -426,7 +426,7 @@ def test_run_refuses_bad_inputs(checkpoint: Path) -> None:
     run = ("run", TASKS[0], "--checkpoint", checkpoint, "--input")
     failed(t2l(*run, " "), "blank")
     failed(t2l(*run, "caf\udce9"), "UTF-8")
-    failed(t2l(*run, "x" * 600), "512 tokens")
+    failed(t2l(*run, "x" * 600), "at most 512")
 
 
 def test_another_base_than_the_one_trained_on_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from t2l.compress.networks import KINDS, principal, score_controls, texts_for
 from t2l.compress.plan import fitting_head, network_parameters, plan_network, size_warning
 from t2l.compress.report import recovered
 from t2l.compress.run import compress
-from t2l.compress.scores import Scores, prepare_scores, read_scores
+from t2l.compress.scores import Scores, prepare_scores
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.errors import DataError, OutputError
 from t2l.hypernet import Hypernet
@@ -303,7 +303,7 @@ def test_principal_components_are_numpys(spec: AdapterSpec) -> None:
 def test_the_report_follows_from_the_scores(compressed: tuple[Path, dict[str, Any]]) -> None:
     out, plain = compressed
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(plain))
-    scores = read_scores(out / "scores.jsonl")
+    scores = [Scores(**json.loads(line)) for line in (out / "scores.jsonl").read_text().splitlines()]
     conditions = (
         "base",
         "task-lora",

@@ -13,7 +13,7 @@ from t2l import hub
 from t2l.apply import apply_adapters, largest_change
 from t2l.checkpoint import read_config
 from t2l.encoder import check_description
-from t2l.errors import DataError
+from t2l.eval.decode import require_room
 from t2l.prompt import pad_on_the_left, render, token_ids
 from t2l.text_to_lora import LoraAdapter, TextToLora, checkpoint_folder
 
@@ -70,13 +70,8 @@ class Session:
     def prompts(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Rendered prompts, one for both the base and the adapted model, checked against the base's window."""
         rendered = [render(self.tokenizer, self.description, text, self.prompt) for text in texts]
-        window = getattr(self.model.config, "max_position_embeddings", None)
         for number, ids in enumerate(token_ids(self.tokenizer, rendered), start=1):
-            if window is not None and len(ids) + max_new_tokens > window:
-                raise DataError(
-                    f"Input {number} makes a prompt of {len(ids)} tokens; with {max_new_tokens} for the answer that is "
-                    f"more than the {window} tokens {self.base_model} reads. Shorten it"
-                )
+            require_room(self.model, len(ids) + max_new_tokens, f"Input {number}")
         return rendered
 
     def adapted(self) -> Any:

@@ -7,7 +7,6 @@ Knows libraries, tasks and the base model. Knows no hypernetworks. Shape letters
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +35,6 @@ class Scores:
     """Mean loss of each example's answer tokens."""
     exact_match: list[int]
     """1 where every token of the answer is the model's first choice."""
-
-
-def read_scores(path: Path) -> list[Scores]:
-    """Returns the scores of a `scores.jsonl`."""
-    return [Scores(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass(frozen=True)
