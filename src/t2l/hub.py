@@ -424,7 +424,8 @@ def _fetch(ref: str, patterns: tuple[str, ...], **fetch: Unpack[FetchOptions]) -
     if parsed.kind == "folder":
         return Path(parsed.name)
     if parsed.kind == "hub":
-        return _snapshot(parsed, patterns, progress=progress, **_client_options(fetch))
+        options = {key: fetch[key] for key in ("token", "cache_dir", "local_files_only") if key in fetch}
+        return _snapshot(parsed, patterns, progress=progress, **options)
     package = KNOWN_PACKAGES[parsed.name]
     if is_complete(final_folder(package), package):
         return final_folder(package)
@@ -441,10 +442,6 @@ def _at_revision(parsed: ModelRef, revision: str | None) -> ModelRef:
     if parsed.revision not in (None, revision):
         raise ModelNotFoundError(f"{parsed} names a revision, and revision={revision!r} another: give one")
     return parse(f"{parsed.name}@{revision}")
-
-
-def _client_options(fetch: FetchOptions) -> dict[str, Any]:
-    return {key: fetch[key] for key in ("token", "cache_dir", "local_files_only") if key in fetch}
 
 
 def _snapshot(parsed: ModelRef, patterns: tuple[str, ...], *, progress: bool, **options: Any) -> Path:
