@@ -260,6 +260,8 @@ class SftConfig:
             raise ConfigError(f"method 'full' needs hypernet.variant none, got '{self.hypernet.variant}'")
         if self.train.init_from:
             raise ConfigError("method 'full' starts from the base; train.init_from names a checkpoint of adapters")
+        if self.train.fsdp != "off":
+            raise ConfigError("method 'full' trains the base, but train.fsdp shards only one that stays as it is")
         if self.train.l2_weight:
             raise ConfigError("method 'full' writes no adapters that train.l2_weight could keep small")
 

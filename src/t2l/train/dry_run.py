@@ -154,7 +154,7 @@ def dry_run_reconstruction(
         ConfigError, DataError: as the run itself would before its first step.
     """
     started = time.monotonic()
-    trainer = reconstruction.setup(config, encoder, _device(device), log)
+    trainer = reconstruction.setup(config, encoder, Processes(_device(device)), log)
     return estimate(reconstruction_work(trainer, time.monotonic() - started), budget=BUDGET)
 
 
@@ -227,7 +227,7 @@ def dry_run_task_loras(
     """
     started = time.monotonic()
     with _in_memory(config.base):
-        trainer = task_loras.setup(config, Path(), _device(device), log, benchmarks)
+        trainer = task_loras.setup(config, Path(), Processes(_device(device)), log, benchmarks)
     with trainer.stepping():
         trainer.fill()
         return estimate(task_loras_work(trainer, time.monotonic() - started), budget=BUDGET)

@@ -50,7 +50,7 @@ class Launch:
         self.log = log if self.processes.main else lambda line: None
 
     @contextmanager
-    def loop(self, first: int, steps: int) -> Iterator[tuple[MetricLogger, StopRequest]]:
+    def loop(self, first: int, steps: int, unit: str = "steps") -> Iterator[tuple[MetricLogger, StopRequest]]:
         """Claims the folder of a new run; yields where numbers go and what says when to stop.
 
         Left, all processes have come to the end of the loop, and its state is saved.
@@ -58,6 +58,7 @@ class Launch:
         Args:
             first: Steps done before.
             steps: Steps of the whole run.
+            unit: What `steps` counts.
 
         Raises:
             TrainingError: if another run has begun in the folder.
@@ -74,6 +75,7 @@ class Launch:
                 report_to=self.report_to,
                 bar=self.bar,
                 log=self.log,
+                unit=unit,
             )
         agree = self.processes.any if self.processes.number > 1 else None
         with logger, StopRequest(self.max_minutes, started=self.started, agree=agree) as stop:

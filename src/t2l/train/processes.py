@@ -9,7 +9,7 @@ number of processes. Knows devices, modules and tensors. Knows no tasks.
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from types import TracebackType
@@ -83,22 +83,30 @@ class Processes(AbstractContextManager["Processes"]):
         torch.distributed.all_reduce(total, group=self._host)
         return total
 
-    def collect(self, values: Tensor, places: Iterable[int], number: int) -> Tensor:
+    def collect(self, values: Tensor, places: Sequence[int], number: int) -> Tensor:
         """Puts together what the processes have of `number` things.
 
         Args:
-            values: (..., n) what this process has.
+            values: (n, ...) what this process has.
             places: The n positions that it belongs to; every position is one process's.
             number: How many there are in all.
 
         Returns:
-            (..., number), alike in all processes.
+            (number, ...), alike in all processes.
         """
         if self.accelerator is None:
             return values
-        everything = values.new_zeros(*values.shape[:-1], number)
-        everything[..., list(places)] = values
+        everything = values.new_zeros(number, *values.shape[1:])
+        everything[list(places)] = values
         return self.sum(everything)
+
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        """What one process has, on the CPU; the others give a tensor of its shape and type, which stays as it is."""
+        if self.accelerator is None:
+            return values
+        found = values if self.rank == source else torch.empty_like(values)
+        torch.distributed.broadcast(found, src=source, group=self._host)
+        return found
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag whether any process has raised it; waits for all processes, and for no device."""
@@ -114,10 +122,7 @@ class Processes(AbstractContextManager["Processes"]):
 
     def main_first(self, compute: Callable[[], int]) -> int:
         """A number that the main process computes before any other goes on; an error there ends all of them."""
-        value = torch.tensor(compute() if self.main else 0)
-        if self.accelerator is not None:
-            torch.distributed.broadcast(value, src=0, group=self._host)
-        return int(value)
+        return int(self.broadcast(torch.tensor(compute() if self.main else 0), 0))
 
     # ------------------------------------------------------------------------------------------------ what they train
 
@@ -190,6 +195,26 @@ def load_base(ref: str, fsdp: Sharding, device: torch.device, dtype: torch.dtype
     if fsdp == "off":
         return hub.load_causal_lm(ref, device=str(device), dtype=dtype)
     return hub.load_causal_lm(ref, dtype=torch.bfloat16 if device.type == "cuda" else None)
+
+
+def require_shares(processes: Processes, number: int, setting: str, steps: int = 1) -> None:
+    """Checks that every process gets something of a batch, in each of its turns.
+
+    Args:
+        processes: All of them.
+        number: What a batch has of what is dealt out.
+        setting: The setting that says so.
+        steps: `train.gradient_accumulation_steps`.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    parts = processes.number * steps
+    if parts > number:
+        raise ConfigError(
+            f"{setting} is for all processes together and gives {number}; {processes.number} of them in {steps} turns "
+            f"(train.gradient_accumulation_steps) need {parts} or more"
+        )
 
 
 def is_main() -> bool:

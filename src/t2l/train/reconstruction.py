@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2l.cards import EXAMPLE, card_header
 from t2l.checkpoint import CheckpointConfig, save_checkpoint
@@ -39,8 +39,10 @@ from t2l.hypernet import Hypernet
 from t2l.library import AdapterLibrary
 from t2l.spec import AdapterSpec
 from t2l.train.embeddings import EmbeddingCache
+from t2l.train.launch import Launch
 from t2l.train.loop import StopRequest, schedule
 from t2l.train.metrics import MetricLogger, ReportTo, memory_gb
+from t2l.train.processes import Processes, require_shares
 from t2l.train.reconstruction_data import (
     AdapterSampler,
     Descriptions,
@@ -59,7 +61,7 @@ from t2l.train.reconstruction_losses import (
     reconstruction_losses,
     require_shared_a,
 )
-from t2l.train.resume import Progress, begin_run, first_step, load_state, save_state
+from t2l.train.resume import Progress, first_step, load_state, save_state
 from t2l.versions import versions
 
 
@@ -69,12 +71,14 @@ class ReconstructionTrainConfig:
 
     max_steps: Count
     adapters_per_batch: Count = 32
-    """n; with fewer adapters in the library, each batch has all of them."""
+    """n, over all processes; with fewer adapters in the library, each batch has all of them."""
     learning_rate: Positive = 1e-3
     warmup_ratio: Share = 0.1
     """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
+    gradient_accumulation_steps: Count = 1
+    """Parts that a process's share of a batch is computed in, one after another: less memory, the same gradient."""
     torch_compile: bool = False
     """Compile the step: a minute at the start, then faster on a GPU."""
     logging_steps: Count = 200
@@ -83,6 +87,8 @@ class ReconstructionTrainConfig:
     """Steps between two evaluations of all adapters."""
     save_steps: Count = 10000
     """Steps between two saved states."""
+    ddp_timeout: Count = 600
+    """Seconds after which a process that does not answer the others ends the run."""
     report_to: ReportTo = "tensorboard"
 
     def __post_init__(self) -> None:
@@ -126,19 +132,28 @@ class ReconstructionConfig:
 
 @torch.no_grad()
 def adapter_errors(
-    hypernet: Hypernet, targets: Targets, embeddings: EmbeddingCache, texts: Sequence[int]
+    hypernet: Hypernet,
+    targets: Targets,
+    embeddings: EmbeddingCache,
+    texts: Sequence[int],
+    processes: Processes | None = None,
 ) -> AdapterErrors:
-    """Computes the errors of all adapters, each written from the description at its place in `texts`."""
+    """Computes the errors of all adapters, each written from the description at its place in `texts`.
+
+    With several processes each computes its share of them, and all of them get all.
+    """
     hypernet.eval()
-    device = targets.mean.a[0].device
+    device, processes = targets.mean.a[0].device, processes or Processes()
+    own = processes.share(len(targets.names))
     found = AdapterErrors([], [], [])
-    for chunk in torch.arange(len(targets.names), device=device).split(32):
+    for chunk in torch.tensor(own, device=device).split(32):
         encoded = embeddings[torch.tensor([texts[i] for i in chunk.tolist()], device=device)]
         errors = compare(hypernet(encoded.states, encoded.mask), targets.adapters(chunk))
         for name, values in vars(errors).items():
             getattr(found, name).extend(values)
     hypernet.train()
-    return found
+    columns = torch.tensor(list(vars(found).values()), dtype=torch.float64).T
+    return AdapterErrors(*processes.collect(columns, own, len(targets.names)).T.tolist())
 
 
 # ----------------------------------------------------------------------------------------------------- the run
@@ -176,42 +191,35 @@ def train_reconstruction(
         ConfigError, DataError: before the first step, if settings or data will not do.
         TrainingError: if the loss is not finite, or a resume has no state or other settings.
     """
-    started = time.monotonic()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_float32_matmul_precision("high")
-    first = first_step(to_plain(config), run, max_steps=config.train.max_steps, resume=resume)
-    trainer = setup(config, encoder, chosen, log)
-    if not resume:
-        begin_run(run, to_plain(config))
-    elif first:
-        load_state(run, trainer.hypernet, trainer.optimizer)
-        log(f"resumed at step {first} of {config.train.max_steps}")
-    log(f"ready after {time.monotonic() - started:.0f} s")
-    logger = MetricLogger(
-        run,
-        to_plain(config),
-        steps=config.train.max_steps,
-        first_step=first,
-        report_to=config.train.report_to,
-        bar=bar,
-        log=log,
-    )
-    with logger, StopRequest(max_minutes, started=started) as stop:
-        if watch is not None and not first:
-            watch(trainer, logger.log)
-        step = trainer.fit(run, first, logger, stop)
-    stop.raise_if_interrupted(log, f"after step {step} is saved")
-    return save(trainer, run / "checkpoint", step, log)
+    steps = config.train.max_steps
+    launch = Launch(config, run, resume=resume, max_minutes=max_minutes, device=device, bar=bar, log=log)
+    with launch.processes as processes:
+        first = processes.main_first(lambda: first_step(launch.settings, run, max_steps=steps, resume=resume))
+        trainer = setup(config, encoder, processes, launch.log)
+        if first:
+            load_state(run, trainer.hypernet, trainer.optimizer)
+            launch.log(f"resumed at step {first} of {steps}")
+        launch.log(f"ready after {time.monotonic() - launch.started:.0f} s")
+        with launch.loop(first, steps) as (logger, stop):
+            if watch is not None and not first and processes.number == 1:
+                watch(trainer, logger.log)
+            step = trainer.fit(run, first, logger, stop)
+        stop.raise_if_interrupted(launch.log, f"after step {step} is saved")
+        folder = save(trainer, run / "checkpoint", step, launch.log)
+        processes.wait()
+    return folder
 
 
 def setup(
-    config: ReconstructionConfig, encoder: Encoder | None, device: torch.device, log: Callable[[str], None]
+    config: ReconstructionConfig, encoder: Encoder | None, processes: Processes, log: Callable[[str], None]
 ) -> "Trainer":
     """Loads the library and the encoder, reads the descriptions and makes a fresh hypernetwork.
 
     Raises:
         ConfigError, DataError: if settings or data will not do.
     """
+    device = processes.device
     library, names = open_library(config.data)
     config = basis_of_library(config, len(names))
     spec, lora = library.spec, library.stack(names)
@@ -232,7 +240,10 @@ def setup(
         f"{len(names)} adapters of {spec.num_parameters:,} parameters, {len(texts.texts)} descriptions "
         f"({texts.dropped} over the window); the network has {sum(p.numel() for p in hypernet.parameters()):,}"
     )
-    return Trainer(config, library, encoder, hypernet, targets, embeddings, texts, device)
+    trainer = Trainer(config, library, encoder, hypernet, targets, embeddings, texts, device, processes)
+    number, turns = trainer.sampler.per_batch, config.train.gradient_accumulation_steps
+    require_shares(processes, number, "train.adapters_per_batch", turns)
+    return trainer
 
 
 def read_descriptions(
@@ -288,6 +299,17 @@ def saved_config(config: HypernetConfig) -> HypernetConfig:
     return replace(config, output_std=True, train_shared_lora=False)
 
 
+class _Loss(nn.Module):
+    """A loss as a module, for DDP, which looks for the weights that a loss depends on in the module."""
+
+    def __init__(self, hypernet: Hypernet, function: Callable[[Tensor, Tensor | None, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hypernet, self.function = hypernet, function
+
+    def forward(self, states: Tensor, mask: Tensor | None, index_n: Tensor) -> Tensor:
+        return self.function(states, mask, index_n)
+
+
 class Trainer:
     """What a run holds in memory.
 
@@ -300,6 +322,7 @@ class Trainer:
         embeddings: The descriptions, encoded, on `device`.
         texts: Which descriptions belong to which adapter.
         device: Where training happens.
+        processes: Those that train together; each has its share of every batch.
     """
 
     def __init__(
@@ -312,9 +335,11 @@ class Trainer:
         embeddings: EmbeddingCache,
         texts: Descriptions,
         device: torch.device,
+        processes: Processes | None = None,
     ) -> None:
         self.config, self.library, self.encoder, self.hypernet = config, library, encoder, hypernet
         self.targets, self.embeddings, self.texts, self.device = targets, embeddings, texts, device
+        self.processes = processes or Processes(device)
         self.parameters = [p for p in hypernet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -334,21 +359,36 @@ class Trainer:
     def loss(self) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
         """Made at the first step: a resumed run has its weights by then."""
         loss = reconstruction_losses(self.hypernet, self.targets, self.config.loss)
-        return torch.compile(loss, dynamic=False) if self.config.train.torch_compile else loss
+        loss = torch.compile(loss, dynamic=False) if self.config.train.torch_compile else loss
+        return self.processes.prepare(_Loss(self.hypernet, loss))
 
     def step(self, step: int, index_n: Tensor, texts_n: Tensor) -> Tensor:
-        """One optimiser step; returns the loss, on the device."""
+        """One optimiser step; returns this process's part of the loss, on the device.
+
+        Args:
+            step: Its number.
+            index_n: The adapters of the whole batch.
+            texts_n: Their descriptions.
+        """
         train = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * schedule(step, train.max_steps, train.warmup_ratio)
-        encoded: Encoded = self.embeddings[texts_n]
-        loss = self.loss(encoded.states, encoded.mask, index_n)
+        self.processes.seed(self.config.seed, step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        number, losses = len(index_n), []
+        parts = min(number, self.processes.number * train.gradient_accumulation_steps)
+        for first in self.processes.share(parts):
+            own_n = index_n[first::parts]
+            encoded: Encoded = self.embeddings[texts_n[first::parts]]
+            with self.processes.accumulating(self.loss, more=first + self.processes.number < parts):
+                # A mean over a part's adapters becomes its part of the mean over all.
+                loss = self.loss(encoded.states, encoded.mask, own_n) * (len(own_n) / number)
+                self.processes.backward(loss)
+            losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
         self.stopped.copy_(torch.maximum(self.stopped, (~norm.isfinite()).float()))
         self.optimizer.step()
-        return loss.detach()
+        return torch.stack(losses).sum()
 
     def fit(self, run: Path, first: int, logger: MetricLogger, stop: StopRequest) -> int:
         """Trains from step `first` to the end, or until it has to stop; returns the number of steps done in all.
@@ -379,7 +419,7 @@ class Trainer:
             last = bool(stop) or done == train.max_steps
             if not stop.interrupted and (last or before // train.eval_steps != done // train.eval_steps):
                 logger.record({"step": done, **self.evaluate()})
-            if last or before // train.save_steps != done // train.save_steps:
+            if (last or before // train.save_steps != done // train.save_steps) and self.processes.main:
                 save_state(run, self.hypernet, self.optimizer, Progress(step=done))
             if stop:
                 break
@@ -391,15 +431,17 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for number, step in enumerate(range(first, end)):
             total += self.step(step, adapters[number], texts[number])
+            stop.settle()
             if stop.interrupted:
-                return total.item(), step + 1
-        return total.item(), end
+                end = step + 1
+                break
+        return self.processes.sum(total).item(), end
 
     def evaluate(self) -> dict[str, float]:
         """Computes mean errors with a description of training and with one that was held out."""
         report: dict[str, float] = {}
         for name, texts in (("trained", [mine[0] for mine in self.texts.trained]), ("held_out", self.texts.held_out)):
-            errors = adapter_errors(self.hypernet, self.targets, self.embeddings, texts)
+            errors = adapter_errors(self.hypernet, self.targets, self.embeddings, texts, self.processes)
             report |= {f"{name}/{key}": value for key, value in errors.means().items()}
         return report
 
@@ -408,6 +450,8 @@ def save(trainer: Trainer, folder: Path, step: int, log: Callable[[str], None]) 
     """Writes the checkpoint after a number of steps, with its errors in the card; returns its folder."""
     config, library, encoder, spec = trainer.config, trainer.library, trainer.encoder, trainer.library.spec
     errors = trainer.evaluate()
+    if not trainer.processes.main:
+        return folder
     provenance: dict[str, Any] = {
         "seed": config.seed,
         "steps": step,

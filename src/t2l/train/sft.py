@@ -23,7 +23,6 @@ from t2l import hub
 from t2l.apply import compiled, decoder_layers, hooked
 from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.encoder import Encoder, OneHotEncoder, encoder_revision, load_encoder
-from t2l.errors import ConfigError
 from t2l.hypernet import Hypernet
 from t2l.spec import AdapterSpec
 from t2l.train.checkpoints import card, initialize, portable, require_origin, save_model
@@ -37,7 +36,7 @@ from t2l.train.loss import answer_losses, checkpoint_layers, require_packable
 from t2l.train.metrics import MetricLogger
 from t2l.train.monitor import StepMonitor
 from t2l.train.packing import PackedRows
-from t2l.train.processes import Processes, is_main, load_base
+from t2l.train.processes import Processes, is_main, load_base, require_shares
 from t2l.train.resume import Progress, first_step, load_state, restore_weights, save_state, weights
 from t2l.train.sft_step import Trainer, make_optimizer
 from t2l.versions import versions
@@ -149,7 +148,9 @@ def train(
     steps = config.train.max_steps
     launch = Launch(config, run, resume=resume, max_minutes=max_minutes, device=device, bar=bar, log=log)
     with launch.processes as processes:
-        require_shares(config, processes)
+        require_shares(
+            processes, config.train.tasks_per_batch, "train.tasks_per_batch", config.train.gradient_accumulation_steps
+        )
         begin = processes.main_first(lambda: first_step(launch.settings, run, max_steps=steps, resume=resume))
         session = setup(config, processes, begin, launch.log)
         progress = Progress()
@@ -162,23 +163,6 @@ def train(
         folder = save(session, run, progress, launch.log)
         processes.wait()
     return folder
-
-
-def require_shares(config: SftConfig, processes: Processes) -> None:
-    """Checks that every process gets rows of a batch, and that what is sharded stays as it is.
-
-    Raises:
-        ConfigError: if it does not.
-    """
-    train, number = config.train, processes.number
-    parts = number * train.gradient_accumulation_steps
-    if parts > train.tasks_per_batch:
-        raise ConfigError(
-            f"train.tasks_per_batch {train.tasks_per_batch} is for all processes together, and {number} of them in "
-            f"{train.gradient_accumulation_steps} turns (train.gradient_accumulation_steps) need {parts} rows or more"
-        )
-    if config.method == "full" and train.fsdp != "off":
-        raise ConfigError("train.fsdp shards a base that stays as it is; method 'full' trains it")
 
 
 @dataclass

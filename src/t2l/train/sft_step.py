@@ -116,7 +116,7 @@ class Trainer:
         train, number = self.config.train, len(batch.read)
         again = math.ceil(train.margin_loss_share * number) if train.margin_loss_weight else 0
         margin_weights = self.margin_weights(batch, again).sum().clamp_min(1e-12)
-        parts = self.processes.number * train.gradient_accumulation_steps
+        parts = min(number, self.processes.number * train.gradient_accumulation_steps)
         return [
             Part(batch.every(parts, first), len(range(first, again, parts)), (number, again), margin_weights)
             for first in self.processes.share(parts)

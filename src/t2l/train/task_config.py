@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from t2l.config import Count, LoraConfig, NotNegative, Positive, PromptConfig, Seed, Share, check_ranges
 from t2l.errors import ConfigError
 from t2l.train.metrics import ReportTo
+from t2l.train.processes import Sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class TaskLorasTrainConfig:
     max_steps: Count = 400
     """Most steps of one adapter, and the length of its learning rate's schedule."""
     tasks_per_batch: Count = 64
-    """K, the number of tasks that are trained at once."""
+    """K, the number of tasks that are trained at once, over all processes."""
     rows_per_task: Count = 1
     """Rows of a batch that belong to one task."""
     max_seq_length: Count = 384
@@ -63,6 +64,10 @@ class TaskLorasTrainConfig:
     """Compile the step: a minute at the start, then much faster on a GPU."""
     save_steps: Count = 200
     """Steps between two saved states; a state is saved after an evaluation."""
+    fsdp: Sharding = "off"
+    """Shard the frozen base over the processes (FSDP2), for a base that no device holds whole."""
+    ddp_timeout: Count = 600
+    """Seconds after which a process that does not answer the others ends the run."""
     report_to: ReportTo = "tensorboard"
     """Where numbers are shown beside `metrics.jsonl`, which is always written."""
 

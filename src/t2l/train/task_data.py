@@ -186,9 +186,9 @@ class Segment:
     """The steps until the next evaluation, laid out at once."""
 
     rows: PackedRows
-    """Of all steps, one after another."""
+    """Of all steps, one after another, and of the slots that were asked for."""
     sizes: list[StepSizes]
-    """Of each step."""
+    """Of each step, and of the same slots."""
     places: list[list[tuple[int, int] | None]]
     """Where each slot's rows stand before each step, to go back to if the segment is broken off."""
     tokens: int
@@ -196,7 +196,12 @@ class Segment:
 
 
 def lay_out_segment(
-    slots: Sequence[Running | None], config: TaskLorasConfig, done: int, nothing: TaskDocuments, device: torch.device
+    slots: Sequence[Running | None],
+    config: TaskLorasConfig,
+    done: int,
+    nothing: TaskDocuments,
+    device: torch.device,
+    own: Sequence[int] | None = None,
 ) -> Segment:
     """Draws the rows of all steps until the next evaluation; after a segment that was broken off, of those left of it.
 
@@ -206,28 +211,40 @@ def lay_out_segment(
         done: Steps of the run that were taken before.
         nothing: Documents of any task, none of which stands in an empty slot's rows.
         device: Where the rows are needed.
+        own: The slots whose rows are laid out; all of them, if absent. The others' only go by.
     """
     train = config.train
+    own = range(len(slots)) if own is None else own
     steps: list[list[int | None]] = []
     places: list[list[tuple[int, int] | None]] = []
     listed: list[tuple[TaskDocuments, Sequence[int]]] = []
     groups: list[int] = []
+    rows = range(train.rows_per_task)
     for e in range(train.eval_steps - done % train.eval_steps):
-        steps.append([None if running is None else running.step + e for running in slots])
+        steps.append([None if running is None else running.step + e for running in (slots[n] for n in own)])
         places.append([None if running is None else (running.stream.epoch, running.stream.place) for running in slots])
         for slot, running in enumerate(slots):
-            for _ in range(train.rows_per_task):
-                listed.append((nothing, []) if running is None else (running.data.train, running.stream.row()))
-                groups.append(e * len(slots) + slot)
-    rows = pack(listed, tokens=train.max_seq_length, answer_tokens=train.max_target_length, groups=groups)
-    tokens = int((rows.documents >= 0).sum())
-    return Segment(rows.to(device), step_sizes(steps, train, device), places, tokens)
+            found = [(nothing, []) if running is None else (running.data.train, running.stream.row()) for _ in rows]
+            if slot in own:
+                listed += found
+                groups += [e * len(own) + own.index(slot)] * len(found)
+    packed = pack(listed, tokens=train.max_seq_length, answer_tokens=train.max_target_length, groups=groups)
+    tokens = int((packed.documents >= 0).sum())
+    return Segment(packed.to(device), step_sizes(steps, train, device), places, tokens)
 
 
 def validation_batches(
-    slots: Sequence[Running | None], config: TaskLorasConfig, nothing: TaskDocuments, device: torch.device
+    slots: Sequence[Running | None],
+    config: TaskLorasConfig,
+    nothing: TaskDocuments,
+    device: torch.device,
+    own: Sequence[int] | None = None,
 ) -> list[PackedRows]:
-    """Lays out every slot's validation rows as batches of a training step's shape; arguments as above."""
+    """Lays out slots' validation rows as batches of a training step's shape; arguments as above.
+
+    There are as many batches whichever slots are asked for.
+    """
+    own = range(len(slots)) if own is None else own
     train = config.train
     tokens, answer_tokens = train.max_seq_length, train.max_target_length
     stores = [nothing if running is None else running.data.validation for running in slots]
@@ -240,7 +257,7 @@ def validation_batches(
         places = range(start, start + train.rows_per_task)
         listed = [
             (store, found[i] if i < len(found) else [])
-            for store, found in zip(stores, chosen, strict=True)
+            for store, found in ((stores[n], chosen[n]) for n in own)
             for i in places
         ]
         rows = pack(listed, tokens=tokens, answer_tokens=answer_tokens, groups=[0] * len(listed))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from t2l import hub
-from t2l.apply import compiled, hooked
+from t2l.apply import compiled, decoder_layers, hooked
 from t2l.checkpoint import load_checkpoint
 from t2l.config import to_plain
 from t2l.errors import ConfigError, TrainingError
@@ -31,11 +31,13 @@ from t2l.io import new_folder, read_json, read_tensors
 from t2l.library import INDEX, AdapterLibrary, Purpose, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
+from t2l.train.launch import Launch
 from t2l.train.loop import StopRequest
 from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, require_packable
 from t2l.train.metrics import MetricLogger, memory_gb
 from t2l.train.packing import PackedRows, document_scores
-from t2l.train.resume import STATE, begin_run, check_run, read_facts, write_state
+from t2l.train.processes import Processes, load_base, require_shares
+from t2l.train.resume import STATE, check_run, read_facts, write_state
 from t2l.train.slots import Slots, StepSizes, adamw
 from t2l.train.task_config import TaskLorasConfig
 from t2l.train.task_data import (
@@ -64,6 +66,7 @@ class Trainer:
         device: Where training happens.
         log: Where progress lines go.
         origin: What all adapters start from; None for fresh ones.
+        processes: Those that train together. All of them know what every slot trains; each trains its own slots.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Trainer:
         device: torch.device,
         log: Callable[[str], None],
         origin: LoraTensors | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.config, self.base, self.spec, self.run, self.device, self.log = config, base, spec, run, device, log
         self.origin = origin
@@ -83,7 +87,10 @@ class Trainer:
         self.nothing = data[0]
         """Whose documents an empty slot's rows hold none of."""
         number = min(config.train.tasks_per_batch, len(data))
-        self.slots = Slots(spec, number, device, freeze_a=config.train.freeze_a)
+        self.processes = processes or Processes(device)
+        self.own = self.processes.share(number)
+        """Which of all slots are this process's, in the order of `slots`."""
+        self.slots = Slots(spec, len(self.own), device, freeze_a=config.train.freeze_a)
         self.running: list[Running | None] = [None] * number
         self.waiting = list(self.data)
         self.finished: dict[str, str] = {}
@@ -132,7 +139,7 @@ class Trainer:
     def _train_segment(self, stop: StopRequest) -> dict[str, Any]:
         """Trains to the next evaluation and evaluates, or breaks off on Ctrl-C; returns a row of numbers."""
         clock = time.monotonic()
-        segment = lay_out_segment(self.running, self.config, self.steps, self.nothing.train, self.device)
+        segment = lay_out_segment(self.running, self.config, self.steps, self.nothing.train, self.device, self.own)
         total_K, taken = torch.zeros(self.slots.number, device=self.device), 0
         per_step = self.slots.number * self.config.train.rows_per_task
         for sizes in segment.sizes:
@@ -140,6 +147,7 @@ class Trainer:
                 break
             total_K += self.step(segment.rows.part(taken * per_step, (taken + 1) * per_step), sizes)
             taken += 1
+            stop.settle()
         self.steps += taken
         for running in filter(None, self.running):
             running.step += taken
@@ -149,19 +157,21 @@ class Trainer:
             for slot, place in zip(self.running, segment.places[taken], strict=True):
                 if slot is not None and place is not None:
                     slot.stream.seek(*place)
+        loss = float(self.processes.sum(total_K.sum())) / max(1, taken) / len(self.running)
+        tokens = int(self.processes.sum(torch.tensor(segment.tokens)))
         return {
             "step": self.steps,
             "done": len(self.finished),
             "running": sum(running is not None for running in self.running),
             "waiting": len(self.waiting),
-            "loss": float(total_K.sum()) / max(1, taken) / self.slots.number,
-            "tokens_per_second": segment.tokens * taken / len(segment.sizes) / (time.monotonic() - clock),
+            "loss": loss,
+            "tokens_per_second": tokens * taken / len(segment.sizes) / (time.monotonic() - clock),
             "memory_gb": memory_gb(self.device),
             "minutes": stop.minutes,
         }
 
     def step(self, rows: PackedRows, sizes: StepSizes) -> Tensor:
-        """Takes one step of every slot; returns each slot's loss, (K,)."""
+        """Takes one step of every slot of this process; returns each one's loss, (K,)."""
         losses = self._forward(rows).losses
         loss_K = (losses * rows.weights).unflatten(0, (self.slots.number, -1)).sum((1, 2))
         gradients = torch.autograd.grad(loss_K.sum(), self.slots.trained)
@@ -193,25 +203,28 @@ class Trainer:
                 new = Running(data, data.stream(self.config))
                 self.running[slot] = new
                 shared = self.config.train.shared_init
-                self.slots.start(slot, data.task.name, seed=self.config.seed, shared=shared, origin=self.origin)
+                if slot in self.own:
+                    self.slots.start(
+                        self.own.index(slot), data.task.name, seed=self.config.seed, shared=shared, origin=self.origin
+                    )
                 fresh.append((slot, new))
         if not fresh:
             return
-        loss_K, match_K = torch.stack(self.validate()).tolist()
+        loss_K, match_K = torch.stack(self.everyones(*self.validate())).tolist()
         for slot, new in fresh:
             new.start_loss = new.best_loss = loss_K[slot]
             new.start_exact_match = new.best_exact_match = match_K[slot]
-        self.slots.keep_best([slot for slot, _ in fresh])
+        self._keep_best([slot for slot, _ in fresh])
 
     def validate(self) -> tuple[Tensor, Tensor]:
-        """Computes each slot's mean loss over its validation examples and the share that is right, (K,) each.
+        """Computes each own slot's mean loss over its validation examples and the share that is right, (K,) each.
 
         Runs with gradients switched on and thrown away: without them a compiled step would be compiled once more.
         """
         total = torch.zeros(3, self.slots.number, device=self.device)
         names = [None if running is None else running.data.task.name for running in self.running]
         if names != self.validation[0]:
-            batches = validation_batches(self.running, self.config, self.nothing.validation, self.device)
+            batches = validation_batches(self.running, self.config, self.nothing.validation, self.device, self.own)
             self.validation = (names, batches)
         for rows in self.validation[1]:
             answers = self._forward(rows)
@@ -220,13 +233,22 @@ class Trainer:
                 total[i] += x.float().unflatten(0, (self.slots.number, -1)).sum((1, 2))
         return total[0] / total[2].clamp_min(1), total[1] / total[2].clamp_min(1)
 
+    def everyones(self, *values_K: Tensor) -> tuple[Tensor, ...]:
+        """Of several numbers of each own slot, (K,) each, those of all slots of all processes."""
+        return self.processes.collect(torch.stack(values_K, dim=1), self.own, len(self.running)).unbind(1)
+
+    def _keep_best(self, slots: Sequence[int]) -> None:
+        """Copies the weights of those of these slots that are this process's to their best ones."""
+        self.slots.keep_best([self.own.index(slot) for slot in slots if slot in self.own])
+
     def _evaluate(self, clock: float) -> None:
         """Evaluates every slot on its own validation examples: best weights, patience, done or not.
 
         The time since `clock` is shared among the tasks that were trained in it.
         """
         train = self.config.train
-        loss_K, match_K, alive_K = torch.stack([*self.validate(), self.slots.alive.float()]).tolist()
+        found = self.everyones(*self.validate(), self.slots.alive.float())
+        loss_K, match_K, alive_K = torch.stack(found).tolist()
         share = (time.monotonic() - clock) / sum(running is not None for running in self.running)
         improved, done = [], {}
         for slot, running in enumerate(self.running):
@@ -245,12 +267,12 @@ class Trainer:
                 done[slot] = "no better validation loss"
             elif running.step >= train.max_steps:
                 done[slot] = "all steps done"
-        self.slots.keep_best(improved)
+        self._keep_best(improved)
         for slot, why in done.items():
             self._finish(slot, why)
 
     def _finish(self, slot: int, why: str) -> None:
-        """Writes a slot's best adapter to `finished/` and empties the slot."""
+        """Writes a slot's best adapter to `finished/` and empties the slot; the main process writes."""
         from safetensors.torch import save_file
 
         running = self.running[slot]
@@ -265,17 +287,21 @@ class Trainer:
             "exact_match": running.best_exact_match,
             "seconds": round(running.seconds, 3),
         }
-        name = running.data.task.name
+        name, owner = running.data.task.name, slot % self.processes.number
+        adapter = self.slots.best_adapter(self.own.index(slot) if slot in self.own else 0)
+        adapter = {part: self.processes.broadcast(x, owner) for part, x in adapter.items()}
+        self.finished[name], self.running[slot] = why, None
+        if not self.processes.main:
+            return
         # A run that was killed since its last state trains the task once more, and finds the folder here.
         with new_folder(self.run / "finished" / name, overwrite=True) as temporary:
-            save_file(self.slots.best_adapter(slot), temporary / "adapter.safetensors")
+            save_file(adapter, temporary / "adapter.safetensors")
             (temporary / "facts.json").write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.finished[name], self.running[slot] = why, None
 
     # ---------------------------------------------------------------------------------- saving and resuming
 
     def save(self) -> None:
-        """Writes a state, whole or not at all; of a run that is complete only that it is."""
+        """Writes a state of all slots, whole or not at all; of a run that is complete only that it is."""
         facts = {
             "running": [None if running is None else running.plain() for running in self.running],
             "waiting": self.waiting,
@@ -283,7 +309,11 @@ class Trainer:
             "steps": self.steps,
         }
         tensors = self.slots.tensors() if self.left else {"alive": self.slots.alive.to(torch.uint8)}
-        write_state(self.run, tensors, facts)
+        if self.processes.number > 1:  # one tensor at a time, through the hosts' memory
+            number = len(self.running)
+            tensors = {name: self.processes.collect(x.detach().cpu(), self.own, number) for name, x in tensors.items()}
+        if self.processes.main:
+            write_state(self.run, tensors, facts)
 
     def load(self, facts: dict[str, Any]) -> None:
         """Goes back to the run's saved state.
@@ -295,7 +325,8 @@ class Trainer:
         if not self.left and self._library_is_written():
             raise TrainingError(f"{self.run} is finished: all {len(self.finished)} adapters are done")
         if self.left:  # otherwise it was killed between its last state and its library, which is still to be written
-            self.slots.load({name: x.to(self.device) for name, x in read_tensors(self.run / STATE).items()})
+            saved = {name: x[list(self.own)] for name, x in read_tensors(self.run / STATE).items()}
+            self.slots.load({name: x.to(self.device) for name, x in saved.items()})
         self.steps = facts["steps"]
         for slot, plain in enumerate(facts["running"]):
             if plain is None:
@@ -386,39 +417,30 @@ def train_task_loras(
         TrainingError: if no adapter was finished, or a resume has no state or other settings.
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
-    started = time.monotonic()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_float32_matmul_precision("high")
-    going_on = check_run(run, to_plain(config), resume=resume)
-    trainer = setup(config, run, chosen, log, benchmarks)
-    if going_on:
-        trainer.load(read_facts(run))
-        log(f"resumed: {len(trainer.finished)} of {len(trainer.data)} done")
-    elif not resume:
-        begin_run(run, to_plain(config))
-    log(f"ready after {time.monotonic() - started:.0f} s: {trainer.slots.number} adapters at once")
-    logger = MetricLogger(
-        run,
-        to_plain(config),
-        steps=len(trainer.data),
-        first_step=trainer.steps,
-        report_to=config.train.report_to,
-        bar=bar,
-        log=log,
-        unit="tasks",
-    )
-    with logger, StopRequest(max_minutes, started=started) as stop:
-        trainer.fit(logger, stop, watch)
-    stop.raise_if_interrupted(log, f"is saved, {trainer.left} adapters are left")
-    if not trainer.finished:
-        raise TrainingError(f"No adapter was finished within {max_minutes} minutes; go on with --resume")
-    return trainer.library(run / "library")
+    launch = Launch(config, run, resume=resume, max_minutes=max_minutes, device=device, bar=bar, log=log)
+    with launch.processes as processes:
+        going_on = processes.main_first(lambda: int(check_run(run, launch.settings, resume=resume)))
+        trainer = setup(config, run, processes, launch.log, benchmarks)
+        if going_on:
+            trainer.load(read_facts(run))
+            launch.log(f"resumed: {len(trainer.finished)} of {len(trainer.data)} done")
+        number = len(trainer.running)
+        launch.log(f"ready after {time.monotonic() - launch.started:.0f} s: {number} adapters at once")
+        with launch.loop(trainer.steps, len(trainer.data), "tasks") as (logger, stop):
+            trainer.fit(logger, stop, watch if processes.number == 1 else None)
+        stop.raise_if_interrupted(launch.log, f"is saved, {trainer.left} adapters are left")
+        if not trainer.finished:
+            raise TrainingError(f"No adapter was finished within {max_minutes} minutes; go on with --resume")
+        library = trainer.library(run / "library") if processes.main else None
+        processes.wait()
+    return library or AdapterLibrary.open(run / "library")
 
 
 def setup(
     config: TaskLorasConfig,
     run: Path,
-    device: torch.device,
+    processes: Processes,
     log: Callable[[str], None],
     benchmarks: Benchmarks | None = None,
 ) -> Trainer:
@@ -431,12 +453,15 @@ def setup(
     data = tokenize_tasks(tasks, config, hub.load_tokenizer(config.base))
     too_long = sum(x.train.too_long for x in data)
     log(f"{len(data)} tasks, {sum(len(x.train.variants) for x in data)} examples ({too_long} too long and left out)")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base = hub.load_causal_lm(config.base, device=str(device), dtype=dtype)
-    require_packable(base, config.base)
+    require_shares(processes, min(config.train.tasks_per_batch, len(data)), "train.tasks_per_batch")
+    device, fsdp = processes.device, config.train.fsdp
+    base = load_base(config.base, fsdp, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     spec = AdapterSpec.from_config(base.config, config.base, config.lora)
+    if fsdp != "off":
+        processes.shard(base, decoder_layers(base, spec))
+    require_packable(base, config.base)
     origin = None if config.train.init_from is None else _origin(Path(config.train.init_from), spec)
-    return Trainer(config, base, spec, data, run, device, log, origin)
+    return Trainer(config, base, spec, data, run, device, log, origin, processes)
 
 
 def _origin(folder: Path, spec: AdapterSpec) -> LoraTensors:
