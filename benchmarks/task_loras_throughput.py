@@ -43,6 +43,9 @@ class Clock:
     def record(self, row: dict[str, Any]) -> None:
         self.rows.append((time.perf_counter(), row["step"]))
 
+    def step(self, done: int) -> None:
+        pass
+
     @property
     def seconds_per_step(self) -> float:
         (start, first), (end, last) = self.rows[0], self.rows[-1]
@@ -71,15 +74,14 @@ def ours(
     }
 
 
-def plain_peft(config: TaskLorasConfig, data: TaskData, base: Any, device: torch.device, steps: int) -> float:
+def plain_peft(
+    config: TaskLorasConfig, data: TaskData, base: Any, spec: AdapterSpec, device: torch.device, steps: int
+) -> float:
     """Seconds a step of one adapter takes with PEFT and torch's AdamW, on the same rows."""
     train = config.train
-    lora = config.lora
+    names = [target.name for target in spec.targets]
     model = get_peft_model(
-        base,
-        PeftLoraConfig(
-            r=lora.r, lora_alpha=int(lora.lora_alpha), target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
-        ),
+        base, PeftLoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=names, task_type="CAUSAL_LM")
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
@@ -156,7 +158,7 @@ def measure(config: TaskLorasConfig, *, tasks: int, one_by_one: int, device: tor
     data = tokenize_tasks(load_tasks(config)[:tasks], config, tokenizer)
     together = ours(config, data, base, spec, device, len(data))
     alone = ours(config, data[:one_by_one], base, spec, device, 1)
-    peft = plain_peft(config, data[0], base, device, config.train.max_steps) * config.train.max_steps
+    peft = plain_peft(config, data[0], base, spec, device, config.train.max_steps) * config.train.max_steps
     differences = [abs(alone["losses"][name] - together["losses"][name]) for name in alone["losses"]]
     for way in (together, alone):
         way["mean_loss"] = sum(way["losses"].values()) / len(way["losses"])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -88,3 +89,16 @@ def test_packed_and_reference_step_cost_the_same_loss(train_step: ModuleType) ->
     assert abs(one.item() - other.item()) <= 1e-4
     assert any(g.abs().max() > 1e-3 for g in grads)
     assert all((x - y).abs().max() <= 1e-4 for x, y in zip(grads, other_grads, strict=True))
+
+
+@pytest.mark.slow
+def test_scaling_runs(tmp_path: Path) -> None:
+    """Two processes on the CPU: one alone, both with the whole base each, and both with a sharded one."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--tiny", "--out", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    steps = [("alone", 1), ("base replicated", 2), ("base sharded (FSDP2)", 2)]
+    assert [(row["step"], row["devices"]) for row in rows] == steps
+    for row in rows[1:]:
+        assert row["scaling"] == pytest.approx(2 * row["tokens_per_second"] / rows[0]["tokens_per_second"])

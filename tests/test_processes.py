@@ -222,26 +222,40 @@ def require_same(one_name: str, name: str, runs: Path, *, weights: str = "checkp
     assert all((x.float() - theirs[key].float()).abs().max() <= 1e-3 for key, x in mine.items())
 
 
+def command_for(config: SftConfig, folder: Path) -> list[str]:
+    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_plain(config)))))
+    return ["-m", "t2l", "train", "sft", "--config", str(folder / "config.yaml"), "--run", str(folder / "run")]
+
+
+def start_two(command: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Two processes without a launcher that would look after them; each says its lines in a file of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = []
+    for rank in range(2):
+        own = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        with (folder / f"{rank}.log").open("wb") as log:
+            started.append(subprocess.Popen([sys.executable, *command, "--device", "cpu"], env=own, stderr=log))
+    return started
+
+
+def wait_for_state(run: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    waiting = time.monotonic() + 120
+    while not (run / "state.safetensors").exists():
+        assert time.monotonic() < waiting and started[0].poll() is None
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_process_that_is_gone_ends_the_others_and_the_last_state_loads(
     how: signal.Signals, sft: SftConfig, tmp_path: Path
 ) -> None:
     """Killed, at once; stopped, when `ddp_timeout` is over. One process goes on afterwards, or two of torchrun."""
     config = shorter(sft, max_steps=100_000, save_steps=2, eval_steps=100_000, ddp_timeout=10)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_plain(config)))))
-    command = ["-m", "t2l", "train", "sft", "--config", str(tmp_path / "config.yaml"), "--run", str(tmp_path / "run")]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = []
-    for rank in range(2):
-        own = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        with (tmp_path / f"{rank}.log").open("wb") as log:
-            started.append(subprocess.Popen([sys.executable, *command, "--device", "cpu"], env=own, stderr=log))
+    command = command_for(config, tmp_path)
+    started = start_two(command, tmp_path)
     try:
-        waiting = time.monotonic() + 120
-        while not (tmp_path / "run" / "state.safetensors").exists():
-            assert time.monotonic() < waiting and started[0].poll() is None
-            time.sleep(0.1)
+        wait_for_state(tmp_path / "run", started)
         started[1].send_signal(how)
         started[0].wait(timeout=40)
     finally:
@@ -262,6 +276,24 @@ def test_a_process_that_is_gone_ends_the_others_and_the_last_state_loads(
         assert went_on.stdout == f"{tmp_path / 'run' / 'checkpoint'}\n"
         assert went_on.stderr.count(f"resumed at step {done}") == 1
     assert read_progress(tmp_path / "run").step == done + 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_process_stops_both_with_the_state_saved(sft: SftConfig, tmp_path: Path) -> None:
+    """After the same step, whichever of them heard of it."""
+    config = shorter(sft, max_steps=100_000, save_steps=2, eval_steps=100_000, ddp_timeout=30)
+    started = start_two(command_for(config, tmp_path), tmp_path)
+    try:
+        wait_for_state(tmp_path / "run", started)
+        started[1].send_signal(signal.SIGINT)
+        assert [process.wait(timeout=40) for process in started] == [130, 130]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    done = read_progress(tmp_path / "run").step
+    assert f"interrupted: the state after step {done} is saved" in (tmp_path / "0.log").read_text()
+    assert "interrupted" not in (tmp_path / "1.log").read_text()
 
 
 def test_engines_and_numbers_that_do_not_fit_are_refused(
