@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import SHAPES, TINY, RandomEncoder, Shape, packed_batch
+from train_step import SHAPES, TINY, RandomEncoder, Shape, llama_config, packed_batch
 
 from t2l.apply import compiled, decoder_layers, hooked
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig
@@ -62,20 +62,9 @@ class Row:
 
 def make_base(shape: Shape, processes: Processes, *, sharded: bool) -> tuple[Any, AdapterSpec]:
     """A frozen Llama with random weights, which are made where they stay."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    device = processes.device
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
+    device, config = processes.device, llama_config(shape)
     with torch.device("meta"):
         base: Any = LlamaForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     base.eval().requires_grad_(False)

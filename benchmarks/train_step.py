@@ -91,11 +91,11 @@ class Row:
     to_lora: float | None = None
 
 
-def make_base(shape: Shape, device: torch.device) -> Any:
-    """A frozen Llama with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: Shape) -> Any:
+    """The configuration of a base model."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -106,6 +106,13 @@ def make_base(shape: Shape, device: torch.device) -> Any:
         tie_word_embeddings=shape.vocabulary < 100_000,
         attn_implementation="sdpa",
     )
+
+
+def make_base(shape: Shape, device: torch.device) -> Any:
+    """A frozen Llama with random weights."""
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(shape)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
