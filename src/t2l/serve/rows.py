@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t2l.apply import HasLora, target_modules
 from t2l.errors import AdapterNotAppliedError
-from t2l.spec import Target
+from t2l.spec import AdapterSpec, Target
 
 
 class _Slot:
@@ -48,10 +48,13 @@ class _Stack:
         """Writes a row; its rank and layers beyond the adapter's become zero."""
         self._grow(max(layers) + 1, row + 1, a_LRI.shape[1])
         self.clear(row)
-        index, rank = torch.tensor(layers, device=self._like.device), a_LRI.shape[1]
-        self._a[index, row, :, :rank] = a_LRI.to(self._like).mT
-        # Scaled before the model's type takes digits away, and once, not at every token.
-        self._b[index, row, :rank] = (b_LOR.to(self._like.device) * scaling).to(self._like.dtype).mT
+        device, rank = self._like.device, a_LRI.shape[1]
+        # All layers from the first one, as most adapters have them, are a slice: nothing else goes to the device.
+        whole = layers == tuple(range(len(layers)))
+        at = slice(len(layers)) if whole else torch.tensor(layers, device=device)
+        # Moved first: the device changes types faster. B is scaled before the model's type takes digits away, and once.
+        self._a[at, row, :, :rank] = a_LRI.to(device).to(self._like.dtype).mT
+        self._b[at, row, :rank] = (b_LOR.to(device) * scaling).to(self._like.dtype).mT
         self.rows.add(row)
 
     def clear(self, row: int) -> None:
@@ -109,6 +112,7 @@ class RowAdapters:
         self._stacks: dict[tuple[str, int, int], _Stack] = {}
         self._handles: list[Any] = []
         self._selected: tuple[int, int] | None = None
+        self._fits: AdapterSpec | None = None  # the newest adapter's, whose modules are hooked
 
     def set(self, row: int, adapter: HasLora | None) -> None:
         """Gives a row its adapter, or none.
@@ -119,16 +123,19 @@ class RowAdapters:
         self.clear(row)
         if adapter is None:
             return
-        modules = target_modules(self._model, adapter.spec)
-        for m, position, module in modules:
-            stack = self._stack(adapter.spec.targets[m])
-            layer = adapter.spec.layers[position]
-            if layer not in stack.slots:
-                stack.slots[layer] = _Slot()
-                self._handles.append(module.register_forward_hook(stack.slots[layer]))
+        if adapter.spec != self._fits:
+            self._hook(adapter.spec)
         lora = adapter.lora
         for m, target in enumerate(adapter.spec.targets):
             self._stack(target).put(row, adapter.spec.layers, lora.a[m], lora.b[m], lora.scaling)
+
+    def _hook(self, spec: AdapterSpec) -> None:
+        for m, position, module in target_modules(self._model, spec):
+            stack, layer = self._stack(spec.targets[m]), spec.layers[position]
+            if layer not in stack.slots:
+                stack.slots[layer] = _Slot()
+                self._handles.append(module.register_forward_hook(stack.slots[layer]))
+        self._fits = spec
 
     def clear(self, row: int) -> None:
         """The row has no adapter."""
@@ -156,7 +163,7 @@ class RowAdapters:
             handle.remove()
         self._handles.clear()
         self._stacks.clear()
-        self._selected = None
+        self._selected = self._fits = None
 
     @property
     def nbytes(self) -> int:
