@@ -239,6 +239,12 @@ def test_slow_steps_are_computed_from_smaller_ones() -> None:
     assert found.seconds_per_step == pytest.approx(0.02 + 0.03 * 64, rel=0.3)
 
 
+def test_compiled_steps_have_one_shape() -> None:
+    taken: list[int] = []
+    estimate(make_work(lambda rows, tokens: taken.append(rows), compiled=True), budget=0.1)
+    assert set(taken) == {8}
+
+
 def test_building_batches_and_evaluations_count() -> None:
     calls: list[int] = []
     work = make_work(lambda rows, tokens: time.sleep(0.001), rows=1, least_seconds=0.5, setup_seconds=3.0)

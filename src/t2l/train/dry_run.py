@@ -110,6 +110,7 @@ def sft_work(session: sft.Session, trainer: sft.Trainer, setup_seconds: float) -
         held=_held(trained, session.hypernet, base=models[0], encoder=models[1]) | _texts(session.cache),
         disk=disk,
         setup_seconds=setup_seconds,
+        compiled=train.torch_compile,
         least_seconds=build_seconds / workers if workers else 0.0,
         least=train.gradient_accumulation_steps,
         turns=train.gradient_accumulation_steps,
@@ -200,6 +201,7 @@ def reconstruction_work(trainer: reconstruction.Trainer, setup_seconds: float) -
         | _texts(trainer.embeddings),
         disk=lambda: _state(hypernet, trainer.optimizer, Progress(train.max_steps)) | _checkpoint(hypernet),
         setup_seconds=setup_seconds,
+        compiled=train.torch_compile,
         added_seconds=sampling,
     )
 
@@ -295,6 +297,7 @@ def task_loras_work(trainer: task_loras.Trainer, setup_seconds: float) -> Work:
         },
         disk=disk,
         setup_seconds=setup_seconds,
+        compiled=train.torch_compile,
         added_seconds=laying,
     )
 

@@ -58,6 +58,8 @@ class Work:
     """Time that each step takes in the run beyond `step`."""
     least_seconds: float = 0.0
     """Time that each step takes at least, because its batch is built meanwhile."""
+    compiled: bool = False
+    """Whether the first step of every shape takes long, so that no other shape is tried where it can be helped."""
     least: int = 1
     """The fewest rows that a step can have, of which all numbers of rows that are measured are multiples."""
     turns: int = 0
@@ -239,6 +241,8 @@ def _measure(work: Work, budget: float, available: int) -> tuple[Measured | None
         except torch.cuda.OutOfMemoryError:
             pass  # what the step held is freed only once the exception is gone
         return *_below(work, budget), 0
+    if work.compiled:
+        return None, _steps(work, work.rows, work.tokens, seconds=budget / 2), 0
     one, kept = _probe(work)
     needed = one.peak + kept * (work.rows - one.rows)
     each = one.seconds / one.rows
