@@ -18,7 +18,7 @@ endif
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup models demo serve test test-full research-test lint docs clean
+.PHONY: help setup models demo serve package-test test test-full research-test lint docs clean
 
 help:
 	@echo "make demo       three descriptions become three adapters; answers with and without them"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-full  all tests"
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
 	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some ten minutes)"
+	@echo "make package-test  wheel and source archive, installed and tried with each extra (some gigabytes, half an hour)"
 	@echo "make lint       ruff, mypy, and the documentation without a warning"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make clean      remove what these made (the model cache stays)"
@@ -80,6 +81,9 @@ LLAMACPP := .venv-llamacpp/bin
 
 test-llamacpp: setup models .venv-llamacpp/.stamp
 	T2L_LLAMACPP_PYTHON="$(abspath $(LLAMACPP)/python)" $(BIN)/python -m pytest tests/test_gguf_export.py tests/test_bases.py
+
+package-test:
+	PYTHON="$(PYTHON)" scripts/package_test.sh
 
 lint: setup
 	$(BIN)/ruff check .

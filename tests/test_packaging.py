@@ -1,0 +1,72 @@
+"""What is installed: the core needs no extra, the wheel holds what the package reads, licences go together."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_core_imports_no_extra() -> None:
+    """All of the core in a process in which no package of an extra can be imported."""
+    check = script("package_check")
+    packages = sorted({package for packages in check.EXTRAS.values() for package in packages} - {"accelerate"})
+    code = f"""
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+for module in {check.CORE}:
+    importlib.import_module("t2l." + module)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_extra_is_tried_by_the_package_test() -> None:
+    assert script("package_check").EXTRAS.keys() == PROJECT["optional-dependencies"].keys() - {"dev", "docs"}
+
+
+def test_every_requirement_has_a_lowest_version() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "lowest_versions.py"], capture_output=True, text=True, check=True
+    )
+    assert {"torch", "transformers", "peft", "gguf"} <= {line.split("==")[0] for line in done.stdout.splitlines()}
+
+
+def test_licences_are_said_and_go_with_our_own() -> None:
+    """GPL or AGPL code may not be part of what a plain installation with all extras needs."""
+    found = script("licences").requirements("text-to-lora", ("embedded", "train", "data", "eval", "serve"))
+    assert len(found) > 30
+    unfit = {name: words for name, words in found.items() if re.search(r"\bA?GPL|GNU (Affero )?General", words)}
+    assert not unfit
+    assert not [name for name, words in found.items() if words == "not said"]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name.removeprefix("t2l/") for name in archive.namelist() if name.startswith("t2l/")}
+    package = ROOT / "src" / "t2l"
+    tracked = subprocess.run(["git", "ls-files", package], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {str((ROOT / line).relative_to(package)) for line in tracked.split("\n") if line} == held
