@@ -115,14 +115,16 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
                     "--overwrite"
                 ) from error
         with _temporary(path) as doomed:  # where the old folder goes to be deleted
+            old = doomed / "old"
             try:
-                os.rename(path, doomed / "old")
-            except FileNotFoundError:  # another process that overwrites has just moved it away
-                continue
-            try:
+                os.rename(path, old)
                 return os.rename(temporary, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            except BaseException as error:
+                if old.exists() and not path.exists():  # a full disk, or Ctrl-C, between the two
+                    os.rename(old, path)
+                    raise
+                # Others that overwrite have just moved it away, or put theirs in its place.
+                if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                     raise
 
 

@@ -151,8 +151,6 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Any:
     try:
         present = pq.read_schema(path).names
         table = None if set(columns) - set(present) else pq.read_table(path, columns=list(columns))
-        if table is not None:
-            table.validate(full=True)  # texts that are no UTF-8
     except (OSError, pa.ArrowException) as error:  # a cut-off file, or one whose middle is damaged
         said = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is damaged or no Parquet file ({said}); `t2l data build` makes it anew") from error
@@ -224,6 +222,15 @@ def load_everyday() -> list[Task]:
 
 def _load_packed(files: str, names: Collection[str] | None, *, splits: Sequence[str], folder: Path) -> list[Task]:
     """Reads tasks from the packed files whose names begin with `files`; all of them if no names are given."""
+    try:
+        return _read_packed(files, names, splits=splits, folder=folder)
+    except UnicodeDecodeError as error:  # pyarrow looks at texts only when they are taken out
+        raise DataError(
+            f"{folder} holds texts that are no UTF-8 ({error}): a file is damaged; `t2l data build` makes it anew"
+        ) from error
+
+
+def _read_packed(files: str, names: Collection[str] | None, *, splits: Sequence[str], folder: Path) -> list[Task]:
     columns = ("task", "definition", "summary", "descriptions", "category")
     rows = {row["task"]: row for row in read_parquet(folder / f"{files}_tasks.parquet", columns).to_pylist()}
     wanted = sorted(rows if names is None else set(names))
