@@ -562,17 +562,6 @@ def test_doctor_names_what_is_missing_and_the_way_out(tmp_path: Path, monkeypatc
 # ------------------------------------------------------------------------------------ README, configs, the demo
 
 
-def test_the_readmes_code_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    monkeypatch.setattr(text_to_lora, "checkpoint_folder", lambda reference, **_: checkpoint)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert len(list(tmp_path.glob("*/adapter_model.safetensors"))) >= 1
-
-
 def demo_tasks() -> list[dict[str, Any]]:
     tasks: list[dict[str, Any]] = load_yaml(ROOT / "scripts/demo_inputs.yaml")["tasks"]
     return tasks
