@@ -3,6 +3,10 @@
     python research/few_shot.py run --out few_shot.jsonl
     python research/few_shot.py report few_shot.jsonl
 
+On one GPU of 80 GB, estimated at six minutes and not run yet; stopped early, it keeps each finished number and seed:
+
+    python research/few_shot.py run --out few_shot.jsonl --tasks 12 --per-task 30 --seeds 3 --tokens 32768
+
 `run` tunes, for every task, seed and number of examples, the adapter that the checkpoint writes from a description,
 the multi-task LoRA, and a fresh LoRA of the same shape; all three see the same examples, the same held-out share and
 the same settings. `tune_many` does what `t2l tune` does, many times at once. Each line of the output is one task, seed,
