@@ -714,6 +714,7 @@ STRINGS = (
 )
 
 
+@pytest.mark.slow
 def test_default_model_equals_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converted model is the GGUF file, weight for weight in bfloat16, with the same tokens and the same logits."""
     gguf_package = pytest.importorskip("gguf")
