@@ -167,7 +167,7 @@ def test_overlap_finds_reworded_and_short_inputs(script: ModuleType) -> None:
             ("c", " PARIS. ", False),
         ]
     )
-    overlap = script.Overlap(corpus, ["a"])
+    overlap = script.SplitOverlap(corpus, ["a"])
     # One of the two scored inputs, though only one of all four.
     assert overlap.share("a", "b") == pytest.approx(0.5)
     assert overlap.share("a", "c") == pytest.approx(0.5)
