@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from t2l.errors import OutputError
+from t2l.io import new_folder
+from t2l.locks import REPLACED, sweep
+
 WRITER = """
 import errno, os, signal, sys
 import torch
@@ -79,9 +83,11 @@ def test_whatever_ends_a_write_what_was_there_or_what_comes_is_whole(kind: str, 
         allowed = {"kill": (-signal.SIGKILL, 0), "interrupt": (130, 0), "full": (3, 0)}[kind]
         assert done.returncode in allowed, (last, done.returncode, done.stderr)
         assert whole(folder) and state(folder)[1] in ("old", "new"), (last, state(folder))
-        # A kill between the old folder's leaving and the new one's coming is the one moment without either.
+        # A kill between the old folder's leaving and the new one's coming: the next writer puts the old one back.
         if not folder.exists():
             assert kind == "kill", last
+            sweep(tmp_path)
+            assert state(folder)[0] == "old" and whole(folder), last
         assert write("none", 0, folder).returncode == 0
         assert state(folder) == ("new", "new")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "notes.txt"], last
@@ -95,3 +101,18 @@ def test_a_write_that_is_ended_early_leaves_what_was_there(tmp_path: Path) -> No
     assert state(folder)[0] == "old" and whole(folder)
     assert write("none", 0, folder).returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "notes.txt"]
+
+
+def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
+    """Killed after the old folder left and before the new one came, as the next writer finds it."""
+    left = tmp_path / ".adapter.t2l-0a1b2c3d"
+    (left / REPLACED).mkdir(parents=True)
+    (left / REPLACED / "README.md").write_text("old")
+    with pytest.raises(OutputError, match="exists already"), new_folder(tmp_path / "adapter") as folder:
+        (folder / "README.md").write_text("new")
+    assert (tmp_path / "adapter" / "README.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    with new_folder(tmp_path / "adapter", overwrite=True) as folder:
+        (folder / "README.md").write_text("new")
+    assert (tmp_path / "adapter" / "README.md").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

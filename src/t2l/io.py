@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError, TensorMismatchError
-from t2l.locks import lock_folder, sweep, unlock
+from t2l.locks import REPLACED, lock_folder, sweep, unlock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
                     "--overwrite"
                 ) from error
         with _temporary(path) as doomed:  # where the old folder goes to be deleted
-            old = doomed / "old"
+            old = doomed / REPLACED
             try:
                 os.rename(path, old)
                 return os.rename(temporary, path)

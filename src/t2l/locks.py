@@ -3,23 +3,34 @@
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
+
+REPLACED = "replaced"
+"""Where in a temporary folder the one stands that a new folder takes the place of."""
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
     """Removes what processes that were killed left in a folder. Whatever a living one writes is locked by it.
 
+    A folder that was moved away to be replaced, and whose successor never came, goes back to its place.
+
     Args:
         folder: Where to look; what is in its folders stays.
         name: Of the file or folder that was to be written; None means any.
     """
-    known = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.t2l-[a-z0-9_]{{8}}")
+    known = re.compile(rf"\.({'.+' if name is None else re.escape(name)})\.t2l-[a-z0-9_]{{8}}")
     for entry in os.scandir(folder):
-        if not known.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+        found = known.fullmatch(entry.name)
+        if not found or not entry.is_dir(follow_symlinks=False):
             continue
         lock = lock_folder(Path(entry.path), wait=False)
         if lock is None:
             continue
+        replaced, place = Path(entry.path, REPLACED), Path(folder, found[1])
+        if replaced.is_dir() and not place.exists():
+            with suppress(OSError):  # another process has put its own there meanwhile
+                os.rename(replaced, place)
         shutil.rmtree(entry.path, ignore_errors=True)
         unlock(lock)
 
