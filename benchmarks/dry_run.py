@@ -33,9 +33,9 @@ from t2l.train.config import DataConfig, SftConfig, TrainConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.dry_run import sft_work
 from t2l.train.embeddings import EmbeddingCache
-from t2l.train.estimate import Estimate, estimate, peak_bytes, size
+from t2l.train.estimate import Estimate, estimate, size
 from t2l.train.loop import StopRequest
-from t2l.train.metrics import MetricLogger, read_metrics
+from t2l.train.metrics import MetricLogger, peak_bytes, read_metrics
 from t2l.train.processes import Processes
 from t2l.train.resume import Progress
 from t2l.train.sft import Session, fit, make_optimizer, stepping

@@ -54,7 +54,7 @@ class LoraAdapter(HubFolder):
     @property
     def norm(self) -> float:
         """Frobenius norm of the whole weight update."""
-        return float(torch.stack([x.float().square().sum() for x in self.lora.norms()]).sum().sqrt())
+        return float(self.lora.total_norms())
 
     def require_effect(self) -> None:
         """Checks that the adapter does anything.

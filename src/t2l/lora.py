@@ -71,6 +71,11 @@ class LoraTensors:
         grams = [(b.mT @ b) * (a @ a.mT) for a, b in zip(self.a, self.b, strict=True)]
         return [self.scaling * g.sum((-2, -1)).clamp_min(0).sqrt() for g in grams]
 
+    def total_norms(self) -> Tensor:
+        """Frobenius norm of all weight updates together, (…,), computed in float32."""
+        squares = [norm.square().sum(-1) for norm in self.map(Tensor.float).norms()]
+        return torch.stack(squares).sum(0).sqrt()
+
     def inner(self, other: "LoraTensors") -> list[Tensor]:
         """Frobenius inner product of ΔW with another adapter's for each target, (…, L).
 

@@ -20,11 +20,11 @@ import torch
 from t2l import fanout
 from t2l.encoder import check_description
 from t2l.errors import CheckpointError, DataError
-from t2l.io import only_writer, parse_json
+from t2l.io import only_writer, read_json_lines
 from t2l.library import tensor_shapes
 from t2l.lora import LoraTensors
 from t2l.pace import progress
-from t2l.shards import Origin, SavedType, ShardedLibrary, require_pyarrow, total_norms
+from t2l.shards import Origin, SavedType, ShardedLibrary, require_pyarrow
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import TextToLora
 
@@ -95,17 +95,10 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = parse_json(line, f"{path}:{number}", DataError)
-                if not isinstance(row, dict) or "description" not in row:
-                    raise DataError(f"{path}:{number} must be an object with a description, got {str(row)[:80]}")
-                yield row["description"]
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}") from error
+    for where, _, row in read_json_lines(path):
+        if not isinstance(row, dict) or "description" not in row:
+            raise DataError(f"{where} must be an object with a description, got {str(row)[:80]}")
+        yield row["description"]
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
@@ -221,7 +214,7 @@ class Generator:
             for m, target in enumerate(self.library.spec.targets):
                 for part, tensors in (("A", saved.a), ("B", saved.b)):
                     host[f"{target.name}.{part}"][start : start + len(batch)].copy_(tensors[m], non_blocking=True)
-            norms.append(total_norms(saved))
+            norms.append(saved.total_norms())
             finite.append(_finite(saved))
         good, found = torch.cat(finite).tolist(), torch.cat(norms).tolist()  # waits for the copies too
         if not all(good):

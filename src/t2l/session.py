@@ -44,7 +44,7 @@ class Session:
         device: str | None = None,
         description_in_prompt: bool | None = None,
     ) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = hub.best_device(device)
         spec, config = read_config(checkpoint_folder(checkpoint))
         self.prompt = config.prompt.with_description(description_in_prompt)
         if adapter is None:

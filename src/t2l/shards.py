@@ -202,7 +202,7 @@ class ShardedLibrary:
                 tuple(tensors[f"{t.name}.B"].float() for t in self.spec.targets),
                 self.spec.scaling,
             )
-            for position, norm, single in zip(positions, total_norms(batch).tolist(), batch.unbind(), strict=True):
+            for position, norm, single in zip(positions, batch.total_norms().tolist(), batch.unbind(), strict=True):
                 written = rows[position]["norm"]
                 if abs(norm - written) > 1e-3 * max(norm, written):
                     raise CheckpointError(
@@ -243,7 +243,7 @@ class ShardedLibrary:
         Args:
             descriptions: What each of n adapters was written from.
             tensors: A (n, L, R, I) and B (n, L, O, R) of each target, named as in a library's file, on the CPU.
-            norms: `total_norms` of the adapters as they are saved, (n,).
+            norms: `LoraTensors.total_norms` of the adapters as they are saved, (n,).
 
         Raises:
             OutputError: if it cannot be written.
@@ -277,12 +277,6 @@ ELSEWHERE = "choose another folder"
 def is_sharded(folder: Path) -> bool:
     """Whether a folder is a sharded library, or one that was begun."""
     return (folder / LIBRARY).is_file()
-
-
-def total_norms(lora: LoraTensors) -> torch.Tensor:
-    """Frobenius norm of all weight updates of each adapter of a batch together, (N,), in float32."""
-    squares = [norm.float().square().sum(-1) for norm in lora.map(torch.Tensor.float).norms()]
-    return torch.stack(squares).sum(0).sqrt()
 
 
 def index_schema() -> Any:

@@ -17,6 +17,7 @@ from t2l.cli.common import (
     DeviceOption,
     InPromptOption,
     JsonOption,
+    StrengthOption,
     app,
     checked_device,
     peak_memory,
@@ -73,9 +74,7 @@ def generate(
     ] = None,
     description_files: DescriptionFilesOption = None,
     checkpoint: CheckpointOption = DEFAULT,
-    strength: Annotated[
-        float, typer.Option(min=0, max=2, help="Share of the description's change; 0 is the shared LoRA alone.")
-    ] = 1.0,
+    strength: StrengthOption = 1.0,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
     device: DeviceOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it holds adapters.")] = False,

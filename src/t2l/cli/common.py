@@ -66,6 +66,9 @@ InPromptOption = Annotated[
         show_default=False,
     ),
 ]
+StrengthOption = Annotated[
+    float, typer.Option(min=0, max=2, help="Share of the description's change; 0 is the shared LoRA alone.")
+]
 WorkersOption = Annotated[
     int,
     typer.Option(min=0, help="Ray workers that share the work, each with a core or a GPU; 0 is this process alone."),

@@ -14,6 +14,7 @@ from t2l.cli.common import (
     CheckpointOption,
     DeviceOption,
     JsonOption,
+    StrengthOption,
     WorkersOption,
     app,
     checked_device,
@@ -41,9 +42,7 @@ def generate_library(
         Path, typer.Option("--out", "-o", metavar="DIR", help="The library; one that is there is gone on with.")
     ],
     checkpoint: CheckpointOption = DEFAULT,
-    strength: Annotated[
-        float, typer.Option(min=0, max=2, help="Share of the description's change; 0 is the shared LoRA alone.")
-    ] = 1.0,
+    strength: StrengthOption = 1.0,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float16,
     batch_size: Annotated[
         int, typer.Option(min=0, help="Descriptions of one forward pass; 0 is 256 on a GPU and 16 elsewhere.")

@@ -37,10 +37,6 @@ PREVIEW = 8.0
 Log = Callable[[str], None]
 
 
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 # ---------------------------------------------------------------------------------------------- fine-tuning
 
 
@@ -52,7 +48,7 @@ def dry_run_sft(config: sft.SftConfig, *, device: str | None = None, log: Log = 
     """
     started = time.monotonic()
     with _in_memory(config.base):
-        session = sft.setup(follow(config, log), Processes(_device(device)), 0, log)
+        session = sft.setup(follow(config, log), Processes(torch.device(hub.best_device(device))), 0, log)
     with sft.stepping(session) as trainer:
         return estimate(sft_work(session, trainer, time.monotonic() - started), budget=BUDGET)
 
@@ -155,7 +151,7 @@ def dry_run_reconstruction(
         ConfigError, DataError: as the run itself would before its first step.
     """
     started = time.monotonic()
-    trainer = reconstruction.setup(config, encoder, Processes(_device(device)), log)
+    trainer = reconstruction.setup(config, encoder, Processes(torch.device(hub.best_device(device))), log)
     return estimate(reconstruction_work(trainer, time.monotonic() - started), budget=BUDGET)
 
 
@@ -229,7 +225,7 @@ def dry_run_task_loras(
     """
     started = time.monotonic()
     with _in_memory(config.base):
-        trainer = task_loras.setup(config, Path(), Processes(_device(device)), log, benchmarks)
+        trainer = task_loras.setup(config, Path(), Processes(torch.device(hub.best_device(device))), log, benchmarks)
     with trainer.stepping():
         trainer.fill()
         return estimate(task_loras_work(trainer, time.monotonic() - started), budget=BUDGET)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from t2l.errors import TrainingError
 from t2l.pace import duration
-from t2l.train.metrics import memory_gb
+from t2l.train.metrics import peak_bytes
 
 ROOM = 0.95
 """Share of a device's memory that settings are advised to use: what is left are gaps between tensors."""
@@ -283,33 +284,19 @@ def _forget(device: torch.device) -> None:
 
 def _steps(work: Work, rows: int, tokens: int, *, seconds: float = 0.0, number: int = 0) -> Measured:
     """Takes steps of one shape: two to warm up, then so many, or as many as fit into the time, three at least."""
-    started = time.perf_counter()
-    work.step(rows, tokens)
-    synchronize(work.device)
-    first = time.perf_counter() - started
-    started = time.perf_counter()
-    work.step(rows, tokens)
-    synchronize(work.device)
-    second = time.perf_counter() - started
+    step = partial(work.step, rows, tokens)
+    first, second = _seconds(work.device, step), _seconds(work.device, step)
     number = number or max(3, min(MOST_STEPS, math.floor(seconds / max(second, 1e-9))))
-    started = time.perf_counter()
-    for _ in range(number):
-        work.step(rows, tokens)
-    synchronize(work.device)
-    each = (time.perf_counter() - started) / number
+    each = _seconds(work.device, step, number) / number
     return Measured(rows, tokens, number, first, each, peak_bytes(work.device))
 
 
 def _probe(work: Work) -> tuple[Measured, int]:
     """Two steps of a single row; also how many bytes a row keeps for its backward pass."""
-    started = time.perf_counter()
-    saved = SavedBytes()
+    step, saved = partial(work.step, work.least, work.tokens), SavedBytes()
     with saved:
-        work.step(work.least, work.tokens)
-    first = time.perf_counter() - started
-    started = time.perf_counter()
-    work.step(work.least, work.tokens)
-    seconds = time.perf_counter() - started
+        first = _seconds(work.device, step)
+    seconds = _seconds(work.device, step)
     one = Measured(work.least, work.tokens, 1, first, seconds, peak_bytes(work.device))
     return one, saved.total // work.least
 
@@ -337,10 +324,16 @@ def _evaluation_seconds(work: Work, measured: Measured, step: float, budget: flo
         return 0.0
     if measured.rows < work.rows or work.passes * step > budget:
         return work.passes * step / 3  # a step passes forward, and backward for twice the work at most
-    for _ in range(2):  # the second one counts
-        started = time.perf_counter()
-        work.evaluate()
-        synchronize(work.device)
+    _seconds(work.device, work.evaluate)
+    return _seconds(work.device, work.evaluate)  # the second one counts
+
+
+def _seconds(device: torch.device, action: Callable[[], None], times: int = 1) -> float:
+    """How long a device takes for something that is done so many times."""
+    started = time.perf_counter()
+    for _ in range(times):
+        action()
+    synchronize(device)
     return time.perf_counter() - started
 
 
@@ -351,11 +344,6 @@ def synchronize(device: torch.device) -> None:
     """Waits for a device to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory used so far: the GPU's, or the process's."""
-    return round(memory_gb(device) * 1e9)
 
 
 def memory_available(device: torch.device) -> int:

@@ -152,15 +152,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def memory_gb(device: torch.device) -> float:
+    """`peak_bytes` in GB."""
+    return peak_bytes(device) / 1e9
+
+
+def peak_bytes(device: torch.device) -> int:
     """Most memory used so far: the GPU's, or the process's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
-        return 0.0
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak if sys.platform == "darwin" else peak * 1024) / 1e9
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tensorboard(folder: Path, first_step: int, log: Callable[[str], None]) -> Any:

@@ -238,7 +238,7 @@ def join(device: str | None = None, *, timeout: float) -> Processes:
         ConfigError: if Accelerate is not installed, its configuration names another engine, or GPUs are too few.
         TrainingError: if the others do not come.
     """
-    cuda = torch.cuda.is_available() if device is None else device == "cuda"
+    cuda = hub.best_device(device) == "cuda"
     if _started() == 1:
         return Processes(torch.device("cuda" if cuda else "cpu"))
     try:

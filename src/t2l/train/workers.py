@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from t2l import fanout
 from t2l.config import to_plain
 from t2l.errors import ConfigError, TrainingError
@@ -113,13 +111,7 @@ def train_on_workers(
 
 def _joined(libraries: list[AdapterLibrary], folder: Path) -> AdapterLibrary:
     """Writes one library of several with one spec."""
-    stacks = [library.stack() for library in libraries]
-    targets = range(len(stacks[0].a))
-    lora = LoraTensors(
-        tuple(torch.cat([stack.a[m] for stack in stacks]) for m in targets),
-        tuple(torch.cat([stack.b[m] for stack in stacks]) for m in targets),
-        stacks[0].scaling,
-    )
+    lora = LoraTensors.stack([single for library in libraries for single in library.stack().unbind()])
     facts = {name: library.index[name] for library in libraries for name in library.names}
     first = libraries[0]
     return save_library(folder, lora, first.spec, facts, purpose=first.purpose, overwrite=True)
