@@ -292,7 +292,7 @@ def bench(shape: Shape, device: torch.device, *, compile_: bool, warm_up: int, r
         return Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=built).to(device).train()
 
     def add(name: str, trainer: Trainer, on: Batch) -> None:
-        parameters = sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in trainer.hypernet.parameters() if p.requires_grad)
         try:
             median, spread, memory = measure(trainer, on, warm_up=warm_up, rounds=rounds, steps=steps)
             rows.append(Row(shape.name, name, median, spread, memory, tokens, parameters))

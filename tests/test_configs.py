@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_base, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import make_tokenizer
+from transformers import LlamaForCausalLM
 
 from t2l import TextToLora, hub
 from t2l.apply import apply_adapters
@@ -19,7 +19,6 @@ from t2l.config import build, load_yaml, to_plain
 from t2l.errors import ConfigError
 from t2l.tasks import Example, Task
 from t2l.train import dataset as train_data
-from t2l.train.checkpoints import save_model
 from t2l.train.computed import computed_tasks
 from t2l.train.config import SftConfig
 from t2l.train.metrics import read_metrics
@@ -163,9 +162,6 @@ def test_tiny_version_trains(path: Path, tiny: Tiny) -> None:
     assert any(key.startswith("validation/") for key in judged) is (
         config.conditioning != "task" and config.data.tasks == "sni"
     )
-    if config.method == "full":
-        assert not (run / "checkpoint").exists()
-        return
     generator = TextToLora.from_pretrained(str(run / "checkpoint"))
     assert generator.config.conditioning == config.conditioning
     texts = list(generator.config.encoder.names[:2]) or ["Say yes.", "Whatever it is, say no."]
@@ -173,26 +169,6 @@ def test_tiny_version_trains(path: Path, tiny: Tiny) -> None:
     assert any(b.abs().max() > 0 for b in one.lora.b)
     same = all(torch.equal(x, y) for x, y in zip(one.lora.b, other.lora.b, strict=True))
     assert same is config.unconditional
-
-
-def test_full_fine_tuning_leaves_a_model(tiny: Tiny, tiny_config: LlamaConfig) -> None:
-    """It loads as any base does, all of it has moved, and its card says how it came about."""
-    run, _ = tiny(ROOT / "baselines" / "full.yaml")
-    before, after = make_base(tiny_config), hub.load_causal_lm(str(run / "model"))
-    moved = dict(after.named_parameters())
-    # Tokens that never occurred have no gradient, but all else has.
-    same = [name for name, value in before.named_parameters() if torch.equal(value, moved[name])]
-    assert same == []
-    record = json.loads((run / "model" / "training.json").read_text())
-    assert record["steps"] == 3 and record["settings"]["method"] == "full"
-    assert hub.load_tokenizer(str(run / "model")).eos_token == "</s>"
-
-
-def test_saving_a_model_draws_no_bar(
-    tiny_base: LlamaForCausalLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    save_model(tmp_path / "model", tiny_base, make_tokenizer(), {})
-    assert capfd.readouterr() == ("", "")
 
 
 def test_one_hot_checkpoint_knows_its_tasks_by_name(tiny: Tiny) -> None:
@@ -261,9 +237,6 @@ NAN = float("nan")
         ({"conditioning": "task"}, "conditioning 'task' and encoder.kind 'onehot' go together"),
         ({"encoder": {"kind": "onehot"}}, "go together, got 'description' and 'onehot'"),
         ({"conditioning": "input"}, "conditioning 'input' needs encoder.kind 'sentence'"),
-        ({"method": "full"}, "method 'full' needs hypernet.variant none, got 'L'"),
-        ({"method": "full", "hypernet": {"variant": "none"}, "train": FEW | {"init_from": "x"}}, "from the base"),
-        ({"method": "full", "hypernet": {"variant": "none"}, "train": FEW | {"l2_weight": 1.0}}, "no adapters that"),
         (
             {"hypernet": {"variant": "none"}, "train": FEW | {"margin_loss_weight": 1.0}},
             "train.margin_loss_weight would do nothing",

@@ -397,7 +397,6 @@ def test_foreign_files_are_not_replaced(source: str, tmp_path: Path) -> None:
 
 def test_use_of_build() -> None:
     assert t2l("data", "build", "--out", "x").exit_code == 2
-    assert t2l("data", "build", "--out", "x", "--from", "y", "--source", "{task}").exit_code == 2
     for tasks in ("0", "9999999", "../etc", "task1_a,/x"):
         with pytest.raises(ConfigError, match="--tasks"):
             build.choose_tasks(tasks)
@@ -405,35 +404,19 @@ def test_use_of_build() -> None:
         build.build(Path("x"), tasks="1", template="somewhere")
 
 
-def test_packed_files_are_taken_from_a_folder(source: str, tmp_path: Path) -> None:
-    write_benchmarks(tmp_path / "source")
-    made, out = tmp_path / "made", tmp_path / "out"
-    build.build(made, tasks=",".join(NAMES), benchmarks=True, template=source)
-    result = t2l("data", "build", "--out", out, "--from", made)
-    assert result.exit_code == 0, result.output
-    assert {n: b for n, b in content(out).items() if n in PACKED} == {n: content(made)[n] for n in PACKED}
-    assert packed.verify_manifest(out) == {}
-    assert not (out / ".parts").exists()
-    build.copy(out, out)  # in place: only the manifest
-
-    build.copy(made, tmp_path / "few", tasks=NAMES[1])
-    assert [t.name for t in load_sni([NAMES[1]], folder=tmp_path / "few")] == [NAMES[1]]
-    with pytest.raises(DataError, match="has no task"):
-        build.copy(made, tmp_path / "few", tasks="task999_none")
-
+def test_a_changed_or_missing_packed_file_is_named(source: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    build.build(made, tasks=",".join(NAMES), template=source)
+    assert t2l("data", "check", made, "--manifest").exit_code == 0
     (made / "sni_val.parquet").write_bytes((made / "sni_test.parquet").read_bytes())
     assert t2l("data", "check", made, "--manifest").exit_code == 1
-    with pytest.raises(DataError, match=r"sni_val\.parquet has sha256 .* the manifest says"):
-        build.copy(made, tmp_path / "again")
-    (made / packed.MANIFEST).unlink()
+    assert "the manifest says" in packed.verify_manifest(made)["sni_val.parquet"]
     table = pq.read_table(made / "sni_val.parquet")
     pq.write_table(table.rename_columns(["task", "split", "id", "text", "outputs"]), made / "sni_val.parquet")
     with pytest.raises(DataError, match=r"sni_val.parquet: missing columns \['input'\], unknown columns \['text'\]"):
-        build.copy(made, tmp_path / "again")
+        packed.check_schema(made / "sni_val.parquet", "sni_val.parquet")
     (made / "sni_val.parquet").unlink()
-    with pytest.raises(DataError, match=r"has no sni_val\.parquet"):
-        build.copy(made, tmp_path / "again")
-    assert t2l("data", "build", "--out", tmp_path / "again", "--from", tmp_path / "nowhere").exit_code == 1
+    assert set(packed.verify_manifest(made)) == {"sni_val.parquet"}
 
 
 # ------------------------------------------------------------------------------------------------------ check

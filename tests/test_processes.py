@@ -145,10 +145,7 @@ def runs(
         plain = to_plain(config)
         plan.append({"trainer": trainer, "config": plain, "run": str(folder / name), "options": options})
 
-    plain = shorter(sft, margin_loss_weight=0.0, l2_weight=0.0, learning_rate=1e-4)
-    full = replace(plain, method="full", hypernet=replace(sft.hypernet, variant="none"))
     train(sft, folder / "sft-1", device="cpu", log=quiet)
-    train(full, folder / "sft-full-1", device="cpu", log=quiet)
     train(sft, folder / "sft-1-2", device="cpu", log=quiet, max_minutes=0)
     train_reconstruction(reconstruction, folder / "reconstruction-1", device="cpu", log=quiet)
     train_task_loras(task_loras, folder / "task-loras-1", device="cpu", log=quiet)
@@ -165,7 +162,6 @@ def runs(
     add("sft", sft, "sft-2")
     add("sft", sft, "sft-1-2", resume=True)
     add("sft", sft, "sft-2-1", max_minutes=0)
-    add("sft", full, "sft-full-2")
     add("sft", shorter(sft, gradient_accumulation_steps=2, fsdp="full_shard"), "sft-sharded")
     (folder / "plan.json").write_text(json.dumps(plan))
     command = launched([str(WORKER), str(folder / "plan.json")])
@@ -181,11 +177,6 @@ def runs(
 def test_fine_tuning_in_several_processes_is_the_same_run(name: str, runs: Path) -> None:
     """Losses, validation and weights; started in two, gone on in two, or started in two and gone on in one."""
     require_same("sft-1", name, runs)
-
-
-def test_full_fine_tuning_in_two_processes_is_the_same_run(runs: Path) -> None:
-    """The base itself is what DDP holds in every process."""
-    require_same("sft-full-1", "sft-full-2", runs, weights="model/model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["reconstruction-2", "reconstruction-1-2"])
@@ -212,13 +203,13 @@ def test_task_loras_of_several_processes_are_those_of_one(name: str, runs: Path)
     assert facts[0] == facts[1]
 
 
-def require_same(one_name: str, name: str, runs: Path, *, weights: str = "checkpoint/hypernet.safetensors") -> None:
+def require_same(one_name: str, name: str, runs: Path) -> None:
     one, other = losses(runs / one_name), losses(runs / name)
     if name in ("sft-1-2", "sft-2-1"):  # stopped after the first step, which was then evaluated
         other = {key: value for key, value in other.items() if key[0] > 1 or "/" not in key[1]}
     assert one.keys() == other.keys()
     assert {key: value for key, value in other.items() if value != pytest.approx(one[key], **ROUNDING)} == {}
-    mine, theirs = (load_file(runs / n / weights) for n in (one_name, name))
+    mine, theirs = (load_file(runs / n / "checkpoint/hypernet.safetensors") for n in (one_name, name))
     assert all((x.float() - theirs[key].float()).abs().max() <= 1e-3 for key, x in mine.items())
 
 

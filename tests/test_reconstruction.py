@@ -149,7 +149,7 @@ def test_the_loss_on_the_product_is_the_dense_one(spec: AdapterSpec) -> None:
 def test_the_mean_adapter_loses_all_variance(spec: AdapterSpec) -> None:
     """Hence a square loss of 1 where nothing has been learnt."""
     lora = stacked(spec, 5)
-    targets = make_targets(lora, NAMES[:5], canonical=False, device=CPU)
+    targets = make_targets(lora, NAMES[:5], device=CPU)
     middle = lora.map(lambda x: x.mean(0).expand_as(x))
     assert square_loss(middle, lora, targets.variance).item() == pytest.approx(1.0, rel=1e-5)
 
@@ -162,24 +162,6 @@ def test_the_loss_has_a_finite_gradient_where_nothing_differs(spec: AdapterSpec)
     loss = square_loss(written, wanted, torch.tensor(1.0))
     for gradient in torch.autograd.grad(loss, [*written.a, *written.b]):
         assert gradient.isfinite().all()
-
-
-def test_canonical_factors_have_the_same_product_and_one_form(spec: AdapterSpec) -> None:
-    lora = stacked(spec, 2)
-    found = lora.canonical()
-    for x, y in zip(dense(found), dense(lora), strict=True):
-        assert (x - y).abs().max() <= 1e-5
-    # Other factors of the same product: the same canonical ones.
-    turn = torch.linalg.qr(torch.randn(4, 4)).Q * torch.tensor([3.0, -1, 0.5, -2])
-    other = LoraTensors(tuple(turn @ a for a in lora.a), tuple(b @ turn.inverse() for b in lora.b), lora.scaling)
-    again = other.canonical()
-    for x, y in zip((*again.a, *again.b), (*found.a, *found.b), strict=True):
-        assert (x - y).abs().max() <= 1e-3
-    for a, b in zip(found.a, found.b, strict=True):
-        lengths = a.norm(dim=-1)
-        assert torch.allclose(lengths, b.norm(dim=-2), rtol=1e-4)  # shared evenly
-        assert (lengths.diff(dim=-1) <= 1e-6).all()  # descending
-        assert (a.gather(-1, a.abs().argmax(-1, keepdim=True)) > 0).all()
 
 
 def test_errors_are_those_of_all_dense_products_together(spec: AdapterSpec) -> None:
@@ -197,26 +179,24 @@ def test_errors_are_those_of_all_dense_products_together(spec: AdapterSpec) -> N
 # ---------------------------------------------------------------------------------------------------- the targets
 
 
-@pytest.mark.parametrize("canonical", [False, True])
-def test_targets_are_z_scored_and_restored(canonical: bool, spec: AdapterSpec) -> None:
+def test_targets_are_z_scored_and_restored(spec: AdapterSpec) -> None:
     lora = stacked(spec, 5)
     lora.a[0][:, 0, 0, 0] = 0.25  # all agree
-    targets = make_targets(lora, NAMES[:5], canonical=canonical, device=CPU)
+    targets = make_targets(lora, NAMES[:5], device=CPU)
     flat = torch.cat([z.flatten(1) for z in (*targets.z.a, *targets.z.b)], dim=1)
     constant = (flat == 0).all(0)
-    assert int(constant.sum()) == (0 if canonical else 1)
+    assert int(constant.sum()) == 1
     assert flat.mean(0).abs().max() <= 1e-5
     assert (flat[:, ~constant].std(0, correction=0) - 1).abs().max() <= 1e-4
     back = targets.adapters(torch.tensor([3, 1]))
     for m in range(2):
         assert (back.delta(m) - lora.select(torch.tensor([3, 1])).delta(m)).abs().max() <= 1e-5
-    plain = (back.a[0] - lora.a[0][[3, 1]]).abs().max()
-    assert plain > 0.1 if canonical else plain <= 1e-5
+    assert (back.a[0] - lora.a[0][[3, 1]]).abs().max() <= 1e-5
 
 
 def test_the_factor_loss_is_the_papers(spec: AdapterSpec) -> None:
     """Mean absolute z-score difference: of writing the mean it is the mean absolute z-score."""
-    targets = make_targets(stacked(spec, 5), NAMES[:5], canonical=False, device=CPU)
+    targets = make_targets(stacked(spec, 5), NAMES[:5], device=CPU)
     everything = [*targets.z.a, *targets.z.b]
     index = torch.tensor([4, 0])
     loss = factor_loss([torch.zeros_like(x[:2]) for x in everything], everything, index)
@@ -229,7 +209,7 @@ def test_components_are_numpys_in_z_scores(spec: AdapterSpec) -> None:
     """With as many as there can be, mixtures of them are the adapters; with fewer, numpy's best approximation."""
     lora = stacked(spec, 5)
     lora.a[0][:, 0, 0, 0] = 0.25  # all agree: nothing to mix
-    targets = make_targets(lora, NAMES[:5], canonical=False, device=CPU)
+    targets = make_targets(lora, NAMES[:5], device=CPU)
     flat = torch.cat([x.flatten(1) for x in (*lora.a, *lora.b)], dim=1).double()
     unit = torch.cat([x.flatten() for x in (*targets.deviation.a, *targets.deviation.b)]).double()
     left, sizes, right = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
@@ -249,7 +229,7 @@ def test_components_of_adapters_that_share_a_lose_least_of_their_product(spec: A
     stretch = torch.logspace(1, -1, lora.a[0].shape[-2])[:, None]
     stretch[1] = 0
     lora = LoraTensors(tuple((a[:1] * stretch).expand_as(a) for a in lora.a), lora.b, lora.scaling)
-    targets = make_targets(lora, NAMES[:6], canonical=False, device=CPU, freeze_a=True)
+    targets = make_targets(lora, NAMES[:6], device=CPU, freeze_a=True)
     delta = torch.cat([(b @ a).flatten(1) for a, b in zip(lora.a, lora.b, strict=True)], dim=1).double()
     left, sizes, right = torch.linalg.svd(delta - delta.mean(0), full_matrices=False)
     for number in (1, 3):
@@ -271,7 +251,7 @@ def test_a_basis_stays_and_is_no_larger_than_the_library(
     hypernet = replace(config.hypernet, variant="basis", head_size=40)
     folder = run(replace(config, hypernet=hypernet), tmp_path / "run")
     net = TextToLora.from_pretrained(str(folder)).hypernet
-    targets = make_targets(library.stack(), NAMES, canonical=False, device=CPU)
+    targets = make_targets(library.stack(), NAMES, device=CPU)
     wanted, stays = components(targets, 5), net.head.basis()
     for mine, theirs in zip((*stays[0], *stays[1]), (*wanted.a, *wanted.b), strict=True):
         assert mine.shape == theirs.shape and (mine.abs() - theirs.abs()).abs().max() <= 2e-3
@@ -378,7 +358,7 @@ def test_squares_of_a_basis_are_the_same_from_its_shares(config: ReconstructionC
     lora = shared.stack()
     for number in (2, 5):
         torch.manual_seed(number)
-        targets = make_targets(lora, shared.names, canonical=False, device=CPU, freeze_a=True)
+        targets = make_targets(lora, shared.names, device=CPU, freeze_a=True)
         settings = HypernetConfig(variant="basis", freeze_a=True, width=16, head_size=number, dropout=0.0)
         encoder = OneHotEncoder(shared.names)
         net = new_hypernet(settings, shared.spec, encoder, targets)
@@ -427,7 +407,7 @@ def test_an_a_without_deviation_is_no_division_by_zero(
 def test_targets_of_one_a_are_it_and_no_z_scores(shared: AdapterLibrary) -> None:
     """Written or not it is exact, which a mean is not."""
     lora = shared.stack()
-    one, both = (make_targets(lora, NAMES, canonical=False, device=CPU, freeze_a=f) for f in (True, False))
+    one, both = (make_targets(lora, NAMES, device=CPU, freeze_a=f) for f in (True, False))
     index = torch.tensor([4, 2])
     for targets in (one, both):
         back = targets.adapters(index)
@@ -440,11 +420,9 @@ def test_targets_of_one_a_are_it_and_no_z_scores(shared: AdapterLibrary) -> None
 
 def test_adapters_with_different_a_cannot_be_written_by_b(config: ReconstructionConfig, tmp_path: Path) -> None:
     alone = replace(config, hypernet=replace(config.hypernet, freeze_a=True))
-    with pytest.raises(DataError, match=r"those of [qv]_proj by up to [0-9.]+ of its largest.*train\.train_a false"):
+    with pytest.raises(DataError, match=r"those of [qv]_proj by up to [0-9.]+ of its largest.*train\.freeze_a true"):
         run(alone, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match=r"data\.canonical gives each adapter an A of its own"):
-        replace(alone, data=replace(config.data, canonical=True))
 
 
 def test_token_encoders_condition_too(config: ReconstructionConfig, tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ def test_bfloat16_where_there_is_no_gpu(
     assert loss.item() != exact.loss(*exact.parts(batch)).item()
     assert loss.item() == pytest.approx(exact.loss(*exact.parts(batch)).item(), rel=0.02)
     loss.backward()
-    assert all(p.dtype == torch.float32 for p in rounded.trained.parameters())
-    assert all(p.grad.dtype == torch.float32 for p in rounded.trained.parameters() if p.grad is not None)
+    assert all(p.dtype == torch.float32 for p in rounded.hypernet.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in rounded.hypernet.parameters() if p.grad is not None)
 
 
 def test_evaluation_keeps_nothing_for_a_backward_pass(

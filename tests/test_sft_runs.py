@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_base, make_config, make_tokenizer
+from conftest import make_tokenizer
 from safetensors.torch import load_file
 from sft_helpers import ANSWERS, Interrupted, interrupt_at, lengths, metrics, quiet, shorter
 
@@ -201,7 +201,7 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
         kept["trainer"] = self
         kept["calls"] = kept.get("calls", 0) + 1
         if kept["calls"] == 3:
-            kept["before"] = {name: x.detach().clone() for name, x in self.trained.named_parameters()}
+            kept["before"] = {name: x.detach().clone() for name, x in self.hypernet.named_parameters()}
         return original(self, batch) * (float("nan") if kept["calls"] == 3 else 1)
 
     monkeypatch.setattr(Trainer, "loss", loss)
@@ -215,7 +215,7 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
         TrainingError, match=r"Step 7: loss nan, gradient norm 1\.0, after 3 \(0\.5\), 2 \(0\.25\)\. The"
     ):
         require_finite([3.0, 2.0, float("nan")], [0.5, 0.25, 1.0], 5, data, config)
-    after = dict(kept["trainer"].trained.named_parameters())
+    after = dict(kept["trainer"].hypernet.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in kept["before"].items())
     assert read_progress(tmp_path / "run").step == 2
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -250,7 +250,7 @@ def test_early_stopping_keeps_the_best(
     seen: list[dict[str, torch.Tensor]] = []
 
     def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
-        seen.append({name: x.detach().clone() for name, x in trainer.trained.named_parameters()})
+        seen.append({name: x.detach().clone() for name, x in trainer.hypernet.named_parameters()})
         value = scores[len(seen) - 1]
         return {
             "seen/adapter/margin": 50.0,
@@ -301,22 +301,6 @@ def test_evaluation_forced_by_a_time_budget_does_not_count(config: SftConfig, tm
     train(stopping, tmp_path / "run", max_minutes=0, device="cpu", log=quiet)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 1]
     assert (read_progress(tmp_path / "run").step, read_progress(tmp_path / "run").best_step) == (1, 0)
-
-
-def test_full_fine_tuning_resumes_bit_for_bit(config: SftConfig, tmp_path: Path) -> None:
-    """Tied weights are saved once and put back as one."""
-    full = replace(config, method="full", hypernet=replace(config.hypernet, variant="none"))
-    tied = make_base(make_config(tie_word_embeddings=True))
-    tied.save_pretrained(tmp_path / "tied")
-    make_tokenizer().save_pretrained(tmp_path / "tied")
-    full = replace(full, base=str(tmp_path / "tied"))
-    files = []
-    for name, parts in (("whole", 0), ("parts", 2)):
-        for part in range(parts):
-            train(full, tmp_path / name, resume=part > 0, max_minutes=0, device="cpu", log=quiet)
-        folder = train(full, tmp_path / name, resume=parts > 0, device="cpu", log=quiet)
-        files.append((folder / "model.safetensors").read_bytes())
-    assert files[0] == files[1] != (tmp_path / "tied" / "model.safetensors").read_bytes()
 
 
 def test_run_killed_before_its_checkpoint_can_still_write_it(

@@ -100,31 +100,3 @@ class LoraTensors:
             gram = (left.mT @ left) * (right @ right.mT)
             found.append(self.scaling**2 * gram.sum((-2, -1)).clamp_min(0))
         return found
-
-    def canonical(self) -> "LoraTensors":
-        """The same ΔW in a form that is one for all A and B with this product: from its singular value decomposition.
-
-        The singular values, descending, are shared evenly, A = √S Vᵀ and B = U √S, and signs are such that the largest
-        entry of each row of A is positive. Computed in float64.
-        """
-        new_a, new_b = [], []
-        for a, b in zip(self.a, self.b, strict=True):
-            right, left = _cut(a.double(), b.double(), a.shape[-2])
-            largest = right.gather(-1, right.abs().argmax(-1, keepdim=True))
-            sign = torch.where(largest < 0, -1.0, 1.0).to(right.dtype)
-            new_a.append((sign * right).to(a.dtype))
-            new_b.append((left * sign.mT).to(b.dtype))
-        return LoraTensors(tuple(new_a), tuple(new_b), self.scaling)
-
-
-def _cut(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (…, K, I) and B (…, O, K) as A (…, rank, I) and B (…, O, rank) whose product is nearest to B·A."""
-    left, core_left = torch.linalg.qr(b)
-    right, core_right = torch.linalg.qr(a.mT)
-    u, s, vh = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
-    kept = min(rank, s.shape[-1])
-    root = s[..., :kept].sqrt()
-    b_cut = left @ (u[..., :kept] * root.unsqueeze(-2))
-    a_cut = (right @ (vh.mT[..., :kept] * root.unsqueeze(-2))).mT
-    empty = rank - kept
-    return torch.nn.functional.pad(a_cut, (0, 0, 0, empty)), torch.nn.functional.pad(b_cut, (0, empty))

@@ -111,18 +111,16 @@ def _answers(session: "Session", trainer: "Trainer", prompt: str, read: list[int
     """
     hooks, network = trainer.hooks, trainer.hypernet
     assert hooks is not None
-    if network is not None:
-        network.eval()
+    network.eval()
     (ids,) = token_ids(session.tokenizer, [prompt])
     with torch.no_grad(), not_compiled(session.base):
         written = trainer.adapters(torch.tensor(read, device=trainer.device), learning=False)
         answers = []
-        for lora in [*(written.unbind() if written.a else [None] * len(read)), None]:
+        for lora in [*written.unbind(), None]:
             hooks.lora = lora
             answers += greedy(session.base, session.tokenizer, [ids], None, max_new_tokens=MOST_TOKENS)
         hooks.lora = None
-    if network is not None:
-        network.train()
+    network.train()
     return answers
 
 

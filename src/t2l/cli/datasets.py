@@ -21,9 +21,6 @@ def data_build(
         typer.Option(metavar="N|NAMES|all", help="How many tasks, or their names with commas.", show_default=False),
     ] = None,
     benchmarks: Annotated[bool, typer.Option("--benchmarks", help="Also the ten benchmarks.")] = False,
-    from_folder: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="Take packed files that are there; no network.")
-    ] = None,
     source: Annotated[
         str | None,
         typer.Option(metavar="TEMPLATE", help="Folder or data set id with {task} in it, instead of the Hub's."),
@@ -31,19 +28,14 @@ def data_build(
     as_json: JsonOption = False,
 ) -> None:
     """Make the packed data files from the Hugging Face Hub; prints the folder."""
-    if tasks is None and not benchmarks and from_folder is None:
-        raise typer.BadParameter("nothing is asked for: give --tasks, --benchmarks or --from")
-    if from_folder is not None and source is not None:
-        raise typer.BadParameter("--from and --source are two places to read from: give one")
+    if tasks is None and not benchmarks:
+        raise typer.BadParameter("nothing is asked for: give --tasks or --benchmarks")
     from t2l.data import build
     from t2l.io import only_writer
 
     with only_writer(out):
-        if from_folder is not None:
-            manifest = build.copy(from_folder, out, tasks=tasks, benchmarks=benchmarks)
-        else:
-            bar = sys.stderr.isatty()
-            manifest = build.build(out, tasks=tasks, benchmarks=benchmarks, template=source, say=say, progress=bar)
+        bar = sys.stderr.isatty()
+        manifest = build.build(out, tasks=tasks, benchmarks=benchmarks, template=source, say=say, progress=bar)
     for name, entry in manifest["files"].items():
         say(f"{name}: {entry['rows']:,} rows, sha256 {entry['sha256'][:12]}…")
     if as_json:

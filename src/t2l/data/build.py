@@ -1,14 +1,13 @@
-"""Makes the packed files from the Hugging Face Hub, or from a folder that holds them.
+"""Makes the packed files from the Hugging Face Hub.
 
 Knows which parts there are and what is done already. Knows nothing of training.
 """
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from t2l.data.benchmarks import BENCHMARKS
 from t2l.data.convert import convert_benchmark, convert_task
 from t2l.data.fetching import MissingError, Say, fetch, patiently, quiet_datasets
 from t2l.errors import ConfigError, DataError, DownloadError, OutputError
-from t2l.io import new_file, parse_json, sha256, write_text, writing
+from t2l.io import parse_json, sha256, write_text, writing
 from t2l.locks import sweep
 from t2l.tasks import load_splits
 
@@ -83,7 +82,7 @@ def build(
     _need_datasets()
     names, by_name = choose_tasks(tasks) if tasks is not None else ([], False)
     if not names and not benchmarks:
-        raise ConfigError("nothing is asked for: give --tasks, --benchmarks or --from")
+        raise ConfigError("nothing is asked for: give --tasks or --benchmarks")
     if template is not None and "{task}" not in template:
         raise ConfigError(f"--source {template} has no {{task}} in it, which stands for a task's or benchmark's name")
     before = _claim(out, [*(packed.SNI_FILES if names else ()), *([packed.BENCHMARKS] if benchmarks else [])])
@@ -139,10 +138,6 @@ def _claim(out: Path, wanted: Sequence[str]) -> dict[str, Any]:
         sweep(note.parent)
     write_text(note, "\n".join(dict.fromkeys([*own, *wanted])) + "\n")
     return before
-
-
-def _release(out: Path) -> None:
-    (out / ".parts" / "writing").unlink(missing_ok=True)
 
 
 def _make_part(
@@ -219,7 +214,7 @@ def _pack(
         if (packed.BENCHMARKS not in tables if name in BENCHMARKS else packed.TASKS not in tables)
     }
     packed.write_manifest(out, files, kept | sources, missing=sorted(missing))
-    _release(out)
+    (parts / "writing").unlink(missing_ok=True)
     return packed.read_manifest(out)
 
 
@@ -252,85 +247,3 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
             started = True
 
         yield advance
-
-
-# ------------------------------------------------------------------------------------------------- from a folder
-
-
-def copy(source: Path, out: Path, *, tasks: str | None = None, benchmarks: bool = False) -> dict[str, Any]:
-    """Takes over packed files that are there already, after checking their columns and checksums. No network.
-
-    Args:
-        source: Folder that holds them.
-        out: Folder to write, or the same one, which then only gets a manifest.
-        tasks: As in `build`, to keep only these; all files are taken over as they are if neither is given.
-        benchmarks: Whether benchmarks.parquet is wanted, where `tasks` is given.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        DataError: if a file is missing, has other columns or is not what the source's manifest says.
-        OutputError: if the folder cannot be written, or holds files of another origin.
-    """
-    packed.need_pyarrow()
-    if not source.is_dir():
-        raise DataError(f"{source} is not a folder")
-    asked = tasks is not None or benchmarks
-    names = [*(packed.SNI_FILES if tasks is not None or not asked else ())]
-    names += [packed.BENCHMARKS] if benchmarks or not asked else []
-    rows, manifest = _checked(source, names)
-    in_place = out.exists() and out.resolve() == source.resolve()
-    if in_place and tasks not in (None, "all"):
-        raise ConfigError("--tasks with --from the folder itself would throw the others away; give another --out")
-    before = manifest if in_place else _claim(out, names)
-    keep = set(choose_tasks(tasks)[0]) if tasks is not None and tasks != "all" else None
-    for name in [] if in_place else names:
-        if keep is not None and name in packed.SNI_FILES:
-            rows[name] = _filter(source / name, out / name, keep)
-        else:
-            _copy_file(source / name, out / name)
-    files = {**before["files"], **{name: {"rows": count} for name, count in rows.items()}}
-    sources = {**before["sources"], **manifest["sources"]}
-    packed.write_manifest(out, files, sources, copied=sorted(names), missing=manifest.get("missing", []))
-    if not in_place:
-        _release(out)
-        with suppress(OSError):  # it holds parts of an earlier build
-            (out / ".parts").rmdir()
-    return packed.read_manifest(out)
-
-
-def _checked(source: Path, names: Sequence[str]) -> tuple[dict[str, int], dict[str, Any]]:
-    """(rows of each file, manifest) of a folder whose files have the right columns and checksums."""
-    absent = [name for name in names if not (source / name).is_file()]
-    if absent:
-        raise DataError(f"{source} has no {', '.join(absent)}")
-    rows = {name: packed.check_schema(source / name, name) for name in names}
-    if not (source / packed.MANIFEST).exists():
-        return rows, {"files": {}, "sources": {}}
-    problems = packed.verify_manifest(source)
-    if problems:
-        raise DataError("; ".join(f"{source / name} {problem}" for name, problem in problems.items()))
-    return rows, packed.read_manifest(source)
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    checksum = sha256(source)
-    with new_file(target, overwrite=True) as temporary:
-        shutil.copyfile(source, temporary)
-    if sha256(target) != checksum:
-        raise OutputError(f"{target} is not what was read from {source}; the disk may be full")
-
-
-def _filter(source: Path, target: Path, tasks: set[str]) -> int:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    table = packed.read_table(source)
-    if target.name == packed.TASKS:
-        unknown = sorted(tasks - set(table["task"].to_pylist()))
-        if unknown:
-            raise DataError(f"{source} has no task {', '.join(unknown[:5])}")
-    table = table.filter(pc.is_in(table["task"], value_set=pa.array(sorted(tasks)))).combine_chunks()
-    packed.write_table(table, target)
-    return int(table.num_rows)

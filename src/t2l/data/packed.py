@@ -1,8 +1,6 @@
 """The packed files: names, schemas, the manifest with their checksums. Knows files only."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +74,18 @@ def check_schema(path: Path, name: str) -> int:
     """The number of rows of a file that has the columns of the packed file `name`.
 
     Raises:
-        DataError: naming the file, the column and both types.
+        DataError: if it cannot be read, or has other columns, naming the file, the column and both types.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _reading(path), pq.ParquetFile(path) as file:
-        found, rows = file.schema_arrow, int(file.metadata.num_rows)
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is missing or no file; `t2l data build` makes it")
+    try:
+        with pq.ParquetFile(path) as file:
+            found, rows = file.schema_arrow, int(file.metadata.num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}); `t2l data build` makes it anew") from error
     expected = schema(name)
     missing = [column for column in expected.names if column not in found.names]
     unknown = [column for column in found.names if column not in expected.names]
@@ -95,30 +99,6 @@ def check_schema(path: Path, name: str) -> int:
                 f"{path}: column {field.name} has type {found.field(field.name).type}, expected {field.type}"
             )
     return rows
-
-
-def read_table(path: Path) -> Any:
-    """A whole packed file as a pyarrow table.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
-    import pyarrow.parquet as pq
-
-    with _reading(path):
-        return pq.read_table(path)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
-    if not path.is_file():  # a pipe would be waited for
-        raise DataError(f"{path} is missing or no file; `t2l data build` makes it")
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}); `t2l data build` makes it anew") from error
 
 
 def write_table(table: Any, path: Path) -> None:

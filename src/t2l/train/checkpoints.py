@@ -1,17 +1,14 @@
 """Checkpoints that a training starts from, and what it says of the one that it leaves. Knows folders and settings."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from t2l import hub
 from t2l.cards import EXAMPLE, card_header
 from t2l.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from t2l.config import to_plain
 from t2l.encoder import encoder_revision
 from t2l.errors import ConfigError
 from t2l.hypernet import Hypernet
-from t2l.io import new_folder, sha256
 from t2l.spec import AdapterSpec
 from t2l.train.config import SftConfig
 from t2l.train.resume import differences
@@ -98,18 +95,6 @@ def portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any]
     extra = plain["data"]["extra_tasks"]
     plain["data"]["extra_tasks"] = [source if source.startswith("hf:") else Path(source).name for source in extra]
     return plain
-
-
-def save_model(folder: Path, base: Any, tokenizer: Any, provenance: dict[str, Any]) -> Path:
-    """The trained base as a model folder that any tool reads."""
-    with new_folder(folder, overwrite=True) as temporary:
-        with hub.quiet_transformers():
-            base.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        weights_sha256 = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-        record = provenance | {"weights_sha256": weights_sha256}
-        (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
 def card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:

@@ -187,8 +187,6 @@ class SftConfig:
     base: str
     """Model reference of the base."""
     seed: Seed = 0
-    method: Literal["adapters", "full"] = "adapters"
-    """`full` trains the base's own weights in place of adapters, a baseline; it leaves a model folder."""
     conditioning: Literal["description", "input", "task"] = "description"
     """What the hypernetwork reads, see `t2l.checkpoint.CheckpointConfig.conditioning`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -203,12 +201,11 @@ class SftConfig:
     @property
     def unconditional(self) -> bool:
         """Whether the answers cannot depend on a description, because no hypernetwork reads one."""
-        return self.method == "full" or self.hypernet.variant == "none"
+        return self.hypernet.variant == "none"
 
     def __post_init__(self) -> None:
         check_ranges(self)
         self._check_conditioning()
-        self._check_method()
         if self.unconditional:
             self._check_unconditional()
         if self.hypernet.freeze_a or self.hypernet.variant == "basis":
@@ -252,18 +249,6 @@ class SftConfig:
                 f"{', '.join(self.data.augmented)}: descriptions say what is to be answered; here is read the "
                 f"'{self.conditioning}'"
             )
-
-    def _check_method(self) -> None:
-        if self.method == "adapters":
-            return
-        if self.hypernet.variant != "none":
-            raise ConfigError(f"method 'full' needs hypernet.variant none, got '{self.hypernet.variant}'")
-        if self.train.init_from:
-            raise ConfigError("method 'full' starts from the base; train.init_from names a checkpoint of adapters")
-        if self.train.fsdp != "off":
-            raise ConfigError("method 'full' trains the base, but train.fsdp shards only one that stays as it is")
-        if self.train.l2_weight:
-            raise ConfigError("method 'full' writes no adapters that train.l2_weight could keep small")
 
     def _check_unconditional(self) -> None:
         idle = [f"train.{name}" for name in ("margin_loss_weight", "conditioning_dropout") if getattr(self.train, name)]

@@ -55,7 +55,7 @@ def dry_run_sft(config: sft.SftConfig, *, device: str | None = None, log: Log = 
 
 def preview_sft(session: sft.Session, trainer: sft.Trainer) -> Estimate:
     """The estimate for a run that is about to take its first step; everything is then as it was before."""
-    with unchanged(trainer.trained, trainer.optimizer):
+    with unchanged(trainer.hypernet, trainer.optimizer):
         found = estimate(sft_work(session, trainer, 0.0), budget=PREVIEW, fresh=False)
         trainer.stopped.zero_()
     return found
@@ -65,7 +65,7 @@ def sft_work(session: sft.Session, trainer: sft.Trainer, setup_seconds: float) -
     """A run of fine-tuning as an estimate sees it."""
     config, data = session.config, session.data
     train, workers = config.train, config.train.dataloader_num_workers
-    trained = [p for p in trainer.trained.parameters() if p.requires_grad]
+    trained = [p for p in trainer.hypernet.parameters() if p.requires_grad]
     models = (session.base, getattr(session.encoder, "model", None))
     numbers = count()
 
@@ -85,10 +85,8 @@ def sft_work(session: sft.Session, trainer: sft.Trainer, setup_seconds: float) -
         sft.evaluate(trainer, replace(data, evaluation={name: batches}))
 
     def disk() -> dict[str, int]:
-        best = weights(trainer.trained) if train.early_stopping != "off" else {}
-        found = _state(trainer.trained, trainer.optimizer, Progress(train.max_steps, best=best))
-        if session.hypernet is None:
-            return found | {"model": _bytes(session.base.parameters())}
+        best = weights(trainer.hypernet) if train.early_stopping != "off" else {}
+        found = _state(trainer.hypernet, trainer.optimizer, Progress(train.max_steps, best=best))
         return found | _checkpoint(session.hypernet)
 
     return Work(

@@ -33,9 +33,7 @@ LossFunction = Callable[..., AnswerLosses]
 """(rows, adapters or None, noise on the input embeddings or None, label smoothing or None) to the answers' losses."""
 
 
-def answer_losses(
-    base: Any, slots: AdapterHooks, *, keep: bool = False, fuse: bool = False, forward: Callable[..., Any] | None = None
-) -> LossFunction:
+def answer_losses(base: Any, slots: AdapterHooks, *, keep: bool = False, fuse: bool = False) -> LossFunction:
     """The function from packed rows under adapters, one a row, to the losses of their answers.
 
     Args:
@@ -43,9 +41,7 @@ def answer_losses(
         slots: Where its adapters go.
         keep: Leave them there, for gradient checkpointing, which runs the layers once more in the backward pass.
         fuse: Compile what comes after the head; the layers are compiled apart, see `t2l.apply.compiled`.
-        forward: Runs the base's forward pass, where that is not the base itself, such as DDP around it.
     """
-    run = base if forward is None else forward
     measure = torch.compile(_measure, dynamic=False) if fuse else _measure
     head = base.get_output_embeddings()
 
@@ -58,7 +54,7 @@ def answer_losses(
             embedded = embedded + noise.to(embedded.dtype)
         masks = attention_masks(base.config, rows, embedded.dtype)
         with _at_answers(head, rows.label_positions):
-            logits = run(
+            logits = base(
                 inputs_embeds=embedded, position_ids=rows.positions, attention_mask=masks, use_cache=False
             ).logits
         if not keep:

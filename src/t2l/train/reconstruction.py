@@ -115,10 +115,6 @@ class ReconstructionConfig:
         for name in ("pointer", "normalize_inputs"):
             if getattr(self.hypernet, name):
                 raise ConfigError(f"hypernet.{name} has no place in reconstruction; leave it out")
-        if self.data.canonical and self.hypernet.freeze_a:
-            raise ConfigError(
-                "data.canonical gives each adapter an A of its own, which hypernet.freeze_a leaves nobody to write"
-            )
         if self.encoder.names:
             raise ConfigError("encoder.names is filled in by training; leave it out")
         if self.encoder.kind == "tokens" and not self.encoder.layers:
@@ -231,9 +227,7 @@ def setup(
         encoder = encoder or load_encoder(config.encoder, spec.base_model, device=str(device))
     texts = read_descriptions(config, library, names, encoder)
     embeddings = EmbeddingCache(encoder, texts.texts, log=log)
-    targets = make_targets(
-        lora, names, canonical=config.data.canonical, device=device, freeze_a=config.hypernet.freeze_a
-    )
+    targets = make_targets(lora, names, device=device, freeze_a=config.hypernet.freeze_a)
     torch.manual_seed(config.seed)
     hypernet = new_hypernet(config.hypernet, spec, encoder, targets).to(device).train()
     log(

@@ -29,9 +29,6 @@ class ReconstructionDataConfig:
     """How many descriptions of each task are trained on, the first ones; 0 means all that are not held out."""
     held_out_descriptions: NaturalNumber = 4
     """Descriptions of each task that are kept for evaluation, where it has enough of them."""
-    canonical: bool = False
-    """Replaces A and B by the canonical factors of the same ΔW (singular value decomposition), for adapters that do
-    not share a start."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")

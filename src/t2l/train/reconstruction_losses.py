@@ -80,7 +80,7 @@ def require_shared_a(lora: LoraTensors, spec: AdapterSpec) -> None:
     worst = max(range(len(apart)), key=apart.__getitem__)
     raise DataError(
         f"hypernet.freeze_a is true, but the adapters' A differ: those of {spec.targets[worst].name} by up to "
-        f"{apart[worst]:.2g} of its largest element. Train the library with train.train_a false, or leave freeze_a out"
+        f"{apart[worst]:.2g} of its largest element. Train the library with train.freeze_a true, or leave freeze_a out"
     )
 
 
@@ -88,21 +88,11 @@ def make_targets(
     lora: LoraTensors,
     names: Sequence[str],
     *,
-    canonical: bool,
     device: torch.device,
     freeze_a: bool = False,
 ) -> Targets:
     """Puts a batch of N adapters on the device and z-scores what is to be written of it."""
     lora = lora.map(lambda x: x.to(device))
-    if canonical:
-        # A chunk at a time: float64 doubles the size.
-        chunks = torch.arange(len(names), device=device).split(16)
-        parts = [lora.select(chunk).canonical() for chunk in chunks]
-        lora = LoraTensors(
-            tuple(torch.cat([part.a[m] for part in parts]) for m in range(len(lora.a))),
-            tuple(torch.cat([part.b[m] for part in parts]) for m in range(len(lora.b))),
-            lora.scaling,
-        )
     # Where all agree, exactly what they agree on: a mean is rounded.
     mean = lora.map(lambda x: torch.where((x == x[0]).all(0), x[0], x.mean(0)))
 

@@ -156,7 +156,7 @@ def first_step(settings: dict[str, Any], run: Path, *, max_steps: int, resume: b
     progress = read_progress(run)
     over = progress.stopped or progress.step >= max_steps
     # Killed between its last step and its checkpoint, a run has the checkpoint still to write.
-    if over and any((run / name).exists() for name in ("checkpoint", "model")):
+    if over and (run / "checkpoint").exists():
         raise TrainingError(f"{run} is finished: {progress.step} of {max_steps} steps are done")
     return progress.step
 

@@ -5,8 +5,7 @@
 After section 3.3 of Text-to-LoRA (arXiv 2506.06105). This file holds the evaluation and the run: set up, fit,
 evaluate, save. The step stands in `sft_step`, the settings in `config`, the data in `dataset` and `batches`, the base's
 loss in `loss`, the state a run goes on from in `resume`. The same loop trains the baselines: a multi-task LoRA
-(`hypernet.variant: none`), adapters written from inputs or task names (`conditioning`), the base's own weights
-(`method: full`).
+(`hypernet.variant: none`), adapters written from inputs or task names (`conditioning`).
 """
 
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2l import hub
 from t2l.apply import compiled, decoder_layers, hooked
@@ -25,7 +24,7 @@ from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.encoder import Encoder, OneHotEncoder, encoder_revision, load_encoder
 from t2l.hypernet import Hypernet
 from t2l.spec import AdapterSpec
-from t2l.train.checkpoints import card, initialize, portable, require_origin, save_model
+from t2l.train.checkpoints import card, initialize, portable, require_origin
 from t2l.train.config import SftConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.defaults import follow
@@ -53,8 +52,7 @@ def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
     """
     report: dict[str, float] = {}
     number = trainer.config.train.eval_batches
-    if trainer.hypernet is not None:
-        trainer.hypernet.eval()
+    trainer.hypernet.eval()
     for name, batches in data.evaluation.items():
         both = batches.has_negatives and not trainer.config.unconditional
         # Of each batch, with the right and with another description: loss, documents that are right, all of them.
@@ -78,8 +76,7 @@ def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
             wrong = sum(x / n / number for x, n in zip(right[1], total[1], strict=True))
             report[f"{name}/wrong_exact_match"] = wrong
             report[f"{name}/margin"] = wrong_loss - loss
-    if trainer.hypernet is not None:
-        trainer.hypernet.train()
+    trainer.hypernet.train()
     return report
 
 
@@ -106,7 +103,7 @@ def _keep_best(trainer: Trainer, progress: Progress, report: dict[str, float]) -
         progress.stopped = progress.patience_count >= train.early_stopping_patience
         return
     progress.best_step, progress.best_value, progress.patience_count = progress.step, value, 0
-    progress.best = {name: x.detach().to("cpu", copy=True) for name, x in weights(trainer.trained).items()}
+    progress.best = {name: x.detach().to("cpu", copy=True) for name, x in weights(trainer.hypernet).items()}
 
 
 # --------------------------------------------------------------------------------------------------- the run
@@ -128,7 +125,7 @@ def train(
     Args:
         config: Settings.
         run: Folder for `config.json`, `metrics.jsonl`, `state.safetensors`, `tensorboard/` and, at the end,
-            `checkpoint/` (`model/` for `method: full`).
+            `checkpoint/`.
         resume: Go on from the folder's state.
         max_minutes: Wall time after which the state is saved and the run stops.
         device: `cuda`, `cpu`; the GPU if there is one.
@@ -137,7 +134,7 @@ def train(
         log: Where lines go.
 
     Returns:
-        The folder of the checkpoint, or of the trained base.
+        The folder of the checkpoint.
 
     Raises:
         ConfigError: if settings do not go together.
@@ -155,7 +152,7 @@ def train(
         session = setup(config, processes, begin, launch.log)
         progress = Progress()
         if begin:
-            progress = load_state(run, session.trained, session.optimizer)
+            progress = load_state(run, session.hypernet, session.optimizer)
             launch.log(f"resumed at step {begin} of {steps}")
         with launch.loop(begin, steps) as (logger, stop):
             fit(session, run, progress, logger, stop, watch if processes.number == 1 else None)
@@ -177,7 +174,7 @@ class Session:
     data: RunData
     cache: EmbeddingCache | None
     spec: AdapterSpec
-    hypernet: Hypernet | None
+    hypernet: Hypernet
     origin: dict[str, str] | None
     """The checkpoint that the weights came from, without its place on this machine."""
     optimizer: torch.optim.Optimizer
@@ -186,11 +183,6 @@ class Session:
     def device(self) -> torch.device:
         """Where this process trains."""
         return self.processes.device
-
-    @property
-    def trained(self) -> nn.Module:
-        """What the optimiser changes."""
-        return self.base if self.hypernet is None else self.hypernet
 
 
 def setup(config: SftConfig, processes: Processes, begin: int, log: Callable[[str], None]) -> Session:
@@ -225,21 +217,16 @@ def setup(config: SftConfig, processes: Processes, begin: int, log: Callable[[st
         cache = None if config.unconditional else EmbeddingCache(encoder, data.texts, log=log)
     log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} texts to read")
 
-    hypernet, origin = None, None
-    if config.method == "full":
-        base.requires_grad_(True)
-    else:
-        if device.type == "cuda" and config.train.fsdp == "off":
-            base = base.to(torch.bfloat16)
-        hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
-        if hypernet.normalizer is not None and cache is not None and not begin:  # a saved state has the constants
-            hypernet.normalizer.fit(cache.sample(torch.tensor(data.train.readable)).cpu())
-        if config.train.init_from:
-            origin = initialize(hypernet, Path(config.train.init_from))
-        hypernet.to(device).train()
+    if device.type == "cuda" and config.train.fsdp == "off":
+        base = base.to(torch.bfloat16)
+    hypernet = Hypernet(spec, embedding_size=encoder.embedding_size, kind=encoder.kind, config=config.hypernet)
+    if hypernet.normalizer is not None and cache is not None and not begin:  # a saved state has the constants
+        hypernet.normalizer.fit(cache.sample(torch.tensor(data.train.readable)).cpu())
+    origin = initialize(hypernet, Path(config.train.init_from)) if config.train.init_from else None
+    hypernet.to(device).train()
     if config.train.gradient_checkpointing:
         checkpoint_layers(base)
-    optimizer = make_optimizer(base if hypernet is None else hypernet, config.train)
+    optimizer = make_optimizer(hypernet, config.train)
     return Session(config, processes, tokenizer, base, encoder, data, cache, spec, hypernet, origin, optimizer)
 
 
@@ -255,26 +242,18 @@ def stepping(session: Session) -> Iterator[Trainer]:
     train, base, hypernet, processes = session.config.train, session.base, session.hypernet, session.processes
     layers = compiled(base, session.spec) if train.torch_compile else nullcontext()
     with hooked(base, session.spec) as slots, layers:
-        write = torch.compile(hypernet, dynamic=False) if train.torch_compile and hypernet is not None else hypernet
-        prepared = processes.prepare(base if write is None else write)
-        losses = answer_losses(
-            base,
-            slots,
-            keep=train.gradient_checkpointing,
-            fuse=train.torch_compile,
-            forward=prepared if write is None else base,
-        )
+        write = processes.prepare(torch.compile(hypernet, dynamic=False) if train.torch_compile else hypernet)
+        losses = answer_losses(base, slots, keep=train.gradient_checkpointing, fuse=train.torch_compile)
         yield Trainer(
             session.config,
             base,
             hypernet,
-            None if write is None else prepared,
+            write,
             losses,
             session.cache,
             session.optimizer,
             session.device,
             processes,
-            prepared,
             slots,
         )
 
@@ -321,19 +300,18 @@ def fit(
                     if watch is not None and planned:
                         watch(session, trainer, progress.step, logger.log)
                 if (saving or progress.stopped) and session.processes.main:
-                    save_state(run, trainer.trained, trainer.optimizer, progress)
+                    save_state(run, trainer.hypernet, trainer.optimizer, progress)
             if last or progress.stopped:
                 return
 
 
 def save(session: Session, run: Path, progress: Progress, log: Callable[[str], None]) -> Path:
-    """Writes the weights that the run keeps as a checkpoint, or as a model folder; returns that folder."""
-    config = session.config
-    folder = run / ("model" if session.hypernet is None else "checkpoint")
+    """Writes the weights that the run keeps as a checkpoint; returns its folder."""
+    config, folder = session.config, run / "checkpoint"
     if not session.processes.main:
         return folder
     if progress.best:
-        restore_weights(session.trained, progress.best, run)
+        restore_weights(session.hypernet, progress.best, run)
     provenance = {
         "seed": config.seed,
         "steps": progress.best_step if progress.best else progress.step,
@@ -344,20 +322,17 @@ def save(session: Session, run: Path, progress: Progress, log: Callable[[str], N
     }
     if progress.best:
         provenance |= {"chosen_by": config.train.early_stopping, "chosen_at": abs(progress.best_value)}
-    if session.hypernet is None:
-        save_model(folder, session.base, session.tokenizer, provenance)
-    else:
-        names = session.encoder.names if isinstance(session.encoder, OneHotEncoder) else ()
-        saved = CheckpointConfig.current(
-            provenance,
-            embedding_size=session.encoder.embedding_size,
-            encoder=replace(config.encoder, names=tuple(names)),
-            encoder_revision=encoder_revision(config.encoder, config.base),
-            hypernet=config.hypernet,
-            prompt=config.prompt,
-            conditioning=config.conditioning,
-        )
-        text = card(session.spec, provenance)
-        save_checkpoint(folder, session.hypernet, session.spec, saved, card=text, overwrite=True)
+    names = session.encoder.names if isinstance(session.encoder, OneHotEncoder) else ()
+    saved = CheckpointConfig.current(
+        provenance,
+        embedding_size=session.encoder.embedding_size,
+        encoder=replace(config.encoder, names=tuple(names)),
+        encoder_revision=encoder_revision(config.encoder, config.base),
+        hypernet=config.hypernet,
+        prompt=config.prompt,
+        conditioning=config.conditioning,
+    )
+    text = card(session.spec, provenance)
+    save_checkpoint(folder, session.hypernet, session.spec, saved, card=text, overwrite=True)
     log(f"checkpoint of step {provenance['steps']}: {folder}")
     return folder

@@ -25,8 +25,6 @@ from t2l.train.loss import AnswerLosses, LossFunction, neftune_noise
 from t2l.train.packing import PackedRows
 from t2l.train.processes import Processes
 
-NO_ADAPTER = LoraTensors((), (), 1.0)
-
 
 class Part(NamedTuple):
     """What one process computes at a time: some rows of a step's batch, and what they are part of."""
@@ -52,9 +50,8 @@ class Trainer:
 
     config: SftConfig
     base: Any
-    hypernet: Hypernet | None
-    """None where the base's own weights are trained."""
-    write: Callable[..., LoraTensors] | None
+    hypernet: Hypernet
+    write: Callable[..., LoraTensors]
     """The hypernetwork, compiled or not, prepared for several processes if there are any."""
     losses: LossFunction
     cache: EmbeddingCache | None
@@ -62,8 +59,6 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     device: torch.device
     processes: Processes = field(default_factory=Processes)
-    synchronized: Any = None
-    """What `Processes.prepare` made of what is trained."""
     hooks: AdapterHooks | None = None
     """Where the base bears adapters, for who looks on."""
 
@@ -74,20 +69,13 @@ class Trainer:
         # The attribute that torch's GradScaler sets and fused optimisers look for; there is no argument for it.
         self.optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
 
-    @property
-    def trained(self) -> nn.Module:
-        """What the optimiser changes."""
-        return self.base if self.hypernet is None else self.hypernet
-
     def adapters(self, read: Tensor, *, learning: bool, kept: Tensor | None = None) -> LoraTensors:
         """Adapters (N of them) from the texts at `read` (N,); the shared LoRA alone where `kept` (N,) is false."""
-        if self.hypernet is None:
-            return NO_ADAPTER
         encoded = Encoded(read[:, None]) if self.cache is None else self.cache[read]
         # Without dropout there is no scale at all, so that a compiled hypernetwork need not multiply by ones.
         scale = kept.float() if kept is not None and self.config.train.conditioning_dropout else None
         # Evaluation runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
-        write = self.write if learning and self.write is not None else self.hypernet
+        write = self.write if learning else self.hypernet
         return write(encoded.states, encoded.mask, scale).map(Tensor.contiguous)
 
     def forward(
@@ -103,7 +91,7 @@ class Trainer:
         enabled = self.device.type == "cuda" if train.bf16 is None else train.bf16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             lora = self.adapters(read, learning=learning, kept=kept)
-            answers = self.losses(rows, lora if lora.a else None, noise, smoothing)
+            answers = self.losses(rows, lora, noise, smoothing)
         if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
             answers, lora = answers._replace(losses=answers.losses.detach()), lora.map(Tensor.detach)
         return answers, lora
@@ -188,12 +176,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses, parts = [], self.parts(batch)
         for place, part in enumerate(parts, start=1):
-            with self.processes.accumulating(self.synchronized, more=place < len(parts)):
+            with self.processes.accumulating(self.write, more=place < len(parts)):
                 own = self.loss(part)
                 self.processes.backward(own)
             losses.append(own.detach())
         loss = self.processes.sum(torch.stack(losses).sum())
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), train.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.hypernet.parameters(), train.max_grad_norm)
         self.stopped.copy_(torch.maximum(self.stopped, 1 - torch.isfinite(loss + norm).float()))
         self.optimizer.step()
         return loss, norm
