@@ -82,8 +82,6 @@ def test_comparing_needs_two_tasks_that_can_be_told_apart(config: SftConfig, sft
     twins = replace(shorter(config, margin_loss_weight=1.0), data=DataConfig(tasks=str(tmp_path / "twins.jsonl")))
     with pytest.raises(DataError, match="each with descriptions of its own"):
         train(twins, tmp_path / "run", device="cpu", log=quiet)
-    with pytest.raises(ConfigError, match=r"early_stopping 'margin' needs two held-out tasks.*there are 0"):
-        train(shorter(config, early_stopping="margin"), tmp_path / "run", device="cpu", log=quiet)
     assert not (tmp_path / "run").exists()
 
 
@@ -140,7 +138,7 @@ def test_a_description_file_adds(config: SftConfig, tmp_path: Path) -> None:
         name: {texts_[-1]} for name, texts_ in ANSWERS.items()
     }
     # A task's two texts of the file are drawn as often as its six others.
-    settings = replace(config.data, held_out_descriptions=0, descriptions=str(path), extra_descriptions_prob=0.5)
+    settings = replace(config.data, held_out_descriptions=0, descriptions=str(path))
     data = prepare_data(replace(config, data=settings), make_tokenizer(), lengths)
     (yes,) = (pool for pool in data.train.pools if pool.name == "yes")
     drawn = Counter(data.texts[n] for n in yes.descriptions)

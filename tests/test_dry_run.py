@@ -92,7 +92,7 @@ def test_fine_tuning_needs_what_its_dry_run_says(
 
 
 def test_early_stopping_is_counted_too(sft_config: SftConfig, tmp_path: Path) -> None:
-    stopping = shorter(sft_config, early_stopping="loss", eval_steps=3)
+    stopping = shorter(sft_config, early_stopping_patience=3, eval_steps=3)
     found = dry_run_sft(stopping, device="cpu", log=quiet)
     train(stopping, tmp_path / "run", device="cpu", log=quiet)
     # The facts beside the tensors hold a loss, whose digits nobody knows.

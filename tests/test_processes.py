@@ -65,7 +65,6 @@ def sft(sft_config: SftConfig) -> SftConfig:
         sft_config,
         tasks_per_batch=6,
         margin_loss_weight=0.5,
-        margin_loss_share=0.5,
         l2_weight=0.1,
         logging_steps=1,
         eval_steps=3,
@@ -308,7 +307,7 @@ def test_engines_and_numbers_that_do_not_fit_are_refused(
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(sft: SftConfig, tmp_path: Path) -> None:
-    """In four turns of one or two rows, of which some have no row that the margin loss compares."""
+    """In four turns of one or two rows, of which but one have no row that the margin loss compares."""
     for name, steps in (("whole", 1), ("parts", 4)):
         config = shorter(sft, gradient_accumulation_steps=steps, max_steps=3)
         train(config, tmp_path / name, device="cpu", log=quiet)

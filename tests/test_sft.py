@@ -22,13 +22,14 @@ from t2l.hypernet import Hypernet
 from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
-from t2l.train import sft
+from t2l.train import sft, sft_step
 from t2l.train.batches import DROPPED, TOLD, UNTOLD, Batch
 from t2l.train.config import SftConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.loss import answer_losses, checkpoint_layers, neftune_noise
 from t2l.train.sft import Trainer, make_optimizer, train
+from t2l.train.sft_step import MARGIN
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +127,14 @@ def trainer_spec(trainer: Trainer) -> AdapterSpec:
 
 
 def test_margin_loss_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM) -> None:
-    """A quarter of four rows: the first one's hinge, and the loss of all; judging sees all rows under both texts."""
-    config = shorter(still, margin_loss_weight=0.5, margin=5.0, margin_loss_share=0.25)
+    """An eighth of four rows, rounded up: the first one's hinge, and the loss of all; judging sees all rows under both texts."""
+    config = shorter(still, margin_loss_weight=0.5)
     data, batch = prepared(config)
     batch = batch._replace(in_prompt=torch.zeros(4, dtype=torch.bool))
     trainer, plain = make_trainer(config, own_base, data), make_trainer(still, make_base(own_base.config), data)
     (right, _), (wrong, _), _ = plain.compare(*plain.parts(batch), learning=False)
     of_row = (wrong - right) * batch.rows.weights
-    hinge = 5.0 - of_row[0].sum() / batch.rows.weights[0].sum()
+    hinge = MARGIN - of_row[0].sum() / batch.rows.weights[0].sum()
     assert hinge > 0
     assert trainer.loss(*trainer.parts(batch)).item() == pytest.approx(
         (plain.loss(*plain.parts(batch)) + 0.5 * hinge).item(), rel=1e-5
@@ -146,16 +147,17 @@ def test_margin_loss_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, o
 
 
 def test_margin_loss_of_plain_prompts_alone(
-    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of four rows two show the description: the hinge is the mean over the others, whatever the two cost."""
-    config = shorter(still, margin_loss_weight=0.5, margin=5.0, description_in_prompt_prob=0.5)
+    monkeypatch.setattr(sft_step, "COMPARED", 1)
+    config = shorter(still, margin_loss_weight=0.5, description_in_prompt_prob=0.5)
     data, batch = prepared(config)
     batch = batch._replace(in_prompt=torch.tensor([True, False, True, False]))
     trainer, plain = make_trainer(config, own_base, data), make_trainer(still, make_base(own_base.config), data)
     (right, _), (wrong, _), _ = plain.compare(*plain.parts(batch), learning=False)
     share = batch.rows.weights.sum(1)
-    hinges = (5.0 - ((wrong - right) * batch.rows.weights).sum(1) / share).relu()
+    hinges = (MARGIN - ((wrong - right) * batch.rows.weights).sum(1) / share).relu()
     assert (hinges > 0).all()
     hinge = (hinges * share)[1::2].sum() / share[1::2].sum()
     assert trainer.loss(*trainer.parts(batch)).item() == pytest.approx(
@@ -286,10 +288,15 @@ def test_dropped_conditioning_leaves_the_shared_lora(
 
 @pytest.mark.parametrize("kind", [DROPPED, UNTOLD])
 def test_rows_whose_own_text_says_nothing_have_no_margin(
-    kind: int, make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
+    kind: int,
+    make_trainer: MakeTrainer,
+    still: SftConfig,
+    own_base: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The margin loss is then that of the other rows alone."""
-    comparing = shorter(still, margin_loss_weight=1.0, margin=5.0, description_in_prompt_prob=0.0)
+    monkeypatch.setattr(sft_step, "COMPARED", 1)
+    comparing = shorter(still, margin_loss_weight=1.0, description_in_prompt_prob=0.0)
     data, batch = prepared(comparing)
     trainer = make_trainer(comparing, own_base, data)
     right, wrong, _ = trainer.compare(*trainer.parts(batch), learning=False)

@@ -252,19 +252,16 @@ def test_early_stopping_keeps_the_best(
     def evaluate(trainer: Trainer, data: RunData) -> dict[str, float]:
         seen.append({name: x.detach().clone() for name, x in trainer.hypernet.named_parameters()})
         value = scores[len(seen) - 1]
-        return {
-            "seen/adapter/margin": 50.0,
-            "validation/adapter/margin": value - 1,
-            "validation/adapter+prompt/margin": value + 1,
-            "validation/adapter/loss": -value,
-        }
+        margins = {"validation/adapter/margin": value - 1, "validation/adapter+prompt/margin": value + 1}
+        found = {"seen/adapter/margin": 50.0, "validation/adapter/loss": -value if metric == "loss" else 50.0}
+        return found | (margins if metric == "margin" else {})
 
     monkeypatch.setattr(sft, "evaluate", evaluate)
     rows = [json.loads(line) for line in sft_jsonl.read_text().splitlines()]
     rows += [row | {"task": f"{row['task']}2", "split": "val", "description": f"2 {row['task']}"} for row in rows[:80]]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = replace(
-        shorter(config, early_stopping=metric, early_stopping_patience=2, eval_steps=1, max_steps=6, save_steps=1),
+        shorter(config, early_stopping_patience=2, eval_steps=1, max_steps=6, save_steps=1),
         data=replace(config.data, tasks=str(tmp_path / "own.jsonl")),
     )
     folder = train(config, tmp_path / "run", device="cpu", log=quiet)
@@ -281,7 +278,7 @@ def test_early_stopping_survives_an_interruption(
     config: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second evaluation is the best: a run resumed after it chooses what the whole run chose."""
-    stopping = shorter(config, early_stopping="loss", early_stopping_patience=9, eval_steps=1, max_steps=5)
+    stopping = shorter(config, early_stopping_patience=9, eval_steps=1, max_steps=5)
 
     def run(name: str, *, parts: int) -> bytes:
         scores = iter([3.0, 1.0, 2.0, 2.5, 2.0])
@@ -297,7 +294,7 @@ def test_early_stopping_survives_an_interruption(
 
 def test_evaluation_forced_by_a_time_budget_does_not_count(config: SftConfig, tmp_path: Path) -> None:
     """The uninterrupted run does not have it, and would choose and stop differently."""
-    stopping = shorter(config, early_stopping="loss", eval_steps=2)
+    stopping = shorter(config, early_stopping_patience=3, eval_steps=2)
     train(stopping, tmp_path / "run", max_minutes=0, device="cpu", log=quiet)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 1]
     assert (read_progress(tmp_path / "run").step, read_progress(tmp_path / "run").best_step) == (1, 0)
@@ -326,7 +323,7 @@ def test_damaged_state_is_refused(config: SftConfig, whole_run: Path, tmp_path: 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_time_a_run_goes_on_bit_for_bit(config: SftConfig, tmp_path: Path) -> None:
     """SIGKILL at random moments, whatever the process is doing; what is left in the end is an uninterrupted run's."""
-    long = shorter(config, max_steps=24, save_steps=3, eval_steps=5, early_stopping="loss", early_stopping_patience=99)
+    long = shorter(config, max_steps=24, save_steps=3, eval_steps=5, early_stopping_patience=99)
 
     def start() -> int:
         child = os.fork()

@@ -39,9 +39,8 @@ class DataConfig:
     """`own`: the descriptions that come with the tasks. `definitions`: only their full definition; `paraphrases`: all
     descriptions but the definition; both of these leave out tasks that do not have the two kinds, so that they train
     on the same tasks. `random`: one fixed text of random words for each task. Otherwise a file as
-    `t2l.tasks.load_descriptions` reads it, whose descriptions come on top of the tasks' own."""
-    extra_descriptions_prob: Share = 0.0
-    """How often a description of the file is drawn for a task that has others too; 0 draws all of them alike."""
+    `t2l.tasks.load_descriptions` reads it, whose descriptions come on top of the tasks' own: one of them is drawn for
+    every second row of a task that has both."""
     label_remap_prob: Share = 0.0
     """Share of the rows of a task with a few short answers in which other words stand for these answers, as the row's
     description says; see `t2l.train.augment.LabelRemap`."""
@@ -79,13 +78,6 @@ class DataConfig:
         if self.extra_weights and (min(self.extra_weights) <= 0 or sum(self.extra_weights) >= 1):
             raise ConfigError(
                 f"data.extra_weights must be above 0 and add up to less than 1, got {list(self.extra_weights)}"
-            )
-        if self.extra_descriptions_prob == 1:
-            raise ConfigError("data.extra_descriptions_prob 1 never draws a task's own descriptions; use less than 1")
-        if self.extra_descriptions_prob and self.descriptions in KINDS_OF_DESCRIPTIONS:
-            raise ConfigError(
-                "data.extra_descriptions_prob needs a file in data.descriptions, which is "
-                f"'{self.descriptions}'; name a file or leave extra_descriptions_prob out"
             )
 
     @property
@@ -127,12 +119,9 @@ class TrainConfig:
     max_grad_norm: Positive = 1.0
     margin_loss_weight: NotNegative = 0.0
     """Weight of a hinge loss on the steering margin: with another task's description and the same prompt, the answers
-    should cost `margin` more than with the right one. Rows whose prompt shows the description are left out, because
-    there another text need not do harm."""
-    margin_loss_share: Share = 1.0
-    """Share of a batch's rows that the margin loss compares; each of them is computed twice."""
-    margin: NotNegative = 1.0
-    """In nats per answer token."""
+    should cost one nat a token more than with the right one. An eighth of a batch's rows is compared, each of which is
+    computed twice. Rows whose prompt shows the description are left out, because there another text need not do
+    harm."""
     l2_weight: NotNegative = 0.0
     """Weight of the mean square of the written A plus that of B (the reference implementation: 1e-3)."""
     label_smoothing_factor: Share = 0.0
@@ -145,11 +134,10 @@ class TrainConfig:
     init_from: str | None = None
     """Checkpoint to start from: of a multi-task LoRA (variant `none`) the shared LoRA is taken, of a hypernetwork all
     weights."""
-    early_stopping: Literal["off", "margin", "loss"] = "off"
-    """What decides which weights are kept and when to stop: the steering margin on held-out tasks, or the loss on them
-    (on new examples of the trained tasks if no task is held out)."""
-    early_stopping_patience: Count = 3
-    """Evaluations in a row without an improvement after which early stopping ends the run."""
+    early_stopping_patience: NaturalNumber = 0
+    """Evaluations in a row without an improvement after which the run ends, and its best weights are kept; 0 for
+    never, and the last weights. What has to improve is the steering margin on held-out tasks, or the loss where a run
+    has none: on held-out tasks, or else on new examples of the trained ones."""
     torch_compile: bool = False
     """Compile the base model layer by layer: some seconds at the start, then much faster on a GPU."""
     bf16: bool | None = None
@@ -176,8 +164,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")
-        if not self.margin_loss_share:
-            raise ConfigError("train.margin_loss_share must be above 0; train.margin_loss_weight 0 switches it off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +212,6 @@ class SftConfig:
             raise ConfigError(
                 "hypernet.pointer takes words from the base's input embeddings: encoder.model 'base' with 0 as the "
                 f"first of encoder.layers; here are '{self.encoder.model}' and {list(self.encoder.layers)}"
-            )
-        if train.early_stopping == "margin" and (self.unconditional or self.conditioning == "task"):
-            raise ConfigError(
-                "train.early_stopping 'margin' needs a hypernetwork that can read held-out tasks; here use 'loss'"
             )
 
     def _check_conditioning(self) -> None:

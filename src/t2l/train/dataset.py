@@ -39,7 +39,7 @@ from t2l.train.augment import (
 )
 from t2l.train.batches import Batches, Pool
 from t2l.train.computed import computed_tasks
-from t2l.train.config import DataConfig, SftConfig
+from t2l.train.config import KINDS_OF_DESCRIPTIONS, DataConfig, SftConfig
 from t2l.train.filtering import CountTokens, Fitting, filter_tasks
 from t2l.train.options import ListedChoice, listed_choices, terse_descriptions
 
@@ -168,7 +168,7 @@ def _with_descriptions(tasks: list[Task], config: DataConfig, *, trained: bool =
     if trained and not any(task.name in found for task in tasks):
         raise DataError(
             f"{kind} describes none of the tasks, such as {tasks[0].name}. Name another file in data.descriptions, or "
-            "none: --set data.descriptions=own --set data.extra_descriptions_prob=0"
+            "none: --set data.descriptions=own"
         )
     # A task's last descriptions may be held out for evaluation; those of a file never are, so they come first.
     return [
@@ -355,7 +355,8 @@ class _Pools:
         self.place = {text: i for i, text in enumerate(self.descriptions)}
         self.read = {text: i for i, text in enumerate(self.texts)}
         data = self.config.data
-        self.preferred = load_descriptions(Path(data.descriptions)) if data.extra_descriptions_prob else {}
+        from_file = data.descriptions not in KINDS_OF_DESCRIPTIONS
+        self.preferred = load_descriptions(Path(data.descriptions)) if from_file else {}
 
     def of(self, task: Task, split: str, descriptions: Sequence[str]) -> Pool:
         """The examples of a split with some descriptions."""
@@ -370,7 +371,7 @@ class _Pools:
         preferred = self.preferred.get(task.name, ())
         answers = answers_of(task)
         own = replace(
-            self.of(task, "train", _preferred(task.descriptions, preferred, data.extra_descriptions_prob)),
+            self.of(task, "train", _half(task.descriptions, preferred)),
             options=answers,
             terse=self._places(trained.terse),
             source=("", *data.extra_tasks).index(task.source),
@@ -409,11 +410,11 @@ def _options(variant: Variant, answers: Sequence[str]) -> tuple[str, ...]:
     return (change.right, change.wrong) if isinstance(change, AnswerCheck) else ()
 
 
-def _preferred(texts: Sequence[str], some: Sequence[str], share: float) -> tuple[str, ...]:
-    """All of `texts`, those of `some` so often that one of them is drawn about as often as `share` says."""
+def _half(texts: Sequence[str], some: Sequence[str]) -> tuple[str, ...]:
+    """All of `texts`, those of `some` so often that one of them is drawn about as often as any other."""
     found = [text for text in texts if text in some]
     rest = len(texts) - len(found)
-    more = round(share / (1 - share) * rest / len(found)) - 1 if found else 0
+    more = round(rest / len(found)) - 1 if found else 0
     return (*texts, *(found * more))
 
 
@@ -471,16 +472,8 @@ def _check_comparisons(config: SftConfig, training: Batches, evaluation: dict[st
             "train.margin_loss_weight needs two tasks or more to compare, each with descriptions of its own; there are "
             f"{len(training.pools)}"
         )
-    if config.train.early_stopping == "margin":
-        held_out = [suite for name, suite in evaluation.items() if name.startswith("validation/")]
-        if not held_out or not held_out[0].has_negatives:
-            number = len(held_out[0].pools) if held_out else 0
-            raise ConfigError(
-                "train.early_stopping 'margin' needs two held-out tasks or more with validation examples and "
-                f"descriptions of their own; there are {number}. Set data.held_out_tasks, or stop on 'loss'"
-            )
-    if config.train.early_stopping == "loss" and not evaluation:
-        raise ConfigError("train.early_stopping 'loss' needs examples of split 'val'; the data hold none")
+    if config.train.early_stopping_patience and not evaluation:
+        raise ConfigError("train.early_stopping_patience needs examples of split 'val'; the data hold none")
 
 
 def _summary(fitting: Fitting, trained: list[_Trained], idle: list[str]) -> dict[str, Any]:

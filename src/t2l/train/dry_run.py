@@ -85,7 +85,7 @@ def sft_work(session: sft.Session, trainer: sft.Trainer, setup_seconds: float) -
         sft.evaluate(trainer, replace(data, evaluation={name: batches}))
 
     def disk() -> dict[str, int]:
-        best = weights(trainer.hypernet) if train.early_stopping != "off" else {}
+        best = weights(trainer.hypernet) if train.early_stopping_patience else {}
         found = _state(trainer.hypernet, trainer.optimizer, Progress(train.max_steps, best=best))
         return found | _checkpoint(session.hypernet)
 

@@ -30,6 +30,8 @@ class Progress:
     """The step after which the best weights were seen; 0 if none are kept."""
     best_value: float = 0.0
     """The value that the best weights were chosen by; higher is better."""
+    chosen_by: str = ""
+    """What that value is: `margin` or `loss`."""
     patience_count: int = 0
     """How many evaluations there were since the best weights were seen."""
     stopped: bool = False

@@ -93,14 +93,14 @@ def exact_matches(rows: PackedRows, correct: Tensor) -> tuple[int, int]:
 
 def _keep_best(trainer: Trainer, progress: Progress, report: dict[str, float]) -> None:
     """Early stopping: held-out tasks decide, or new examples of the trained tasks where there are none."""
-    train = trainer.config.train
     suite = "validation/" if any(key.startswith("validation/") for key in report) else "seen/"
-    metric = train.early_stopping
+    metric = "margin" if any(key.startswith("validation/") and key.endswith("/margin") for key in report) else "loss"
     found = [value for key, value in report.items() if key.startswith(suite) and key.endswith(f"/{metric}")]
     value = sum(found) / len(found) * (1 if metric == "margin" else -1)
+    progress.chosen_by = metric
     if progress.best and not value > progress.best_value:
         progress.patience_count += 1
-        progress.stopped = progress.patience_count >= train.early_stopping_patience
+        progress.stopped = progress.patience_count >= trainer.config.train.early_stopping_patience
         return
     progress.best_step, progress.best_value, progress.patience_count = progress.step, value, 0
     progress.best = {name: x.detach().to("cpu", copy=True) for name, x in weights(trainer.hypernet).items()}
@@ -295,7 +295,7 @@ def fit(
                     report = evaluate(trainer, data)
                     logger.record({"step": progress.step, **report})
                     # One that only a time budget brought about must not count, or the resumed run were another.
-                    if train.early_stopping != "off" and planned:
+                    if train.early_stopping_patience and planned:
                         _keep_best(trainer, progress, report)
                     if watch is not None and planned:
                         watch(session, trainer, progress.step, logger.log)
@@ -321,7 +321,7 @@ def save(session: Session, run: Path, progress: Progress, log: Callable[[str], N
         "versions": versions(),
     }
     if progress.best:
-        provenance |= {"chosen_by": config.train.early_stopping, "chosen_at": abs(progress.best_value)}
+        provenance |= {"chosen_by": progress.chosen_by, "chosen_at": abs(progress.best_value)}
     names = session.encoder.names if isinstance(session.encoder, OneHotEncoder) else ()
     saved = CheckpointConfig.current(
         provenance,

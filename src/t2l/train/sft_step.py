@@ -25,6 +25,11 @@ from t2l.train.loss import AnswerLosses, LossFunction, neftune_noise
 from t2l.train.packing import PackedRows
 from t2l.train.processes import Processes
 
+MARGIN = 1.0
+"""Nats a token that the answers of a compared row should cost more with another task's description."""
+COMPARED = 1 / 8
+"""Share of a batch's rows that the margin loss compares."""
+
 
 class Part(NamedTuple):
     """What one process computes at a time: some rows of a step's batch, and what they are part of."""
@@ -33,15 +38,15 @@ class Part(NamedTuple):
     """These rows, whose weights are what they are in the whole batch."""
     compared: int
     """How many of them, the first ones, are compared with another task's description."""
-    of: tuple[int, int]
-    """Rows of the whole batch, and how many of those are compared."""
-    margin_weights: Tensor
-    """() sum of `Trainer.margin_weights` over the whole batch's compared rows."""
+    whole: Batch
+    """The step's batch."""
+    all_compared: int
+    """How many of its rows are compared."""
 
     @property
     def share(self) -> float:
         """What a mean over this part's adapters, those of compared rows counted twice, is of the whole batch's."""
-        return (len(self.batch.read) + self.compared) / sum(self.of)
+        return (len(self.batch.read) + self.compared) / (len(self.whole.read) + self.all_compared)
 
 
 @dataclass
@@ -102,19 +107,18 @@ class Trainer:
         Rows are dealt out in turn, so that every part has its share of the first ones, which are compared.
         """
         train, number = self.config.train, len(batch.read)
-        again = math.ceil(train.margin_loss_share * number) if train.margin_loss_weight else 0
-        margin_weights = self.margin_weights(batch, again).sum().clamp_min(1e-12)
+        again = math.ceil(COMPARED * number) if train.margin_loss_weight else 0
         parts = min(number, self.processes.number * train.gradient_accumulation_steps)
         return [
-            Part(batch.every(parts, first), len(range(first, again, parts)), (number, again), margin_weights)
+            Part(batch.every(parts, first), len(range(first, again, parts)), batch, again)
             for first in self.processes.share(parts)
         ]
 
     def compare(self, part: Part, *, learning: bool) -> tuple[AnswerLosses, AnswerLosses, LoraTensors]:
         """`forward` with the right and with another task's descriptions; the prompts are the same in both.
 
-        In training with a margin loss, only the first rows are compared (`margin_loss_share`), in one pass of all rows
-        and of these once more. Evaluation has passes of the same shape, for there is one compiled one.
+        In training with a margin loss, only the first rows are compared, in one pass of all rows and of these once
+        more. Evaluation has passes of the same shape, for there is one compiled one.
         """
         batch, again, number = part.batch, part.compared, len(part.batch.read)
         rows = batch.rows.followed_by(batch.rows.part(0, again))
@@ -123,7 +127,7 @@ class Trainer:
         answers, lora = self.forward(rows, read, learning=learning, kept=kept)
         right, wrong = (AnswerLosses(*(x[rows] for x in answers)) for rows in (slice(number), slice(number, None)))
         # As many passes in every process: a sharded base gathers its layers in each.
-        if not learning and part.of[1] < part.of[0]:
+        if not learning and part.all_compared < len(part.whole.read):
             negatives = torch.cat([batch.negatives, batch.negatives[:again]])
             wrong, _ = self.forward(rows, negatives, learning=False)
             wrong = AnswerLosses(*(x[:number] for x in wrong))
@@ -162,7 +166,8 @@ class Trainer:
         weights = part.batch.rows.weights[:number]
         margin = ((wrong * weights).sum(1) - (right[:number] * weights).sum(1)) / weights.sum(1).clamp_min(1e-12)
         share = self.margin_weights(part.batch, number)
-        return (F.relu(self.config.train.margin - margin) * share).sum() / part.margin_weights
+        of = self.margin_weights(part.whole, part.all_compared).sum().clamp_min(1e-12)
+        return (F.relu(MARGIN - margin) * share).sum() / of
 
     def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns loss and gradient norm, without waiting for them.
