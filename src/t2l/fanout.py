@@ -48,8 +48,8 @@ def run(
         make: Makes, once in each worker, the function that does a job.
         arguments: What `make` takes.
         jobs: What JSON can hold, one for each call.
-        workers: How many workers; each has one core, and one GPU unless the device is the CPU.
-        device: `auto`, `cuda` or `cpu`.
+        workers: How many workers; each has one core, and one GPU if the device is one.
+        device: `cuda` or `cpu`.
 
     Yields:
         What the jobs return, in whatever order they are done.
@@ -84,7 +84,7 @@ def run(
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
             fn_constructor_args=(make, arguments),
             num_cpus=1,
-            num_gpus=_gpus(device),
+            num_gpus=int(device == "cuda"),
         )
         for row in done.iter_rows():
             result = parse_json(row["result"], "a job's result")
@@ -94,12 +94,3 @@ def run(
     finally:
         if started:
             ray.shutdown()
-
-
-def _gpus(device: str) -> int:
-    """How many GPUs a worker has."""
-    if device != "auto":
-        return int(device == "cuda")
-    import torch
-
-    return int(torch.cuda.is_available())

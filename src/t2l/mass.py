@@ -20,6 +20,7 @@ import torch
 from t2l import fanout
 from t2l.encoder import check_description
 from t2l.errors import CheckpointError, DataError
+from t2l.hub import best_device
 from t2l.io import only_writer, read_json_lines
 from t2l.library import tensor_shapes
 from t2l.lora import LoraTensors
@@ -301,7 +302,8 @@ def generate_library(
         summary = plan.summary
         if workers:
             del writer
-            done = fanout.run(Worker, (str(folder), settings), chunks, workers=workers, device=settings.device)
+            device = best_device(settings.device)
+            done = fanout.run(Worker, (str(folder), settings), chunks, workers=workers, device=device)
         else:
             done = Generator(writer, library, settings).run(chunks)
         with progress(summary.written, "adapters", log, bar=bar) as count:

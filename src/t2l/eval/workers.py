@@ -12,6 +12,7 @@ from pathlib import Path
 from t2l import fanout
 from t2l.eval import answers
 from t2l.eval.run import Log, Settings, evaluate, opened, require_floor
+from t2l.hub import best_device
 from t2l.io import only_writer, writing
 from t2l.pace import Pace
 
@@ -73,7 +74,7 @@ def run_on_workers(settings: Settings, out: Path, *, workers: int, log: Log = pr
     with only_writer(out):
         pace = Pace(PARTS, "parts of the tasks", log)
         arguments = (dataclasses.replace(settings, check_floor=False), out)
-        for _ in fanout.run(Worker, arguments, range(PARTS), workers=workers, device=settings.device or "auto"):
+        for _ in fanout.run(Worker, arguments, range(PARTS), workers=workers, device=best_device(settings.device)):
             pace.add(1)
         files = [answers.read(part_file(out, number)) for number in range(PARTS)]
         done = answers.open_for_appending(out, files[0].header)

@@ -12,6 +12,7 @@ from pathlib import Path
 from t2l import fanout
 from t2l.config import to_plain
 from t2l.errors import ConfigError, TrainingError
+from t2l.hub import best_device
 from t2l.io import only_writer
 from t2l.library import INDEX, AdapterLibrary, save_library
 from t2l.lora import LoraTensors
@@ -104,7 +105,7 @@ def train_on_workers(
     pace = Pace(len(names), "tasks", log)
     log(f"{len(names)} tasks in {len(parts)} parts for {workers} workers")
     arguments = (config, run, device, benchmarks)
-    for number in fanout.run(Worker, arguments, parts, workers=workers, device=device or "auto"):
+    for number in fanout.run(Worker, arguments, parts, workers=workers, device=best_device(device)):
         pace.add(number)
     return _joined([AdapterLibrary.open(part_folder(run, part) / "library") for part in parts], run / "library")
 
