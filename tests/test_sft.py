@@ -127,7 +127,7 @@ def trainer_spec(trainer: Trainer) -> AdapterSpec:
 
 
 def test_margin_loss_of_some_rows(make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM) -> None:
-    """An eighth of four rows, rounded up: the first one's hinge, and the loss of all; evaluation sees all under both."""
+    """An eighth of four rows, rounded up: the first one's hinge, the loss of all; evaluation sees all under both."""
     config = shorter(still, margin_loss_weight=0.5)
     data, batch = prepared(config)
     batch = batch._replace(in_prompt=torch.zeros(4, dtype=torch.bool))
