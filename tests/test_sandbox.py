@@ -1,10 +1,8 @@
-"""Code of a model: hostile programs reach nothing and leave nothing; answers become the programs they mean."""
+"""Code of a model: how a program ends, hostile ones among them, and that it leaves nothing."""
 
-import ctypes
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,18 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sandbox_helpers import isolated, run
 
 from t2l.errors import SandboxError
-from t2l.eval import _jail, sandbox
-from t2l.eval.code import extract_code, humaneval_program, mbpp_program
+from t2l.eval import sandbox
 
-REFUSED = sandbox.available()
-isolated = pytest.mark.skipif(REFUSED is not None, reason=f"no sandbox on this system: {REFUSED}")
 SOURCE = Path(sandbox.__file__).parents[2]
-
-
-def run(code: str, *, timeout: float = 10.0, memory_bytes: int = 512 << 20) -> sandbox.Outcome:
-    return sandbox.run_python(textwrap.dedent(code), timeout=timeout, memory_bytes=memory_bytes, allow=True)
 
 
 class Marked:
@@ -236,166 +228,6 @@ def test_disk_hog() -> None:
 
 
 @isolated
-def test_environment_of_the_caller_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    code = """
-    import os
-    print(dict(os.environ))
-    for number in ("self", "1", str(os.getppid()), "PID"):
-        try: print(open(f"/proc/{number}/environ").read())
-        except OSError as error: print(error.errno)
-    """
-    outcome = run(code.replace("PID", str(os.getpid())))
-    assert outcome.ok
-    first, *rest = outcome.output.splitlines()
-    assert first == "{'PYTHONHASHSEED': '0', 'LC_CTYPE': 'C.UTF-8'}"
-    assert rest == ["2"] * 4  # no such file
-
-
-@isolated
-def test_files_of_the_user_are_hidden(tmp_path: Path) -> None:
-    secret = tmp_path / "secret.txt"
-    secret.write_text("my secret")
-    secret.chmod(0o644)
-    hidden = [secret, Path.home() / ".bashrc", Path(__file__), "/etc/passwd", "/etc/hostname", "/proc", "/sys", "/var"]
-    code = f"""
-    import os
-    for path in {[str(path) for path in hidden]}:
-        assert not os.path.exists(path), path
-    assert os.listdir() == []
-    print(sorted(os.listdir("/")), os.uname().nodename)
-    """
-    outcome = run(code)
-    assert outcome.ok, outcome.output
-    assert socket.gethostname() not in outcome.output
-
-
-@isolated
-def test_nothing_can_be_written_outside_the_folder(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    code = f"""
-    import os, sys
-    open("inside.txt", "w").write("yes")
-    for folder in ("/", "/dev", "/usr/lib", "/etc", os.path.dirname(os.__file__), {str(tmp_path)!r}, "/home"):
-        try: open(folder + "/outside.txt", "w")
-        except OSError: continue
-        raise AssertionError(folder)
-    for forbidden in (lambda: os.chmod(sys.executable, 0o777), lambda: os.write(0, b"into the caller's file")):
-        try: forbidden()
-        except OSError: continue
-        raise AssertionError("allowed")
-    print(os.listdir())
-    """
-    outcome = run(code)
-    assert (outcome.ok, outcome.output) == (True, "['inside.txt']\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-@isolated
-def test_the_temporary_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert run("open('a', 'w').write('b')").ok
-    assert not run("while True: pass", timeout=0.2).ok
-    assert list(tmp_path.iterdir()) == []
-
-
-@isolated
-def test_no_network() -> None:
-    name = f"\0t2l-{os.getpid()}"
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
-        local.bind(name)
-        local.listen()
-        socket.create_connection(server.getsockname()).close()  # the server does answer, from here
-        server.accept()[0].close()
-        server.settimeout(0.2)
-        code = f"""
-        import socket
-        try: socket.create_connection({server.getsockname()!r}, timeout=2)
-        except OSError as error: print(error)
-        try: socket.socket(socket.AF_UNIX).connect({name!r})
-        except OSError as error: print(error)
-        """
-        outcome = run(code)
-        assert outcome.output.splitlines() == [
-            "[Errno 97] Address family not supported by protocol",
-            "[Errno 111] Connection refused",
-        ]
-        with pytest.raises(TimeoutError):
-            server.accept()
-
-
-@isolated
-def test_sockets_reach_nothing_but_the_program_itself() -> None:
-    """AF_VSOCK reaches the machine's host, AF_ALG the kernel's keys, AF_NETLINK its settings: all families but one."""
-    code = """
-    import asyncio, socket
-    opened = []
-    for family in range(64):
-        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
-            try: socket.socket(family, kind).close()
-            except OSError: continue
-            opened.append(socket.AddressFamily(family).name)
-    print(set(opened))
-    async def work(): return await asyncio.sleep(0, "asyncio works")  # its loop wakes itself by a pair of sockets
-    print(asyncio.run(work()))
-    """
-    assert run(code).output.splitlines() == ["{'AF_UNIX'}", "asyncio works"]
-
-
-@isolated
-def test_calls_that_no_namespace_covers_are_refused() -> None:
-    """Each is asked for with arguments that would do nothing, so that only the filter can give this answer."""
-    column = _jail.machine()[1]
-    numbers = {name: calls[column] for name, calls in _jail.DENIED.items()}
-    numbers["another set of numbers"] = 0x4000_0000 + 39
-    code = f"""
-    import ctypes, errno
-    libc = ctypes.CDLL(None, use_errno=True)
-    for name, number in {numbers}.items():
-        ctypes.set_errno(0)
-        if libc.syscall(number, -1, -1, -1, -1, -1, -1) != -1 or ctypes.get_errno() != errno.EPERM:
-            print(name, errno.errorcode.get(ctypes.get_errno()))
-    """
-    assert run(code) == sandbox.Outcome(True, "ran to its end", "")
-
-
-@isolated
-def test_keys_of_the_caller_are_hidden() -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    column = _jail.machine()[1]
-    add, keyctl = _jail.DENIED["add_key"][column], _jail.KEYCTL[column]
-    key = libc.syscall(add, b"user", b"t2l-test", b"secret", 6, -3)  # -3 is the session's keyring
-    if key == -1:
-        pytest.skip(f"no keyrings here: {os.strerror(ctypes.get_errno())}")
-    code = f"""
-    import ctypes
-    libc = ctypes.CDLL(None)
-    print(libc.syscall({keyctl}, 10, -3, b"user", b"t2l-test", 0), libc.syscall({keyctl}, 11, {key}, None, 0))
-    print(*(libc.syscall({add}, b"user", b"t2l-left", b"x", 1, keyring) for keyring in (-3, -4)))
-    """
-    try:
-        assert run(code).output == "-1 -1\n-1 -1\n"
-        assert libc.syscall(keyctl, 10, -3, b"user", b"t2l-left", 0) == -1
-    finally:
-        libc.syscall(keyctl, 9, key, -3)
-
-
-@isolated
-def test_shared_memory_of_the_system_is_hidden() -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    key = 0x742C6C00 + os.getpid() % 256
-    segment = libc.shmget(key, 4096, 0o1666)  # create, for everybody
-    if segment == -1:
-        pytest.skip(f"no shared memory here: {os.strerror(ctypes.get_errno())}")
-    try:
-        code = f"import ctypes; print(ctypes.CDLL(None).shmget({key}, 4096, 0o666))"
-        assert subprocess.check_output([sys.executable, "-c", code], text=True) == f"{segment}\n"
-        assert run(code).output == "-1\n"
-    finally:
-        libc.shmctl(segment, 0, None)
-
-
-@isolated
 def test_background_children_do_not_stay(marked: Marked) -> None:
     code = """
     import os, subprocess, sys, time
@@ -428,30 +260,6 @@ def test_nobody_outside_can_be_killed(marked: Marked) -> None:
     """
     outcome = run(code.replace("PID", str(os.getpid())))
     assert (outcome.ok, outcome.output) == (True, "still here 2 1\n")
-
-
-@isolated
-def test_no_privileges_and_no_way_to_get_some() -> None:
-    code = """
-    import ctypes, os
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert os.getuid() != 0 and os.geteuid() != 0
-    caps = (ctypes.c_uint32 * 6)(*[1] * 6)
-    assert libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), caps) == 0
-    assert list(caps) == [0] * 6
-    assert libc.prctl(39, 0, 0, 0, 0) == 1  # no new privileges
-    assert not any(libc.prctl(23, number, 0, 0, 0) for number in range(40))  # nor in the bounding set
-    for flag in (0x10000000, 0x00020000, 0x40000000, 0x20000000):
-        assert libc.unshare(flag) == -1, hex(flag)
-    assert libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) == -1
-    assert libc.ptrace(16, 1, 0, 0) == -1
-    for change in (lambda: os.setuid(0), lambda: os.chroot("/tmp"), lambda: os.nice(-1), lambda: os.setgroups([0])):
-        try: change()
-        except PermissionError: continue
-        raise AssertionError("allowed")
-    """
-    outcome = run(code)
-    assert outcome.ok, outcome.output
 
 
 @isolated
@@ -572,118 +380,3 @@ def test_as_an_ordinary_user() -> None:
         "PermissionError",
         "OSError",
     ]
-
-
-# -------------------------------------------------------------------------------------------- from answer to program
-
-PROMPT = (
-    "from typing import List\n\n\n"
-    'def add(a: int, b: int) -> int:\n    """Add two numbers.\n    >>> add(1, 2)\n    3\n    """\n'
-)
-TEST = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n"
-WHOLE = "def add(a, b):\n    return a + b"
-
-
-def verdict(program: str) -> bool:
-    """What the sandbox would say; these programs are ours, so they may run here."""
-    try:
-        exec(compile(program, "program.py", "exec", dont_inherit=True), {"__name__": "program"})
-    except Exception:
-        return False
-    return True
-
-
-RIGHT = {
-    "body": "    return a + b",
-    "body, stripped": "return a + b",
-    "body of two lines, stripped": "total = a + b\n    return total",
-    "body without indentation": "total = a + b\nif total:\n    return total\nreturn 0",
-    "body, then another function cut off": "    return a + b\n\n\ndef main():\n    print(add(1,",
-    "body, then prose": "    return a + b\n\nThis function adds its arguments.",
-    "body, then a wrong assertion": "    return a + b\n\nassert add(1, 1) == 3",
-    "body without indentation, then prose": "c = a + b\nreturn c\n\nThis adds the numbers.",
-    "body with branches, stripped, then prose": "if a:\n        return a + b\n    return b + a\n\nThis adds.",
-    "body with a line at the margin inside a string": '    text = """\nx\n"""\n    return a + b',
-    "body with Windows line ends": "    c = a + b\r\n    return c\r\n",
-    "whole function": WHOLE,
-    "the prompt again": PROMPT + "    return a + b\n",
-    "prose around the function": f"Here is the function:\n\n{WHOLE}\n\nIt adds: `add(1, 2)`.",
-    "fenced": f"Sure!\n\n```python\n{WHOLE}\n```\n\nDone.",
-    "fenced without a language": f"```\n{WHOLE}\n```",
-    "fenced with tildes and py": f"~~~py\n{WHOLE}\n~~~",
-    "fenced body": "```python\n    return a + b\n```",
-    "fenced body at the margin": "```python\nc = a + b\nreturn c\n```",
-    "fence never closed": f"```python\n{WHOLE}\n",
-    "fence in a list": "1. Code:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
-    "shell block first": f"```bash\npip install add\n```\n```python\n{WHOLE}\n```",
-    "usage block first": f"```python\nprint(add(1, 2))\n```\nwith\n```python\n{WHOLE}\n```",
-    "usage block last": f"```python\n{WHOLE}\n```\n```python\nassert add(1, 2) == 4\n```",
-    "imports and a helper": f"```python\nimport math\n\ndef helper(x):\n    return x\n\n{WHOLE}\n```",
-    "main guard that would fail": f"```python\n{WHOLE}\n\nif __name__ == '__main__':\n    raise SystemExit(1)\n```",
-    "backticks inside the code": '```python\ndef add(a, b):\n    """Use `add`."""\n    return a + b\n```',
-    "own check": "```python\ndef add(a, b):\n    return a + b\n\ndef check(f):\n    raise ValueError\n```",
-}
-WRONG = {
-    "nothing": "",
-    "blank": " \n\n",
-    "prose": "The function adds the numbers.",
-    "only a mention": "    # def add(a, b): return a + b\n    pass",
-    "wrong sum": "    return a - b",
-    "own check that passes": "    return a - b\n\ndef check(f):\n    pass",
-    "cut off": "    return (a +",
-    "another function": "```python\ndef plus(a, b):\n    return a + b\n```",
-    "right in prose, wrong in code": f"{WHOLE}\n\n```python\ndef add(a, b):\n    return a\n```",
-}
-
-
-@pytest.mark.parametrize("name", [*RIGHT, *WRONG])
-def test_humaneval_program(name: str) -> None:
-    answer = (RIGHT | WRONG)[name]
-    assert verdict(humaneval_program(PROMPT, answer, TEST, "add")) is (name in RIGHT)
-
-
-def test_humaneval_prompts_keep_imports_and_helpers() -> None:
-    prompt = "import math\n\ndef helper(x):\n    return math.floor(x)\n\ndef down(x: float):\n    '''Round down.'''\n"
-    test = "def check(candidate):\n    assert candidate(1.5) == 1\n"
-    for answer in ("    return helper(x)", "```python\ndef down(x):\n    return helper(math.fabs(x))\n```"):
-        assert verdict(humaneval_program(prompt, answer, test, "down"))
-
-
-def test_mbpp_program() -> None:
-    tests = ["assert add(1, 2) == 3", "assert set([add(1, 1)]) == {2}"]
-    for name, answer in RIGHT.items():
-        if "body" not in name and "check" not in name:
-            assert verdict(mbpp_program(answer, tests)), name
-    for name, answer in WRONG.items():
-        assert not verdict(mbpp_program(answer, tests)), name
-    node = "class Node:\r\n    def __init__(self, x):\r\n        self.x = x\r\ndef get(n):\r\n    return n.x"
-    assert verdict(mbpp_program(node, ["assert get(root) == 5"], "root = Node(5)"))
-
-
-def test_code_that_warns_or_is_no_code_is_only_text() -> None:
-    assert extract_code("x = '\\d'\n") == "x = '\\d'\n"
-    assert extract_code("```json\n{}\n```\nNo code.") == "```json\n{}\n```\nNo code."
-    assert extract_code("def f():\n    return 1\nand that is all\x00") == "def f():\n    return 1"
-    assert extract_code("(" * 5000) == "(" * 5000
-
-
-@isolated
-def test_reference_solutions_pass_and_spoilt_ones_fail() -> None:
-    folder = os.environ.get("T2L_DATA")
-    if folder is None:
-        pytest.skip("T2L_DATA is not set")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    rows = parquet.read_table(Path(folder) / "benchmarks.parquet").to_pylist()
-    human = [row for row in rows if row["benchmark"] == "humaneval"][::12]
-    mbpp = [row for row in rows if row["benchmark"] == "mbpp" and row["split"] == "test"][::40]
-    programs = []
-    for row in human:
-        code = json.loads(row["code"])
-        for answer in (row["answer"], "    return NotImplemented"):
-            programs.append(humaneval_program(row["input"], answer, code["test"], code["entry_point"]))
-    for row in mbpp:
-        code = json.loads(row["code"])
-        for answer in (f"```python\n{row['answer']}\n```", "pass"):
-            programs.append(mbpp_program(answer, code["test_list"], code["test_setup_code"]))
-    outcomes = [outcome.ok for outcome in sandbox.run_many(programs, allow=True)]
-    assert outcomes == [True, False] * (len(human) + len(mbpp))
