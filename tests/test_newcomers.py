@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import TASKS, failed, t2l, write_base, write_checkpoint
 from conftest import SMALL, make_config, random_lora
-from test_cli import TASKS, failed, t2l, write_base, write_checkpoint
 from transformers import AutoConfig
 
 import t2l as package
