@@ -1,13 +1,13 @@
-"""Ends of every kind at every write: SIGKILL, Ctrl-C and a full disk; what was there before stays, and nothing is half.
+"""Ends of every kind at every write of every writer: what was there before stays, or what comes is there, whole."""
 
-Every way in which the package changes the file system is counted by Python's own audit events, so the k-th of them can
-be the last one that a process does.
-"""
-
+import json
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,92 +15,109 @@ from t2l.errors import OutputError
 from t2l.io import new_folder
 from t2l.locks import REPLACED, sweep
 
-WRITER = """
-import errno, os, signal, sys
-import torch
-from t2l import peft_io
-from t2l.io import only_writer, write_text
-from t2l.lora import LoraTensors
-from t2l.spec import AdapterSpec, Target
-kind, last, folder = sys.argv[1], int(sys.argv[2]), __import__("pathlib").Path(sys.argv[3])
-target = Target(name="q_proj", path="model.layers.{layer}.q_proj", in_features=4, out_features=4)
-spec = AdapterSpec(base_model="b", model_type="llama", num_layers=1, layers=(0,), targets=(target,), rank=1, alpha=1.0)
-lora = LoraTensors((torch.full((1, 1, 4), 2.0),), (torch.full((1, 4, 1), 2.0),), spec.scaling)
-count = 0
-def watch(event, arguments):
-    global count
-    if event == "open" and isinstance(arguments[2], int) and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        return
-    changes = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.chmod", "shutil.rmtree")
-    if event not in changes or (event == "open" and str(folder.parent) not in str(arguments[0])):
-        return
-    count += 1
-    if count == last:
-        if kind == "kill": os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "interrupt": raise KeyboardInterrupt
-        if kind == "full": raise OSError(errno.ENOSPC, "No space left on device")
-sys.addaudithook(watch)
-try:
-    peft_io.save_adapter(folder, lora, spec, card="new", overwrite=True)
-    write_text(folder.parent / "notes.txt", "new")
-except KeyboardInterrupt:
-    sys.exit(130)
-except OSError as error:
-    sys.exit(3 if type(error).__name__ == "OutputError" else 4)
-print(count)
-"""
+WRITERS = (
+    "adapter", "library", "export", "shards", "checkpoint", "state", "text", "gguf", "merged", "cache", "store",
+    "answers", "metrics",
+)  # fmt: skip
+KINDS = {
+    "kill": (-signal.SIGKILL,),
+    "interrupt": (130,),
+    "interrupts": (130,),
+    "full": (3,),
+    "full for good": (3,),
+    "read-only": (3,),
+    "cut": (-signal.SIGXFSZ,),
+    "no room": (3,),
+}
+"""How a write ends, and what the program may exit with then. `cut` is a kill in the middle of writing bytes."""
+Ask = Callable[..., dict[str, Any]]
 
 
-def write(kind: str, last: int, folder: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", WRITER, kind, str(last), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+@pytest.fixture(scope="module")
+def ask(base_folder: Path) -> Iterator[Ask]:
+    """Has something written or read, in a process of its own; see `ending.py`."""
+    command = [sys.executable, str(Path(__file__).parent / "ending.py"), str(base_folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def send(writer: str, folder: Path, kind: str = "read", last: int = 0, word: str = "new") -> dict[str, Any]:
+            assert process.stdin is not None and process.stdout is not None
+            asked = {"writer": writer, "folder": str(folder), "kind": kind, "last": last, "word": word}
+            print(json.dumps(asked), file=process.stdin, flush=True)
+            found: dict[str, Any] = json.loads(process.stdout.readline())
+            return found
+
+        yield send
+        process.stdin.close()
 
 
-def state(folder: Path) -> tuple[str, ...]:
-    """What a reader sees: the card of the adapter and its note, each old, new or absent."""
-    files = (folder / "README.md", folder.parent / "notes.txt")
-    return tuple(path.read_text() if path.exists() else "absent" for path in files)
+def read(ask: Ask, writer: str, folder: Path) -> str:
+    """Whether the old things are there or the new ones; raises if it is neither."""
+    found = ask(writer, folder)
+    assert found["code"] == 0, (writer, found)
+    return str(found["said"])
 
 
-def whole(folder: Path) -> bool:
-    """Whether the adapter is one that was written to its end, or none."""
-    from t2l.peft_io import read_facts, read_norms
+def leftovers(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*t2l-*"))
 
-    return not folder.exists() or bool(read_norms(folder, read_facts(folder)))
+
+def moments(kind: str, total: int) -> list[int]:
+    """The changes at which a write ends; of kinds that count bytes the sizes that no file may exceed."""
+    if kind in ("cut", "no room"):
+        return [0, 1, 9, 100, 1000, 4000, 5000, 10_000, 14_999, 30_000]
+    return list(range(1, total + 1))
+
+
+def end_everywhere(ask: Ask, writer: str, kind: str, place: Path, *, chosen: slice = slice(None)) -> int:
+    """Ends a write in the middle at each of its moments; returns how many of them ended it."""
+    old = place / "old"
+    old.mkdir()
+    assert ask(writer, old, "none", word="old")["code"] == 0
+    assert read(ask, writer, old) == "old"
+    folder, ended = fresh(old, place / "work"), 0
+    total = ask(writer, folder, "none")["count"]
+    assert read(ask, writer, folder) == "new"
+    for last in moments(kind, total)[chosen]:
+        folder = fresh(old, place / "work")
+        done = ask(writer, folder, kind, last)
+        where = (writer, kind, last, done)
+        assert done["code"] in (*KINDS[kind], 0), where
+        ended += done["code"] != 0
+        at_place = all((folder / path.name).exists() for path in old.iterdir())
+        if not at_place:  # ended between the old folder's leaving and the new one's coming, and it could not go back
+            assert kind in ("kill", "interrupts", "full for good", "read-only"), where
+            sweep(folder)  # as the next writer does
+        assert read(ask, writer, folder) in (("old", "new") if at_place else ("old",)), where
+        done = ask(writer, folder, "none")
+        assert done["code"] == 0, (*where, done)
+        assert read(ask, writer, folder) == "new", where
+        assert leftovers(folder) == [], where
+    return ended
+
+
+def fresh(old: Path, folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(old, folder)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kill", "interrupt", "full"])
-def test_whatever_ends_a_write_what_was_there_or_what_comes_is_whole(kind: str, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    done = write("none", 0, folder)
-    total = int(done.stdout)
-    assert total > 8
-    for last in range(1, total + 12):
-        (folder / "README.md").write_text("old")
-        (tmp_path / "notes.txt").write_text("old")
-        done = write(kind, last, folder)
-        allowed = {"kill": (-signal.SIGKILL, 0), "interrupt": (130, 0), "full": (3, 0)}[kind]
-        assert done.returncode in allowed, (last, done.returncode, done.stderr)
-        assert whole(folder) and state(folder)[1] in ("old", "new"), (last, state(folder))
-        # A kill between the old folder's leaving and the new one's coming: the next writer puts the old one back.
-        if not folder.exists():
-            assert kind == "kill", last
-            sweep(tmp_path)
-            assert state(folder)[0] == "old" and whole(folder), last
-        assert write("none", 0, folder).returncode == 0
-        assert state(folder) == ("new", "new")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "notes.txt"], last
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whatever_ends_a_write_what_was_there_or_what_comes_is_whole(
+    writer: str, kind: str, ask: Ask, tmp_path: Path
+) -> None:
+    assert end_everywhere(ask, writer, kind, tmp_path) > 0
 
 
-def test_a_write_that_is_ended_early_leaves_what_was_there(tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    assert write("none", 0, folder).returncode == 0
-    (folder / "README.md").write_text("old")
-    assert write("kill", 3, folder).returncode == -signal.SIGKILL
-    assert state(folder)[0] == "old" and whole(folder)
-    assert write("none", 0, folder).returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "notes.txt"]
+@pytest.mark.parametrize(
+    ("writer", "kind"), [("adapter", "kill"), ("shards", "kill"), ("store", "full for good"), ("answers", "kill")]
+)
+def test_a_write_that_is_ended_leaves_what_was_there_or_what_comes(
+    writer: str, kind: str, ask: Ask, tmp_path: Path
+) -> None:
+    assert end_everywhere(ask, writer, kind, tmp_path, chosen=slice(1, None, 6)) > 0
 
 
 def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
@@ -116,3 +133,11 @@ def test_what_a_killed_process_moved_away_comes_back(tmp_path: Path) -> None:
         (folder / "README.md").write_text("new")
     assert (tmp_path / "adapter" / "README.md").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_within_a_new_one_is_never_taken_for_the_one_it_replaces(tmp_path: Path) -> None:
+    """An adapter that is called `replaced`, in a folder of several whose writing failed."""
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "several") as folder:
+        (folder / "replaced").mkdir()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []

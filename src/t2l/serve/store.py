@@ -12,6 +12,7 @@ Knows adapters and files. Knows no models and no HTTP.
 
 import hashlib
 import json
+import math
 import os
 import re
 import sqlite3
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +28,8 @@ from typing import Any, Protocol
 import torch
 
 from t2l import peft_io
-from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError
-from t2l.io import read_tensors
+from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError, T2LError
+from t2l.io import parse_json, read_tensors, read_whole, regular_file
 from t2l.lora import LoraTensors
 from t2l.serve.answers import log
 from t2l.spec import AdapterSpec
@@ -35,6 +37,8 @@ from t2l.spec import AdapterSpec
 ID = re.compile(r"[a-z0-9-]{1,64}")
 """What an identifier may look like; nothing else ever becomes part of a path."""
 DATABASE = "adapters.sqlite3"
+MAX_BYTES = 1 << 33
+"""Of one adapter's file; no adapter is near it."""
 _SCHEMA = """
 create table if not exists adapters (
     number integer primary key autoincrement,
@@ -105,13 +109,12 @@ class StoredAdapter:
         return self.entry.spec
 
 
-def digest(adapter: NewAdapter) -> str:
+def digest(lora: LoraTensors, spec: AdapterSpec, description: str) -> str:
     """The sha256 of an adapter's weights, base, scale and description."""
-    spec, found = adapter.spec, hashlib.sha256()
-    layers = list(spec.layers)
-    head = [spec.base_model, repr(float(spec.scaling)), layers, [t.path for t in spec.targets], adapter.description]
+    found, layers = hashlib.sha256(), list(spec.layers)
+    head = [spec.base_model, repr(float(spec.scaling)), layers, [t.path for t in spec.targets], description]
     found.update(json.dumps(head).encode())
-    for tensor in (*adapter.lora.a, *adapter.lora.b):
+    for tensor in (*lora.a, *lora.b):
         found.update(json.dumps(list(tensor.shape)).encode())
         found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return found.hexdigest()
@@ -136,6 +139,7 @@ class AdapterStore:
         self.cached_bytes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            regular_file(folder / DATABASE)
             self._database = sqlite3.connect(folder / DATABASE, check_same_thread=False, isolation_level=None)
             # Every commit reaches the disk before it returns, and the lock is kept until the end.
             for line in ("locking_mode=exclusive", "journal_mode=wal", "synchronous=full"):
@@ -158,7 +162,7 @@ class AdapterStore:
     def __len__(self) -> int:
         """How many adapters there are."""
         with self._lock:
-            return int(self._database.execute("select count(*) from adapters").fetchone()[0])
+            return int(self._execute("select count(*) from adapters")[0][0])
 
     def add(self, adapter: NewAdapter, *, seconds: float = 0.0, strength: float = 1.0) -> tuple[Entry, bool]:
         """Stores an adapter and returns when it is safe on disk.
@@ -179,8 +183,8 @@ class AdapterStore:
         lora = adapter.lora.map(lambda x: x.detach().to("cpu", torch.float32).contiguous())
         if not all(bool(torch.isfinite(x).all()) for x in (*lora.a, *lora.b)):
             raise CheckpointError("The adapter holds values that are not finite; it was not stored")
-        sha256 = digest(adapter)
-        name = f"t2l-{sha256[:16]}"
+        sha256 = digest(adapter.lora, adapter.spec, adapter.description)
+        name = _name(sha256)
         with self._lock:
             known = self._find(name)
             if known is not None:
@@ -217,6 +221,11 @@ class AdapterStore:
                     expected[peft_io.tensor_name(target, layer, "B")] = (target.out_features, entry.spec.rank)
             state = read_tensors(self._path(name), expected)
             stored = StoredAdapter(entry, peft_io.from_state_dict(state, entry.spec))
+            if digest(stored.lora, entry.spec, entry.description) != entry.sha256:
+                raise CheckpointError(
+                    f"{self._path(name)} or its row in {DATABASE} was changed after it was written; delete the "
+                    "adapter, and write it anew from its description"
+                )
             self._keep(stored)
             return stored
 
@@ -229,7 +238,7 @@ class AdapterStore:
         with self._lock:
             found = self._find(name) if ID.fullmatch(name) else None
         if found is None:
-            raise AdapterNotFoundError(f"There is no adapter {name[:64]!r}; GET /v1/adapters lists those there are")
+            raise _unknown(name)
         return found
 
     def entries(self, *, limit: int = 100, after: str | None = None) -> list[Entry]:
@@ -247,8 +256,14 @@ class AdapterStore:
             number = 2**62
             if after is not None:
                 self.entry(after)
-                number = self._database.execute("select number from adapters where id = ?", (after,)).fetchone()[0]
-            return [_entry(row) for row in self._database.execute(query, (number, limit))]
+                number = self._execute("select number from adapters where id = ?", after)[0][0]
+            found = []
+            for row in self._execute(query, number, limit):
+                try:
+                    found.append(self._entry(row))
+                except T2LError as error:  # the others are to be had as before
+                    log.error("%s", error)
+            return found
 
     def weights(self, name: str) -> bytes:
         """The tensors' file as it stands, for a download.
@@ -258,7 +273,7 @@ class AdapterStore:
         """
         with self._lock:
             self.entry(name)
-            return self._path(name).read_bytes()
+            return read_whole(self._path(name), limit=MAX_BYTES)
 
     def delete(self, name: str) -> None:
         """Removes an adapter from disk and memory. Answers under way with it end as they began.
@@ -267,9 +282,11 @@ class AdapterStore:
             AdapterNotFoundError: if there is none of this name.
         """
         with self._lock:
-            self.entry(name)
-            self._database.execute("delete from adapters where id = ?", (name,))
-            self._path(name).unlink(missing_ok=True)
+            if not ID.fullmatch(name) or not self._execute("select 1 from adapters where id = ?", name):
+                raise _unknown(name)
+            self._execute("delete from adapters where id = ?", name)
+            with suppress(OSError):  # without a row the file is none of an adapter's; the next start removes it
+                self._path(name).unlink(missing_ok=True)
             cached = self._cached.pop(name, None)
             if cached is not None:
                 self.cached_bytes -= cached.entry.bytes
@@ -281,23 +298,60 @@ class AdapterStore:
         return self.folder / f"{name}.safetensors"
 
     def _find(self, name: str) -> Entry | None:
-        row = self._database.execute(f"select {_COLUMNS} from adapters where id = ?", (name,)).fetchone()
-        return None if row is None else _entry(row)
+        rows = self._execute(f"select {_COLUMNS} from adapters where id = ?", name)
+        return self._entry(rows[0]) if rows else None
+
+    def _execute(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a statement finds.
+
+        Raises:
+            OutputError: if the database is damaged, or the disk does not take or give it.
+        """
+        try:
+            return self._database.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"{self.folder / DATABASE} cannot be read or written ({error}); if it is damaged, begin with an empty "
+                "folder: adapters can be written anew from their descriptions"
+            ) from error
+
+    def _entry(self, row: tuple[Any, ...]) -> Entry:
+        """A row of the database, whose content is checked: another program may have changed it.
+
+        Raises:
+            CheckpointError: if it is none that this class wrote.
+        """
+        fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
+        name = str(fields["id"])[:64]
+        where = f"{self.folder / DATABASE}: the row of adapter {name}"
+        kinds = (str, str, str, float, int, float, int, str, str, str)
+        if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
+            raise CheckpointError(f"{where} is damaged: it holds values of other types; delete the adapter")
+        spec = AdapterSpec.from_json(fields["spec"], where=where)
+        norms = parse_json(fields["norms"], where)
+        shapes = {target.name: len(spec.layers) for target in spec.targets}
+        if not isinstance(norms, dict) or {key: _count(value) for key, value in norms.items()} != shapes:
+            raise CheckpointError(f"{where} is damaged: its norms are not those of its targets; delete the adapter")
+        if name != _name(fields["sha256"]) or fields["bytes"] != 4 * spec.num_parameters:
+            raise CheckpointError(f"{where} is damaged: its facts do not go together; delete the adapter")
+        if not math.isfinite(fields["strength"]) or not math.isfinite(fields["seconds"]):
+            raise CheckpointError(f"{where} is damaged: it holds numbers that are none; delete the adapter")
+        return Entry(**fields | {"spec": spec, "norms": norms})
 
     def _write(self, entry: Entry, lora: LoraTensors) -> None:
         from safetensors.torch import save
 
         data = save(peft_io.to_state_dict(lora, entry.spec), metadata={"format": "pt"})
+        values = (
+            entry.id, entry.sha256, entry.description, entry.strength, entry.created, entry.seconds, entry.bytes,
+            entry.spec.to_json(), entry.card, json.dumps(entry.norms),
+        )  # fmt: skip
         try:
             _write_durably(self._path(entry.id), data)
-            values = (
-                entry.id, entry.sha256, entry.description, entry.strength, entry.created, entry.seconds, entry.bytes,
-                entry.spec.to_json(), entry.card, json.dumps(entry.norms),
-            )  # fmt: skip
-            marks = ", ".join("?" * len(values))
-            self._database.execute(f"insert into adapters ({_COLUMNS}) values ({marks})", values)
-        except (OSError, sqlite3.Error) as error:
-            self._path(entry.id).unlink(missing_ok=True)
+            self._execute(f"insert into adapters ({_COLUMNS}) values ({', '.join('?' * len(values))})", *values)
+        except OSError as error:  # an OutputError is one
+            with suppress(OSError):
+                self._path(entry.id).unlink(missing_ok=True)
             raise OutputError(f"The adapter could not be stored in {self.folder}: {error}") from error
 
     def _keep(self, stored: StoredAdapter) -> None:
@@ -310,20 +364,29 @@ class AdapterStore:
 
     def _tidy(self) -> None:
         """Removes what a killed process left half done: files without a row, and rows without a file."""
-        known = {row[0] for row in self._database.execute("select id from adapters")}
+        known = {str(name) for (name,) in self._execute("select id from adapters")}
         files = {path.name.removesuffix(".safetensors") for path in self.folder.glob("*.safetensors")}
-        for path in self.folder.glob(".new-*"):
-            path.unlink(missing_ok=True)
-        for name in files - known:
-            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        for path in (*self.folder.glob(".new-*"), *(self.folder / f"{name}.safetensors" for name in files - known)):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         for name in known - files:
             log.error("the file of adapter %s is gone; it is forgotten", name)
-            self._database.execute("delete from adapters where id = ?", (name,))
+            self._execute("delete from adapters where id = ?", name)
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
-    fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    return Entry(**fields | {"spec": AdapterSpec.from_json(fields["spec"]), "norms": json.loads(fields["norms"])})
+def _name(sha256: str) -> str:
+    """The identifier of an adapter of this hash."""
+    return f"t2l-{sha256[:16]}"
+
+
+def _count(norms: Any) -> int | None:
+    """How many numbers a list holds; None if it is no list of numbers."""
+    sound = isinstance(norms, list) and all(isinstance(x, int | float) for x in norms)
+    return len(norms) if sound else None
+
+
+def _unknown(name: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(f"There is no adapter {name[:64]!r}; GET /v1/adapters lists those there are")
 
 
 def _write_durably(path: Path, data: bytes) -> None:
