@@ -5,7 +5,8 @@
 
 Run from the repository's root, with T2L_DATA set. For each seed, all on the same data and steps: the multi-task LoRA
 whose prompts show the description in half of the rows, the one whose prompts always do, and T2L that is trained along
-with its shared LoRA (`--recipe joint`) or with the shared LoRA frozen at the first multi-task LoRA (`--recipe frozen`).
+with its shared LoRA (`--recipe joint`) or with the shared LoRA frozen (`--recipe frozen`): at the first multi-task LoRA,
+or, with `--shared-steps 1500`, at one that was trained for so many steps only and leaves more for reading to learn.
 Answers come to runs/NAME-far.jsonl, -choosing.jsonl and -seen.jsonl, for default_rule.py.
 """
 
@@ -55,18 +56,22 @@ def evaluations(name: str, kind: str, far: str) -> list[dict[str, Any]]:
     ]
 
 
-def jobs(far: str, seeds: tuple[int, ...], recipe: str, steps: int) -> list[dict[str, Any]]:
-    """All jobs, trainings first."""
+def jobs(far: str, seeds: tuple[int, ...], recipe: str, steps: int, shared_steps: int | None) -> list[dict[str, Any]]:
+    """All jobs, trainings first; with `shared_steps` the frozen shared LoRA is a shorter run's."""
     trainings, evaluated = [], []
     for seed in seeds:
-        multitask, shown, made = f"multitask-{seed}", f"shown-{seed}", f"{recipe}-{seed}"
+        multitask, shown, made = f"multitask-{seed}", f"shown-{seed}", f"{recipe}{shared_steps or ''}-{seed}"
         common = (f"seed={seed}", f"train.max_steps={steps}", *DATA)
         frozen = recipe == "frozen"
-        start = (f"train.init_from=runs/{multitask}/checkpoint",) if frozen else ()
+        shared = f"multitask{shared_steps or ''}-{seed}"
+        if frozen and shared_steps:
+            short = (*common, f"train.max_steps={shared_steps}")
+            trainings.append(training(shared, "default-multitask", "multitask", *short))
+        start = (f"train.init_from=runs/{shared}/checkpoint",) if frozen else ()
         trainings += [
             training(multitask, "default-multitask", "multitask", *common),
             training(shown, "default-multitask", "multitask", *common, "train.description_in_prompt_prob=1"),
-            training(made, "default", "t2l", *common, *RECIPES[recipe], *start, after=(multitask,) if frozen else ()),
+            training(made, "default", "t2l", *common, *RECIPES[recipe], *start, after=(shared,) if frozen else ()),
         ]
         evaluated += [
             *evaluations(multitask, "multitask", far),
@@ -84,8 +89,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="with commas")
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="joint")
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--shared-steps", type=int, help="of the frozen shared LoRA; by default it has all steps")
     given = parser.parse_args()
-    made = jobs(given.far, tuple(map(int, given.seeds.split(","))), given.recipe, given.steps)
+    made = jobs(given.far, tuple(map(int, given.seeds.split(","))), given.recipe, given.steps, given.shared_steps)
     given.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(f"{len(made)} jobs: {', '.join(job['name'] for job in made)}")
 
