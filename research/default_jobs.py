@@ -5,8 +5,8 @@
 
 Run from the repository's root, with T2L_DATA set. For each seed, all on the same data and steps: the multi-task LoRA
 whose prompts show the description in half of the rows, the one whose prompts always do, and T2L that is trained along
-with its shared LoRA (`--recipe joint`) or with the shared LoRA frozen (`--recipe frozen`): at the first multi-task LoRA,
-or, with `--shared-steps 1500`, at one that was trained for so many steps only and leaves more for reading to learn.
+with its shared LoRA (`--recipe joint`) or with the shared LoRA frozen (`--recipe frozen`): at the first of these,
+or, with `--shared-steps 1500`, at one of so few steps, which leaves more for reading to learn.
 Answers come to runs/NAME-far.jsonl, -choosing.jsonl and -seen.jsonl, for default_rule.py.
 """
 
