@@ -345,30 +345,28 @@ def read_json(path: Path, error: type[T2LError] = CheckpointError) -> dict[str, 
     return data
 
 
-def read_json_lines(path: Path, error: type[T2LError] = DataError) -> Iterator[tuple[str, int, Any]]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
     """Reads a file of JSON lines, each within the bounds of `parse_json`; blank lines are left out.
-
-    Args:
-        path: The file.
-        error: The class of what is raised.
 
     Yields:
         The file and line as messages name them, the number of the line, and what stands there.
 
     Raises:
-        T2LError: of the class `error`, if the file cannot be read or a line is no JSON.
+        DataError: if the file cannot be read or a line is no JSON.
     """
     try:
         file = path.open("rb")
     except (OSError, ValueError) as cause:  # ValueError: a NUL byte in its name
-        raise error(f"Cannot read {path}: {cause}") from cause
+        raise DataError(f"Cannot read {path}: {cause}") from cause
     with file:
         # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             if len(line) > MAX_LINE_BYTES:
-                raise error(f"{path}:{number} is longer than the {MAX_LINE_BYTES >> 20} MiB of a line that are read")
+                raise DataError(
+                    f"{path}:{number} is longer than the {MAX_LINE_BYTES >> 20} MiB of a line that are read"
+                )
             if line.strip():
-                yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", error)
+                yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", DataError)
 
 
 @contextmanager

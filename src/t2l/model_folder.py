@@ -98,9 +98,9 @@ def folder_fingerprint(folder: Path, ref: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _safetensors_sample(file: BinaryIO, size: int, ref: str, window: int = 1 << 16) -> bytes:
+def _safetensors_sample(file: BinaryIO, size: int, ref: str) -> bytes:
     """Header and a little of the values at both ends: files of one shape share a header, not their values."""
-    length_bytes = file.read(8)
+    window, length_bytes = 1 << 16, file.read(8)
     header_bytes = struct.unpack("<Q", length_bytes)[0] if len(length_bytes) == 8 else size
     if header_bytes > size - 8:
         raise CheckpointError(f"{ref}: {Path(file.name).name} is not a complete safetensors file")

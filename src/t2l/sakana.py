@@ -117,7 +117,7 @@ class Published:
 
 
 def import_published(
-    folder: Path, output: Path, *, base_model: str | None = None, encoder: str | None = None, overwrite: bool = False
+    folder: Path, output: Path, *, base_model: str | None = None, encoder: str | None = None
 ) -> AdapterSpec:
     """Writes a published checkpoint as a checkpoint of this library.
 
@@ -126,7 +126,6 @@ def import_published(
         output: The checkpoint folder to write.
         base_model: Reference of the base model, where it is not to be had by the name in the folder.
         encoder: Reference of the encoder, likewise; a sentence-transformers folder with a native class.
-        overwrite: Whether an existing folder is replaced.
 
     Returns:
         Where the checkpoint's adapters belong.
@@ -161,7 +160,7 @@ def import_published(
         conditioning=published.conditioning,
     )
     hypernet = build(state, published, spec, loaded.embedding_size)
-    save_checkpoint(output, hypernet, spec, config, card=_card(spec), dtype=torch.float32, overwrite=overwrite)
+    save_checkpoint(output, hypernet, spec, config, card=_card(spec), dtype=torch.float32)
     return spec
 
 

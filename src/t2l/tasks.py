@@ -193,25 +193,18 @@ def load_sni(names: Collection[str], *, splits: Sequence[str] = SPLITS, folder: 
     return _load_packed("sni", names, splits=splits, folder=folder or data_dir())
 
 
-def load_t0(*, splits: Sequence[str] = ("train", "val"), folder: Path | None = None) -> list[Task]:
-    """Reads all packed T0 training tasks; they have no test examples.
-
-    Args:
-        splits: Which examples to read.
-        folder: Where the files are; `T2L_DATA` if not given.
-
-    Returns:
-        The tasks in the order of their names.
+def load_t0() -> list[Task]:
+    """Reads all packed T0 training tasks in `T2L_DATA`, in the order of their names; they have no test examples.
 
     Raises:
         DataError: if files are missing.
     """
-    folder = folder or data_dir()
+    folder = data_dir()
     if not (folder / "t0_tasks.parquet").is_file():
         raise DataError(
             f"{folder} holds no t0_tasks.parquet; take 't0' out of data.extra_tasks or point T2L_DATA to it"
         )
-    return _load_packed("t0", None, splits=splits, folder=folder)
+    return _load_packed("t0", None, splits=("train", "val"), folder=folder)
 
 
 def load_everyday() -> list[Task]:

@@ -348,8 +348,9 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(listed[:LISTED]) + (f" and {len(listed) - LISTED} more" if len(listed) > LISTED else "")
 
 
-def show(report: Report, *, rows: int = 30) -> None:
-    """Prints the report's tables on standard output."""
+def show(report: Report) -> None:
+    """Prints the report's tables on standard output, of the first thirty tasks."""
+    rows = 30
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -123,8 +123,6 @@ def run_many(
     codes: Sequence[str],
     *,
     workers: int | None = None,
-    timeout: float = 10.0,
-    memory_bytes: int = 512 << 20,
     allow: bool = False,
 ) -> list[Outcome]:
     """Runs programs, several at a time, each in its own sandbox; see `run_python`.
@@ -132,8 +130,6 @@ def run_many(
     Args:
         codes: The programs.
         workers: How many at a time; None means one for each processor, so that none waits for its time limit in vain.
-        timeout: Seconds on the clock, for each.
-        memory_bytes: Address space of each process.
         allow: Whether the user agreed to run code that a model wrote.
 
     Returns:
@@ -144,7 +140,7 @@ def run_many(
     """
 
     def run(code: str) -> Outcome:
-        return run_python(code, timeout=timeout, memory_bytes=memory_bytes, allow=allow)
+        return run_python(code, allow=allow)
 
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
     try:

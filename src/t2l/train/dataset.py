@@ -134,7 +134,7 @@ def load_source(source: str) -> list[Task]:
         DataError: if data are missing, hold no training example, or hold a task that may not be trained on.
     """
     if source == "t0":
-        tasks = load_t0(splits=("train", "val"))
+        tasks = load_t0()
     elif source == "computed":
         tasks = computed_tasks()
     else:
@@ -182,10 +182,10 @@ def short_random_text(draw: random.Random) -> str:
     return as_sentence(made_up_words(draw, words=(8, 16), letters=(2, 7)))
 
 
-def _random_texts(count_tokens: CountTokens, window: int, number: int = 512) -> list[str]:
+def _random_texts(count_tokens: CountTokens, window: int) -> list[str]:
     """Texts of random words in any length, as far as the encoder can read them."""
     draw = random.Random("made_up")
-    texts = [as_sentence(made_up_words(draw, words=(4, 24), letters=(2, 9))) for _ in range(number)]
+    texts = [as_sentence(made_up_words(draw, words=(4, 24), letters=(2, 9))) for _ in range(512)]
     return [text for text, length in zip(texts, count_tokens(texts), strict=True) if length <= window]
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from t2l import hub
-from t2l.encoder import Encoder
 from t2l.errors import TrainingError
 from t2l.train import reconstruction, sft, task_loras
 from t2l.train.batches import Batch
@@ -134,7 +133,6 @@ def dry_run_reconstruction(
     config: reconstruction.ReconstructionConfig,
     *,
     device: str | None = None,
-    encoder: Encoder | None = None,
     log: Log = print,
 ) -> Estimate:
     """Estimates a run of `t2l.train.reconstruction.train_reconstruction`.
@@ -142,14 +140,13 @@ def dry_run_reconstruction(
     Args:
         config: Settings.
         device: `cuda`, `cpu`; the GPU if there is one.
-        encoder: The encoder that the settings name, if in memory already.
         log: Where lines go.
 
     Raises:
         ConfigError, DataError: as the run itself would before its first step.
     """
     started = time.monotonic()
-    trainer = reconstruction.setup(config, encoder, Processes(torch.device(hub.best_device(device))), log)
+    trainer = reconstruction.setup(config, None, Processes(torch.device(hub.best_device(device))), log)
     return estimate(reconstruction_work(trainer, time.monotonic() - started), budget=BUDGET)
 
 

@@ -56,8 +56,8 @@ class EmbeddingCache:
         where = (self.starts[place][:, None] + offsets).clamp_max(self.states.shape[0] - 1)
         return Encoded(self.states[where].float() * mask[..., None], mask)
 
-    def sample(self, index_N: Tensor, *, most: int = 4096) -> Tensor:
-        """Encodings of some texts, evenly spaced among those at these positions: (K, E), of tokens a row each."""
-        some = index_N[:: -(-len(index_N) // most)].to(self.place.device)
+    def sample(self, index_N: Tensor) -> Tensor:
+        """Encodings of 4096 of these texts at most, evenly spaced: (K, E), of tokens a row each."""
+        some = index_N[:: -(-len(index_N) // 4096)].to(self.place.device)
         encoded = [self[part] for part in some.split(256)]
         return torch.cat([e.states if e.mask is None else e.states[e.mask] for e in encoded])
