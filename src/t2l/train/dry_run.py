@@ -25,7 +25,7 @@ from t2l.train.embeddings import EmbeddingCache
 from t2l.train.estimate import Estimate, Work, device_name, estimate, memory_available, size, tensor_bytes
 from t2l.train.packing import PackedRows
 from t2l.train.processes import Processes
-from t2l.train.resume import Progress, restore_weights, weights, whole_state
+from t2l.train.resume import Progress, restore_weights, whole_state
 from t2l.train.slots import StepSizes
 from t2l.train.task_data import Benchmarks, lay_out_segment
 
@@ -84,7 +84,7 @@ def sft_work(session: sft.Session, trainer: sft.Trainer, setup_seconds: float) -
         sft.evaluate(trainer, replace(data, evaluation={name: batches}))
 
     def disk() -> dict[str, int]:
-        best = weights(trainer.hypernet) if train.early_stopping_patience else {}
+        best = trainer.hypernet.state_dict() if train.early_stopping_patience else {}
         found = _state(trainer.hypernet, trainer.optimizer, Progress(train.max_steps, best=best))
         return found | _checkpoint(session.hypernet)
 
@@ -304,7 +304,7 @@ def unchanged(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[N
         module: What is trained.
         optimizer: That has not taken a step yet.
     """
-    kept = {name: x.detach().to("cpu", copy=True) for name, x in weights(module).items()}
+    kept = {name: x.detach().to("cpu", copy=True) for name, x in module.state_dict().items()}
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         yield

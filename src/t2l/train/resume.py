@@ -40,27 +40,17 @@ class Progress:
     """The best weights, on the CPU."""
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, each tensor once where a model ties two of them."""
-    saved = module.state_dict()
-    own = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name in saved]
-    return {name: saved[name] for name in own}
-
-
 def restore_weights(module: nn.Module, values: dict[str, Tensor], where: Path) -> None:
-    """Copies values that `weights` gave for the same module back into it.
+    """Puts back what the same module's `state_dict` gave.
 
     Raises:
         CheckpointError: if names or shapes differ.
     """
-    mine = weights(module)
-    wrong = [name for name in mine if name not in values or values[name].shape != mine[name].shape]
-    wrong += values.keys() - mine.keys()
-    if wrong:
-        raise CheckpointError(f"{where} was not written by this run's model: {', '.join(sorted(wrong)[:3])}")
-    with torch.no_grad():
-        for name, value in mine.items():
-            value.copy_(values[name])
+    try:
+        module.load_state_dict(values, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{where} was not written by this run's model: {reason}") from error
 
 
 def check_run(run: Path, settings: dict[str, Any], *, resume: bool) -> bool:
@@ -181,7 +171,7 @@ def whole_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that a run of one module and one optimiser needs to go on: tensors by name, and facts."""
-    tensors = {f"weight/{name}": value for name, value in weights(module).items()}
+    tensors = {f"weight/{name}": value for name, value in module.state_dict().items()}
     tensors |= {f"best/{name}": value for name, value in progress.best.items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in values.items()}

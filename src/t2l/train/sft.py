@@ -36,7 +36,7 @@ from t2l.train.metrics import MetricLogger
 from t2l.train.monitor import StepMonitor
 from t2l.train.packing import PackedRows
 from t2l.train.processes import Processes, is_main, load_base, require_shares
-from t2l.train.resume import Progress, first_step, load_state, restore_weights, save_state, weights
+from t2l.train.resume import Progress, first_step, load_state, restore_weights, save_state
 from t2l.train.sft_step import Trainer, make_optimizer
 from t2l.versions import versions
 
@@ -103,7 +103,7 @@ def _keep_best(trainer: Trainer, progress: Progress, report: dict[str, float]) -
         progress.stopped = progress.patience_count >= trainer.config.train.early_stopping_patience
         return
     progress.best_step, progress.best_value, progress.patience_count = progress.step, value, 0
-    progress.best = {name: x.detach().to("cpu", copy=True) for name, x in weights(trainer.hypernet).items()}
+    progress.best = {name: x.detach().to("cpu", copy=True) for name, x in trainer.hypernet.state_dict().items()}
 
 
 # --------------------------------------------------------------------------------------------------- the run
