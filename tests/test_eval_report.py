@@ -14,6 +14,7 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies
+from test_serve_page import CHROMIUM, FLAGS
 from typer.testing import CliRunner
 
 from t2l.cli import app
@@ -23,8 +24,10 @@ from t2l.eval.conditions import CONDITIONS, MINIMUM
 from t2l.eval.html import as_html
 from t2l.eval.report import Options, as_csv, markdown, tables
 from t2l.eval.results import below_floor, gather
+from t2l.eval.run import _public
 from t2l.eval.stats import Scores, difference, estimate, sign_flip_p
 
+EACH = ": each, plain prompt"
 RATES = {"base": 0.0, "multitask": 0.35, "t2l": 0.5, "t2l-wrong": 0.05, "t2l-random": 0.02}
 
 
@@ -195,7 +198,7 @@ def test_the_table_holds_the_means_of_the_lines(save: Any) -> None:
         values = [line["scores"]["exact_match"] for line in file.lines if line["condition"] == row]
         assert f"{np.mean(values):.3f} [" in text
     assert "12 tasks, n = 120 answers a condition, seeds 0, 1; exact match" in text
-    assert text.startswith("<!-- t2l eval report a.jsonl -->\n")
+    assert text.startswith("<!-- t2l eval report a.jsonl -->\n\n## tiny/t2l on tiny\n")
     (gap,) = [row for row in text.splitlines() if row.startswith("| t2l | t2l-wrong | plain |")]
     right, wrong = (
         np.mean([line["scores"]["exact_match"] for line in file.lines if line["condition"] == row])
@@ -203,7 +206,7 @@ def test_the_table_holds_the_means_of_the_lines(save: Any) -> None:
     )
     assert f"| {right - wrong:+.3f} [" in gap
     assert "< 0.001" in gap
-    assert "arrow: no --library" in text
+    assert "| conditions left out | arrow (no --library) |" in text
 
 
 def test_files_are_merged_in_any_order(save: Any) -> None:
@@ -373,15 +376,22 @@ def test_benchmarks_flag_what_could_not_be_read_and_leave_out_what_is_at_chance(
     assert "base on gsm8k (0%)" in text
     assert "leaves out benchmarks on which no condition's interval lies above chance: piqa." in text
     assert "Not scored, because code was not run: humaneval (400)" in text
-    head = next(line for line in text.splitlines() if line.startswith("|  | average"))
-    assert head == "|  | average | average above chance | piqa | gsm8k | answers read |"
+    tables = {part.split("\n")[0]: part.splitlines() for part in text.split("### ")[1:]}
+    mean, above, each = (tables[f"Benchmarks, answered in words{x}"] for x in ("", ": average above chance", EACH))
     by_task = {
         task: 100 * np.mean([x["scores"]["correct"] for x in lines if (x["condition"], x["task"]) == ("t2l", task)])
         for task in ("piqa", "gsm8k")
     }
-    row = next(line for line in text.splitlines() if line.startswith("| T2L, the task's description | "))
-    cells = [cell.split("±")[0].strip() for cell in row.strip("| ").split("|")]
-    assert cells[1:5] == [f"{x:.1f}" for x in (np.mean([*by_task.values()]), by_task["gsm8k"], *by_task.values())]
+
+    def cell(lines: list[str], row: str, column: str) -> str:
+        head, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|"))
+        return next(cells for cells in body if cells[0] == row)[head.index(column)].split(" ±")[0]
+
+    right = "T2L, the task's description"
+    assert cell(mean, right, "plain prompt") == f"{np.mean([*by_task.values()]):.1f}"
+    assert cell(above, right, "plain prompt") == cell(each, "gsm8k", right) == f"{by_task['gsm8k']:.1f}"
+    assert cell(each, "piqa", right) == f"{by_task['piqa']:.1f}"
+    assert (cell(each, "piqa", "chance"), cell(each, "answers read", right)) == ("90.0", "100%")
 
 
 def test_above_chance_means_the_interval_not_the_mean(save: Any) -> None:
@@ -427,14 +437,69 @@ def test_csv_has_every_row_task_and_difference(save: Any) -> None:
     assert all(row["p"] and row["one_sided_low"] for row in rows if row["minus"])
 
 
+def asked(**changes: str) -> dict[str, Any]:
+    """Facts of a suite with one question in its file."""
+    one = {"task": "task0", "id": "task0-0", "description": "Do <i>it</i>.", "input": "Is it?", "expected": "yes"}
+    return {"own <script>": {"questions": [one | changes]}}
+
+
 def test_html_needs_no_other_file_and_escapes(save: Any) -> None:
-    pytest.importorskip("matplotlib")
-    page = as_html([save(made(suite="own <script>"), checkpoint="a<b")])
-    assert page.count("<svg") == 1
-    assert "<script" not in page
-    assert "a&lt;b" in page
-    assert all(mark not in page for mark in ("<img", "<link", "src=", "@import"))
+    page = as_html([save(made(suite="own <script>"), checkpoint="a<b", suites=asked())])
+    assert "<script" not in page and "<i>it" not in page
+    assert "<title>a&lt;b on tiny</title>" in page
+    assert all(mark not in page for mark in ("<img", "<link", "src=", "@import", "url("))
     assert page.count("<table>") == 3
+    assert page.count('class="span"') + page.count("class=span") == len(MINIMUM) + 2 * 5
+
+
+def test_html_shows_questions_with_the_answers_of_one_seed(save: Any) -> None:
+    lines = made(suite="own <script>")
+    page = as_html([save(lines, suites=asked())])
+    first = {line["condition"]: line for line in lines if (line["id"], line["seed"]) == ("task0-0", 0)}
+    right = first["t2l+description"]["scores"]["exact_match"] == 1
+    assert "Is it?" in page and "Expected: <strong>yes</strong>" in page
+    shown = f'T2L, the task&#x27;s description, description in prompt</dt><dd class="{"right" if right else "wrong"}">'
+    assert page.count(shown) == 1
+    assert "do not stand in its file" in as_html([save(lines, "b.jsonl")])
+    with pytest.raises(DataError, match="questions of suite own <script> that are no lists of texts"):
+        save(lines, "c.jsonl", suites={"own <script>": {"questions": [{"task": 1}]}})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_html_fits_a_telephone(save: Any, scheme: str, tmp_path: Path) -> None:
+    """390 pixels wide: nothing beyond the edge, nothing smaller than 12 pixels, colours of the reader's choice."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    lines = made(suite="own <script>")
+    (tmp_path / "r.html").write_text(as_html([save(lines, checkpoint="x" * 100, suites=asked(input="y" * 300))]))
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+        page.goto((tmp_path / "r.html").as_uri())
+        widest = page.evaluate(
+            "Math.max(...[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right))"
+        )
+        smallest = page.evaluate(
+            "Math.min(...[...document.body.querySelectorAll('*')].map(e => parseFloat(getComputedStyle(e).fontSize)))"
+        )
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        browser.close()
+    assert widest <= 390 and smallest >= 12
+    assert (background == "rgb(23, 24, 27)") == (scheme == "dark")
+
+
+def test_a_report_is_named_for_what_it_is_about(save: Any, tmp_path: Path) -> None:
+    """Two reports on the same tasks are told apart by their first line."""
+    file, run = save(made()), tmp_path / "my-run" / "checkpoint"
+    options = Options(title="More tasks, seed 1")
+    assert "\n## More tasks, seed 1\n" in markdown([file], options)
+    assert "--title 'More tasks, seed 1'" in markdown([file], options).split("\n")[0]
+    assert "<h1>More tasks, seed 1</h1>" in as_html([file], options)
+    run.mkdir(parents=True)
+    assert (_public(str(run)), _public(str(run.parent)), _public("hub/name")) == (
+        "my-run/checkpoint", "my-run", "hub/name"
+    )  # fmt: skip
 
 
 def test_command_writes_what_the_suffix_says(save: Any, tmp_path: Path) -> None:

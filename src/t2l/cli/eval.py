@@ -160,6 +160,7 @@ def eval_report(
         typer.Option(metavar="CONDITION:CONDITION", help="Further pair to compare; may be repeated."),
     ] = None,
     score: Annotated[str | None, _option("Another score, such as rouge_l.", metavar="NAME")] = None,
+    title: Annotated[str | None, _option("Heading; checkpoint and base, if absent.", metavar="TEXT")] = None,
     without_controls: Annotated[
         bool, typer.Option("--without-controls", help="Make a table that lacks controls; it says so.")
     ] = False,
@@ -176,7 +177,7 @@ def eval_report(
     from t2l.eval.report import Options, markdown
     from t2l.io import write_text
 
-    options = Options(compare=tuple(pairs), score=score, without_controls=without_controls)
+    options = Options(compare=tuple(pairs), score=score, without_controls=without_controls, title=title)
     makers = [(path, _document(path)) for path in out or ()]
     for path in out or ():
         try_writing(path.absolute().parent)

@@ -114,12 +114,23 @@ def _header(path: Path, row: str) -> dict[str, Any]:
     for suite, facts in header["suites"].items():
         if not isinstance(facts, dict) or not all(_are_shares(facts.get(part, {})) for part in ("chance", "floor")):
             raise DataError(f"{path}:1 does not say of suite {suite} what guessing gives")
+        if not _are_questions(facts.get("questions", [])):
+            raise DataError(f"{path}:1 has questions of suite {suite} that are no lists of texts")
     return dict(header)
 
 
 def _are_shares(values: Any) -> bool:
     """Whether these are numbers from 0 to 1 by name."""
     return isinstance(values, dict) and all(isinstance(x, int | float) and 0 <= x <= 1 for x in values.values())
+
+
+def _are_questions(values: Any) -> bool:
+    """Whether these are questions as `suites.questions` writes them."""
+    parts = {"task", "id", "description", "input", "expected"}
+    return isinstance(values, list) and all(
+        isinstance(one, dict) and one.keys() == parts and all(isinstance(text, str) for text in one.values())
+        for one in values
+    )
 
 
 def _check_line(line: Mapping[str, Any]) -> None:

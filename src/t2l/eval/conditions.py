@@ -6,6 +6,7 @@ Knows no checkpoints, no files of answers and no statistics.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,14 @@ NEEDS = {
 """The option that gives a condition's adapter."""
 WITH_SHOTS = ("base", "multitask", "t2l", "t2l-wrong", "t2l-random")
 """Adapters that also have a condition whose prompt shows examples."""
+
+
+def reasons(left_out: Mapping[str, str]) -> list[str]:
+    """Conditions that are left out, by why: one text for each reason, which names the adapters that lack it."""
+    adapters: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        adapters.setdefault(str(why), []).append(name.split("+")[0])
+    return [f"{', '.join(dict.fromkeys(names))} ({why})" for why, names in adapters.items()]
 
 
 @dataclass(frozen=True)

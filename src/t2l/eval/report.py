@@ -7,15 +7,16 @@ import csv
 import io
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from t2l.errors import EvaluationError
 from t2l.eval import stats
 from t2l.eval.answers import AnswerFile
-from t2l.eval.conditions import ADAPTERS, CONDITIONS, Condition
+from t2l.eval.conditions import ADAPTERS, CONDITIONS, Condition, reasons
 from t2l.eval.results import CONTROLS, Suite, below_floor, compared, gather, missing_controls, same_prompts
 from t2l.eval.stats import Difference, Estimate, estimate, p_text
 
@@ -33,6 +34,8 @@ class Options:
     """Such as `rouge_l`; each suite's first score if not given."""
     without_controls: bool = False
     """Whether a table may lack controls; it then says which."""
+    title: str | None = None
+    """Heading of the whole report; what was evaluated on which base, if not given."""
 
 
 DEFAULT = Options()
@@ -71,7 +74,7 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
     found = []
     for suite in suites:
         notes = _notes(suite, missing.get(suite.name, []))
-        found.append(_benchmarks_table(suite, notes) if suite.fixed_tasks else _tasks_table(suite, notes))
+        found += _benchmarks_tables(suite, notes) if suite.fixed_tasks else [_tasks_table(suite, notes)]
         pairs = compared(suite, options.compare)
         if differences := _differences_table(suite, pairs):
             found.append(differences)
@@ -138,61 +141,74 @@ def suite_title(suite: Suite) -> str:
     return titles.get(suite.name, f"Suite {suite.name}")
 
 
+FORMS = {
+    (False, False): "plain prompt",
+    (True, False): "description in prompt",
+    (False, True): "3 examples in prompt",
+    (True, True): "3 examples + description",
+}
+"""Whether description and examples stand in a prompt, and what tables call it."""
+
+
 def _tasks_table(suite: Suite, notes: list[str]) -> Table:
     """A row for each adapter, a column for each form of the prompt."""
-    forms = [(False, False), (True, False), (False, True), (True, True)]
-    titles = ["plain prompt", "description in prompt", "3 examples in prompt", "3 examples + description"]
-    cells = []
+    return Table(suite_title(suite), notes, _by_form(suite, lambda name: _cell(suite, name)))
+
+
+def _by_form(suite: Suite, cell: Callable[[str], str]) -> list[list[str]]:
+    """Cells of a table with a row for each adapter and a column for each form of the prompt that has answers."""
+    rows = []
     for adapter, title in ADAPTERS.items():
-        names = [Condition(adapter, *form).name for form in forms]
+        names = [Condition(adapter, *form).name for form in FORMS]
         if any(name in suite.conditions for name in names):
-            cells.append([title, *(_cell(suite, name) for name in names)])
-    used = [0, *(i for i in range(1, 5) if any(row[i] for row in cells))]
-    head = ["", *titles]
-    return Table(suite_title(suite), notes, [[row[i] for i in used] for row in [head, *cells]])
+            rows.append([title, *(cell(name) if name in suite.conditions else "" for name in names)])
+    used = [0, *(i for i in range(1, len(FORMS) + 1) if any(row[i] for row in rows))]
+    return [[row[i] for i in used] for row in [["", *FORMS.values()], *rows]]
 
 
 def _cell(suite: Suite, name: str) -> str:
-    if name not in suite.conditions:
-        return ""
     most = max(len(scores) for scores in suite.conditions.values())
     found = estimate(suite.conditions[name])
     return str(found) + (f" ({found.tasks} tasks)" if found.tasks < most else "")
 
 
-def _benchmarks_table(suite: Suite, notes: list[str]) -> Table:
-    """A row for each condition, a column for each benchmark, in per cent with half an interval's width."""
+def _benchmarks_tables(suite: Suite, notes: list[str]) -> list[Table]:
+    """The averages, those of benchmarks above chance, and for each form of the prompt every benchmark."""
     tasks, above = suite.tasks, suite.above_chance()
-    head = ["", "average", *(["average above chance"] if above != tasks else []), *tasks]
-    cells = []
-    for name, scores in suite.conditions.items():
-        condition = CONDITIONS[name]
-        forms = {"plain": "", "description": " + description in prompt", "shots": " + 3 examples in prompt"}
-        form = forms.get(condition.prompt, " + 3 examples and description in prompt")
-        complete = len(scores) == len(tasks)
-        averages = [_percent(estimate(scores, fixed_tasks=True)) if complete else ""]
-        if above != tasks:
-            part = {task: scores[task] for task in above if task in scores}
-            averages.append(_percent(estimate(part, fixed_tasks=True)) if part and len(part) == len(above) else "")
-        each = [_percent(estimate({task: scores[task]})) if task in scores else "" for task in tasks]
-        shares = suite.parsed.get(name)
-        parsed = [f"{np.mean(list(shares.values())):.0%}"] if shares else []
-        cells.append([ADAPTERS[condition.adapter] + form, *averages, *each, *parsed])
-    notes = [*notes, "In per cent, ± half the interval's width; an average counts benchmarks alike."]
+    unit = "In per cent, ± half the interval's width."
+
+    def average(name: str, of: Sequence[str]) -> str:
+        scores = suite.conditions[name]
+        complete = of and all(task in scores for task in of)
+        return _percent(estimate({task: scores[task] for task in of}, fixed_tasks=True)) if complete else ""
+
+    notes = [*notes, f"Averages, in which benchmarks count alike. {unit}"]
+    found = [Table(suite_title(suite), notes, _by_form(suite, lambda name: average(name, tasks)))]
     if above != tasks:
-        notes.append(
-            "The average above chance leaves out benchmarks on which no condition's interval lies above chance: "
-            + (", ".join(task for task in tasks if task not in above) or "none")
-            + "."
-        )
-    if suite.chance:
-        chances = [
-            "chance",
-            *[""] * (len(head) - 1 - len(tasks)),
-            *(f"{100 * suite.chance[t]:.1f}" if t in suite.chance else "" for t in tasks),
-        ]
-        cells.append([*chances, *([""] if suite.parsed else [])])
-    return Table(suite_title(suite), notes, [[*head, *(["answers read"] if suite.parsed else [])], *cells])
+        left = ", ".join(task for task in tasks if task not in above)
+        notes = [f"This average leaves out benchmarks on which no condition's interval lies above chance: {left}."]
+        cells = _by_form(suite, lambda name: average(name, above))
+        found.append(Table(f"{suite_title(suite)}: average above chance", notes, cells))
+    for form, title in FORMS.items():
+        names = [name for adapter in ADAPTERS if (name := Condition(adapter, *form).name) in suite.conditions]
+        if names:
+            found.append(Table(f"{suite_title(suite)}: each, {title}", [unit], _each_benchmark(suite, names)))
+    return found
+
+
+def _each_benchmark(suite: Suite, names: Sequence[str]) -> list[list[str]]:
+    """Cells of a table with a row for each benchmark and a column for each of some conditions."""
+    cells = [["", *(ADAPTERS[CONDITIONS[name].adapter] for name in names), *(["chance"] if suite.chance else [])]]
+    for task in suite.tasks:
+        found = [suite.conditions[name].get(task) for name in names]
+        row = [task, *(_percent(estimate({task: scores})) if scores else "" for scores in found)]
+        chance = f"{100 * suite.chance[task]:.1f}" if task in suite.chance else ""
+        cells.append([*row, *([chance] if suite.chance else [])])
+    if suite.parsed:
+        shares = [list(suite.parsed.get(name, {}).values()) for name in names]
+        read = [f"{np.mean(values):.0%}" if values else "" for values in shares]
+        cells.append(["answers read", *read, *([""] if suite.chance else [])])
+    return cells
 
 
 def _percent(value: Estimate) -> str:
@@ -260,24 +276,55 @@ def _checkpoints_table(suite: Suite, each: Mapping[str, Suite], pairs: Sequence[
     return Table(f"{suite_title(suite)}: by checkpoint", notes, [head, *cells])
 
 
+SETTINGS = {
+    "checkpoint": "checkpoint",
+    "checkpoint_sha256": "its weights' sha256",
+    "multitask_sha256": "multi-task LoRA's sha256",
+    "base": "base",
+    "base_revision": "base's version",
+    "backend": "backend",
+    "dtype": "type",
+    "device": "device",
+    "seeds": "seeds",
+    "per_task": "items of a task",
+    "max_new_tokens": "most new tokens",
+    "versions": "versions",
+    "left_out": "conditions left out",
+}
+"""Facts of a file of answers that a report shows, and what it calls them."""
+
+
 def _facts_table(files: Sequence[AnswerFile]) -> Table:
-    """Where the answers came from."""
-    cells = [["file", "checkpoint", "weights sha256", "base", "type", "device", "versions", "left out"]]
-    for file in files:
-        facts = file.header
-        cells.append(
-            [
-                file.path.name,
-                str(facts.get("checkpoint") or "–"),
-                str(facts.get("checkpoint_sha256") or "–")[:16],
-                f"{facts['base']} ({facts['base_revision']})",
-                str(facts["dtype"]),
-                str(facts.get("device", "–")),
-                ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()),
-                ", ".join(f"{name}: {why}" for name, why in facts.get("left_out", {}).items()) or "–",
-            ]
-        )
+    """Where the answers came from: a row for each fact, and where files differ what each of them says."""
+    cells = [["", f"{len(files)} files of answers" if len(files) > 1 else files[0].path.name]]
+    for fact, title in SETTINGS.items():
+        said = {file.path.name: _fact(file.header, fact) for file in files}
+        if any(said.values()):
+            same = len(set(said.values())) == 1
+            each = ", ".join(f"{value or '–'} ({name})" for name, value in said.items())
+            cells.append([title, next(iter(said.values())) if same else each])
     return Table("Where the answers came from", [], cells)
+
+
+def _fact(header: Mapping[str, Any], fact: str) -> str:
+    """A fact as a report shows it; empty where there is none."""
+    value = header.get(fact)
+    if fact == "left_out":
+        return "; ".join(reasons(value or {}))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version}" for name, version in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    text = "" if value is None else str(value)
+    return text[:16] if fact.endswith("sha256") else text
+
+
+def report_title(files: Sequence[AnswerFile], options: Options = DEFAULT) -> str:
+    """The heading of the whole report: what the user calls it, or what was evaluated on which base."""
+    names = dict.fromkeys(str(file.header.get("checkpoint") or "") for file in files)
+    what = ", ".join(filter(None, names))
+    base = files[0].header["base"]
+    return options.title or (f"{what} on {base}" if what else f"Adapters on {base}")
 
 
 def markdown(files: Sequence[AnswerFile], options: Options = DEFAULT) -> str:
@@ -286,8 +333,9 @@ def markdown(files: Sequence[AnswerFile], options: Options = DEFAULT) -> str:
     command = ["t2l", "eval", "report", *(file.path.name for file in files)]
     command += [part for pair in options.compare for part in ("--compare", ":".join(pair))]
     command += ["--score", options.score] if options.score else []
+    command += ["--title", options.title] if options.title else []
     command += ["--without-controls"] * options.without_controls
-    parts = [f"<!-- {shlex.join(command)} -->\n"]
+    parts = [f"<!-- {shlex.join(command)} -->\n\n## {report_title(files, options)}\n"]
     for table in found:
         head, *body = table.cells
         lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in body)]

@@ -18,7 +18,7 @@ from t2l.eval.adapters import AdapterCache
 from t2l.eval.answers import Key, key_of
 from t2l.eval.arrow import arrow
 from t2l.eval.backends import Backend
-from t2l.eval.conditions import Condition, choose_conditions
+from t2l.eval.conditions import Condition, choose_conditions, reasons
 from t2l.eval.report import below_floor, gather
 from t2l.eval.requests import Line, Request
 from t2l.eval.sources import BaseModels, MultitaskLora, Sources, base_model_of, load_sources, shipped_multitask
@@ -119,8 +119,8 @@ def opened(settings: Settings, *, log: Log) -> Iterator[Ready]:
     if settings.backend != "transformers":
         needs = "it needs the base model's weights here, so --backend transformers"
         left_out |= {condition.name: needs for condition in chosen if condition.adapter == "arrow"}
-    for name, why in left_out.items():
-        log(f"condition {name} is left out: {why}")
+    if left_out:
+        log(f"conditions left out: {'; '.join(reasons(left_out))}")
     chosen = [condition for condition in chosen if condition.name not in left_out]
     if not chosen:
         raise ConfigError("No condition is left to run")
@@ -295,12 +295,20 @@ def _suite_facts(tasks: Sequence[EvalTask]) -> dict[str, Any]:
         "items": sum(len(task.items) for task in tasks),
         "chance": {task.name: round(task.chance, 4) for task in tasks if task.chance},
         "floor": {task.name: round(task.floor, 4) for task in tasks if task.chance},
+        "questions": [] if tasks[0].suite in suites.PACKED else suites.questions(tasks),
     }
 
 
 def _public(reference: str) -> str:
-    """A reference as files show it: of a local folder its name alone, as files are passed on and folders are not."""
-    return Path(reference).name if Path(reference).is_dir() else reference
+    """A reference as files show it: of a local folder its name alone, as files are passed on and folders are not.
+
+    A training calls its result `checkpoint`: there the name of the run says more.
+    """
+    folder = Path(reference)
+    if not folder.is_dir():
+        return reference
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name == "checkpoint" else folder.name
 
 
 # ------------------------------------------------------------------------------------------------- code that is run

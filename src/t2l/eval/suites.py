@@ -32,6 +32,10 @@ SUITES = ("seen", "held-back", "validation", "test", "everyday", "benchmarks", "
 """New instances of training tasks; tasks held back from training to choose settings; the validation and the zero-shot
 test tasks of the frozen split; thirty tasks as an application developer would write them, never trained or tuned on;
 the ten benchmarks answered in words; those with options by each option's likelihood."""
+PACKED = tuple(suite for suite in SUITES if suite != "everyday")
+"""Suites of other people's data, whose texts are not passed on."""
+MOST_QUESTIONS = 20
+"""So many questions of a suite stand in its file of answers, for a person to look at."""
 MAX_SHOT_CHARACTERS = 1500
 """A longer example is not shown in a prompt."""
 
@@ -112,6 +116,26 @@ class EvalInstance:
     """Made-up words."""
     shots: tuple[tuple[str, str], ...]
     """Worked examples, as pairs of input and answer."""
+
+
+def questions(tasks: Sequence[EvalTask]) -> list[dict[str, str]]:
+    """Some questions of tasks for a person to look at: the first of each task, then the second, ..."""
+    turns = range(max(len(task.items) for task in tasks))
+    asked = [(task, task.items[turn]) for turn in turns for task in tasks if turn < len(task.items)][:MOST_QUESTIONS]
+    return [
+        {
+            "task": task.name,
+            "id": item.id,
+            "description": task.descriptions[0],
+            "input": _clipped(item.text),
+            "expected": _clipped(" / ".join(item.outputs)),
+        }
+        for task, item in asked
+    ]
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 600 else f"{text[:600]} …"
 
 
 Pool = dict[str, tuple[str, tuple[str, ...]]]
