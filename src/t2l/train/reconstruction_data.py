@@ -25,8 +25,6 @@ class ReconstructionDataConfig:
     """Folder of an adapter library."""
     adapters: tuple[str, ...] = ()
     """Only these of it; empty means all."""
-    descriptions: NaturalNumber = 0
-    """How many descriptions of each task are trained on, the first ones; 0 means all that are not held out."""
     held_out_descriptions: NaturalNumber = 4
     """Descriptions of each task that are kept for evaluation, where it has enough of them."""
 
@@ -60,7 +58,7 @@ def choose_descriptions(
     Args:
         library: The adapters' library, whose index has their descriptions.
         names: The adapters.
-        config: How many descriptions are trained on and how many are held out.
+        config: How many descriptions are held out.
         max_tokens: The encoder's window; longer descriptions are left out.
         count_tokens: Counts each text's tokens as the encoder does.
 
@@ -88,7 +86,6 @@ def choose_descriptions(
     trained, held_out = [], []
     for name, found in kept.items():
         mine, others = held_out_descriptions(Task(name, found, {}), config.held_out_descriptions)
-        mine = mine[: config.descriptions or None]
         trained.append(tuple(place[text] for text in mine))
         held_out.append(place[(others or mine)[0]])
     dropped = sum(len(listed[name]) - len(kept[name]) for name in names)
