@@ -142,7 +142,7 @@ def test_a_spoilt_packed_folder_is_found(tmp_path: Path) -> None:
     assert "sni_val.parquet missing" in check.check(str(folder)).problems[0]
     (folder / packed.TASKS).write_bytes(b"PAR1 nonsense")
     result = t2l("data", "check", folder)
-    assert result.exit_code == 1 and "cannot be read as Parquet" in result.stderr
+    assert result.exit_code == 1 and "is damaged or no Parquet file" in result.stderr
     undescribed = packed_folder(tmp_path / "undescribed", {TRAIN[0]: {"train": some("a")}}, definition=None)
     assert any("no description" in warning for warning in check.check(str(undescribed)).warnings)
 

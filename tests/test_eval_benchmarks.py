@@ -244,4 +244,4 @@ def test_doctor_names_packed_files_that_are_damaged(tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1 and "all is there" not in result.output
     assert "damaged: sni_tasks.parquet, benchmarks.parquet" in result.output
-    assert f"{tmp_path / 'benchmarks.parquet'} cannot be read as Parquet" in result.output
+    assert f"{tmp_path / 'benchmarks.parquet'} is damaged or no Parquet file" in result.output

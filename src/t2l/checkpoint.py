@@ -137,10 +137,15 @@ def load_checkpoint(folder: Path, *, device: str | torch.device = "cpu") -> Chec
         )
     hypernet = _new_hypernet(spec, config)
     hypernet.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = read_card(folder)
     return Checkpoint(hypernet.to(device).eval().requires_grad_(False), spec, config, text)
 
 
 def _new_hypernet(spec: AdapterSpec, config: CheckpointConfig) -> Hypernet:
     return Hypernet(spec, embedding_size=config.embedding_size, kind=config.kind, config=config.hypernet)
+
+
+def read_card(folder: Path) -> str:
+    """Text of a checkpoint's model card; empty if it has none."""
+    card = folder / CARD
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

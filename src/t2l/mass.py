@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from t2l import fanout
+from t2l.checkpoint import read_card, read_config
 from t2l.encoder import check_description
 from t2l.errors import CheckpointError, DataError
 from t2l.hub import best_device
@@ -25,9 +26,10 @@ from t2l.io import only_writer, read_json_lines
 from t2l.library import tensor_shapes
 from t2l.lora import LoraTensors
 from t2l.pace import progress
-from t2l.shards import Origin, SavedType, ShardedLibrary, require_pyarrow
+from t2l.parquet import reading_parquet, require_pyarrow
+from t2l.shards import Origin, SavedType, ShardedLibrary
 from t2l.spec import AdapterSpec
-from t2l.text_to_lora import TextToLora
+from t2l.text_to_lora import TextToLora, checkpoint_folder, provenance
 
 SHARD_BYTES, SHARD_ROWS = 1 << 29, 4096
 """A shard is at most so large, and holds at most so many adapters."""
@@ -79,20 +81,15 @@ def read_descriptions(path: Path) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    require_pyarrow(f"Reading {path.name}")
-    import pyarrow as pa
+    require_pyarrow(f"Reading {path.name}", "library")
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "description" not in names:
-                raise DataError(f"{path} has no column description; it has {', '.join(names)}")
-            for batch in file.iter_batches(columns=["description"]):
-                yield from batch["description"].to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is damaged or no Parquet file ({said})") from error
+    with reading_parquet(path, "write it again"), parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if "description" not in names:
+            raise DataError(f"{path} has no column description; it has {', '.join(names)}")
+        for batch in file.iter_batches(columns=["description"]):
+            yield from batch["description"].to_pylist()
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -286,22 +283,24 @@ def generate_library(
         ConfigError, OutputError: as `ShardedLibrary.begin`, or if another process writes there.
         CheckpointError: as `TextToLora.from_pretrained` and `Generator.run`.
     """
-    require_pyarrow("An adapter library's index")
+    require_pyarrow("An adapter library's index", "library")
     folder = folder.absolute()  # as workers elsewhere see it
-    writer = TextToLora.from_pretrained(settings.checkpoint, device="cpu" if workers else settings.device)
+    checkpoint = checkpoint_folder(settings.checkpoint)
+    spec, config = read_config(checkpoint)
     origin = Origin(
-        checkpoint_sha256=writer.config.weights_sha256,
+        checkpoint_sha256=config.weights_sha256,
         strength=settings.strength,
         dtype=settings.dtype,
-        provenance=writer.provenance(settings.strength),
+        provenance=provenance(settings.checkpoint, config, read_card(checkpoint), settings.strength),
     )
+    # With workers this process needs no generator; alone it finds a damaged one before it begins a library.
+    writer = None if workers else TextToLora.from_pretrained(settings.checkpoint, device=settings.device)
     with only_writer(folder):
-        library = ShardedLibrary.begin(folder, writer.spec, origin)
+        library = ShardedLibrary.begin(folder, spec, origin)
         plan = make_plan(read_descriptions(source), library)
-        chunks = plan.chunks(read_descriptions(source), rows_per_shard(writer.spec, settings))
+        chunks = plan.chunks(read_descriptions(source), rows_per_shard(spec, settings))
         summary = plan.summary
-        if workers:
-            del writer
+        if writer is None:
             device = best_device(settings.device)
             done = fanout.run(Worker, (str(folder), settings), chunks, workers=workers, device=device)
         else:

@@ -13,6 +13,8 @@ Knows adapters and files. Knows no hypernetwork. Shape letters as in `spec.py`; 
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +24,12 @@ import torch
 
 from t2l.adapter import LoraAdapter
 from t2l.config import Range, build, check_ranges, to_plain
-from t2l.errors import AdapterNotFoundError, CheckpointError, ConfigError, DataError, OutputError
+from t2l.errors import AdapterNotFoundError, CheckpointError, ConfigError, OutputError
 from t2l.io import new_folder, read_json, read_shapes, read_tensors
 from t2l.library import SPEC, WEIGHTS, tensor_shapes
 from t2l.locks import sweep
 from t2l.lora import LoraTensors
+from t2l.parquet import reading_parquet, require_pyarrow
 from t2l.spec import AdapterSpec
 
 FORMAT_VERSION = 1
@@ -124,16 +127,21 @@ class ShardedLibrary:
         Raises:
             DataError: if pyarrow is not installed.
         """
-        require_pyarrow("An adapter library's index")
+        require_pyarrow("An adapter library's index", "library")
         from pyarrow import dataset
 
         parts = sorted(str(path) for path in self.folder.glob(f"{SHARDS}/[!.]*/{INDEX}"))
-        return dataset.dataset(parts, schema=index_schema(), format="parquet")
+        with reading_parquet(f"An {INDEX} of {self.folder}", WRITE_AGAIN, CheckpointError):
+            return dataset.dataset(parts, schema=index_schema(), format="parquet")
 
     def ids(self) -> Iterator[list[str]]:
         """The ids of all adapters, some thousands at a time."""
-        for batch in self._read_index(columns=["id"]):
-            yield batch["id"].to_pylist()
+        for rows in self._read_index(columns=["id"]):
+            names = [row["id"] for row in rows]
+            for name in names:
+                if not _is_id(name):
+                    raise self._damaged(f"it holds {str(name)[:40]!r} for an id")
+            yield names
 
     def __len__(self) -> int:
         return sum(len(ids) for ids in self.ids())
@@ -144,11 +152,11 @@ class ShardedLibrary:
         Raises:
             AdapterNotFoundError: if one is not there.
         """
-        require_pyarrow("An adapter library's index")
+        require_pyarrow("An adapter library's index", "library")
         from pyarrow import dataset
 
         wanted = dataset.field("id").isin(list(ids))
-        found = {row["id"]: row for batch in self._read_index(filter=wanted) for row in batch.to_pylist()}
+        found = {row["id"]: self._checked(row) for rows in self._read_index(filter=wanted) for row in rows}
         absent = [name for name in ids if name not in found]
         if absent:
             raise AdapterNotFoundError(
@@ -156,18 +164,24 @@ class ShardedLibrary:
             )
         return [found[name] for name in ids]
 
-    def _read_index(self, **options: Any) -> Iterator[Any]:
-        """Batches of the index's rows, as pyarrow has them."""
+    def _read_index(self, **options: Any) -> Iterator[list[dict[str, Any]]]:
+        """The index's rows, some thousands at a time."""
         index = self.index()
-        import pyarrow as pa
+        with reading_parquet(f"An {INDEX} of {self.folder}", WRITE_AGAIN, CheckpointError):
+            for batch in index.to_batches(**options):
+                yield batch.to_pylist()
 
-        try:
-            yield from index.to_batches(**options)
-        except (OSError, pa.ArrowException) as error:
-            said = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"An {INDEX} of {self.folder} is damaged ({said}); delete its folder and generate it again"
-            ) from error
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"An {INDEX} of {self.folder} is damaged ({why}); {WRITE_AGAIN}")
+
+    def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row that is one that `write_shard` wrote: its id is that of its text, and no path is in it."""
+        shard, place, norm, text = row["shard"], row["row"], row["norm"], row["description"]
+        if not isinstance(text, str) or self.origin.id_of(text) != row["id"]:
+            raise self._damaged(f"the description of {row['id']} is not the one that it was written for")
+        if not _is_id(shard) or place is None or place < 0 or norm is None or not math.isfinite(norm):
+            raise self._damaged(f"{row['id']} is said to be row {place} of {str(shard)[:40]!r} with norm {norm}")
+        return row
 
     def stack(self, ids: Sequence[str]) -> LoraTensors:
         """Reads adapters as a batch, in float32 on the CPU.
@@ -192,7 +206,7 @@ class ShardedLibrary:
         read: dict[int, LoraTensors] = {}
         for shard, positions in by_shard.items():
             path = self.folder / SHARDS / shard / WEIGHTS
-            number = next(iter(read_shapes(path).values()), (0,))[0]
+            number = min((shape[0] if shape else 0 for shape in read_shapes(path).values()), default=0)
             places = [int(rows[position]["row"]) for position in positions]
             if max(places) >= number:
                 raise CheckpointError(f"{path} holds {number} adapters, its {INDEX} names row {max(places)}")
@@ -272,6 +286,12 @@ class ShardedLibrary:
 
 
 ELSEWHERE = "choose another folder"
+WRITE_AGAIN = "delete the shard's folder and generate it again"
+
+
+def _is_id(name: Any) -> bool:
+    """Whether it is what `Origin.id_of` makes; shards have names of the same form, and nothing else names a folder."""
+    return isinstance(name, str) and re.fullmatch(f"[0-9a-f]{{{ID_DIGITS}}}", name) is not None
 
 
 def is_sharded(folder: Path) -> bool:
@@ -285,11 +305,3 @@ def index_schema() -> Any:
 
     kinds = (pa.string(), pa.string(), pa.string(), pa.int32(), pa.float32(), pa.string())
     return pa.schema(list(zip(COLUMNS, kinds, strict=True)))
-
-
-def require_pyarrow(what: str) -> None:
-    """Raises DataError where pyarrow is not installed."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise DataError(f"{what} needs pyarrow: pip install 'text-to-lora[library]'") from error

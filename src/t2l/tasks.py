@@ -17,6 +17,7 @@ from typing import Any, Literal
 from t2l.encoder import check_description
 from t2l.errors import DataError, DescriptionError
 from t2l.io import parse_json, read_json_lines
+from t2l.parquet import reading_parquet, require_pyarrow
 
 SPLITS = ("train", "val", "test")
 PACKED_LISTS = ("descriptions", "outputs", "choices")
@@ -141,19 +142,14 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Any:
     Raises:
         DataError: if pyarrow or the file is missing, or the file is damaged or lacks a column.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError(f"Reading {path.name} needs pyarrow: pip install 'text-to-lora[train]'") from error
+    require_pyarrow(f"Reading {path.name}", "train")
+    import pyarrow.parquet as pq
+
     if not path.is_file():
         raise DataError(f"{path} is missing; `t2l data build` makes it")
-    try:
+    with reading_parquet(path, "`t2l data build` makes it anew"):
         present = pq.read_schema(path).names
         table = None if set(columns) - set(present) else pq.read_table(path, columns=list(columns))
-    except (OSError, pa.ArrowException) as error:  # a cut-off file, or one whose middle is damaged
-        said = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is damaged or no Parquet file ({said}); `t2l data build` makes it anew") from error
     if table is None:
         raise DataError(
             f"{path} is of another kind: it has the columns {', '.join(present)}, expected are {', '.join(columns)}; "
@@ -215,12 +211,9 @@ def load_everyday() -> list[Task]:
 
 def _load_packed(files: str, names: Collection[str] | None, *, splits: Sequence[str], folder: Path) -> list[Task]:
     """Reads tasks from the packed files whose names begin with `files`; all of them if no names are given."""
-    try:
+    require_pyarrow(f"Reading {folder}", "train")
+    with reading_parquet(f"A packed file of {folder}", "`t2l data build` makes it anew"):
         return _read_packed(files, names, splits=splits, folder=folder)
-    except UnicodeDecodeError as error:  # pyarrow looks at texts only when they are taken out
-        raise DataError(
-            f"{folder} holds texts that are no UTF-8 ({error}): a file is damaged; `t2l data build` makes it anew"
-        ) from error
 
 
 def _read_packed(files: str, names: Collection[str] | None, *, splits: Sequence[str], folder: Path) -> list[Task]:

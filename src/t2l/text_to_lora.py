@@ -17,7 +17,7 @@ import torch
 from t2l import hub
 from t2l.adapter import LoraAdapter
 from t2l.cards import card_license
-from t2l.checkpoint import FILES, Checkpoint, load_checkpoint, save_checkpoint
+from t2l.checkpoint import FILES, Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
 from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
@@ -204,14 +204,19 @@ class TextToLora(HubFolder):
 
     def provenance(self, strength: float = 1.0) -> dict[str, str]:
         """What adapters are written by, as their cards show it."""
-        return {
-            "checkpoint": self.reference,
-            "hypernetwork sha256": self.config.weights_sha256,
-            "training seed": str(self.config.training.get("seed", "unknown")),
-            **versions(),
-            **({} if strength == 1 else {"strength": f"{strength:g}"}),
-            **({} if (licence := card_license(self._card)) is None else {"license": licence}),
-        }
+        return provenance(self.reference, self.config, self._card, strength)
+
+
+def provenance(reference: str, config: CheckpointConfig, card: str, strength: float = 1.0) -> dict[str, str]:
+    """What a checkpoint's adapters are written by, as their cards show it."""
+    return {
+        "checkpoint": reference,
+        "hypernetwork sha256": config.weights_sha256,
+        "training seed": str(config.training.get("seed", "unknown")),
+        **versions(),
+        **({} if strength == 1 else {"strength": f"{strength:g}"}),
+        **({} if (licence := card_license(card)) is None else {"license": licence}),
+    }
 
 
 def checkpoint_folder(reference: str, **fetch: Any) -> Path:

@@ -18,6 +18,7 @@ from t2l.data.fetching import MissingError, Say, fetch, patiently, quiet_dataset
 from t2l.errors import ConfigError, DataError, DownloadError, OutputError
 from t2l.io import parse_json, sha256, write_text, writing
 from t2l.locks import sweep
+from t2l.parquet import require_pyarrow
 from t2l.tasks import load_splits
 
 HUB_TASK = "Lots-of-LoRAs/{task}"
@@ -112,7 +113,7 @@ def build(
 
 
 def _need_datasets() -> None:
-    packed.need_pyarrow()
+    require_pyarrow("Packing data", "data")
     try:
         import datasets  # noqa: F401
     except ImportError as error:

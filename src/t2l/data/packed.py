@@ -6,6 +6,7 @@ from typing import Any
 
 from t2l.errors import DataError
 from t2l.io import new_file, read_json, sha256, write_text
+from t2l.parquet import reading_parquet
 
 TASKS = "sni_tasks.parquet"
 EXAMPLES = {"train": "sni_train.parquet", "validation": "sni_val.parquet", "test": "sni_test.parquet"}
@@ -50,18 +51,6 @@ _BENCHMARK_COLUMNS = {
 COLUMNS = {TASKS: _TASK_COLUMNS, BENCHMARKS: _BENCHMARK_COLUMNS} | dict.fromkeys(EXAMPLES.values(), _EXAMPLE_COLUMNS)
 
 
-def need_pyarrow() -> None:
-    """Checks that pyarrow is installed.
-
-    Raises:
-        DataError: saying what to install, if it is not.
-    """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise DataError("Packed data need pyarrow: pip install 'text-to-lora[data]'") from error
-
-
 def schema(name: str) -> Any:
     """The pyarrow schema of one of the packed files."""
     import pyarrow as pa
@@ -76,16 +65,12 @@ def check_schema(path: Path, name: str) -> int:
     Raises:
         DataError: if it cannot be read, or has other columns, naming the file, the column and both types.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():  # a pipe would be waited for
         raise DataError(f"{path} is missing or no file; `t2l data build` makes it")
-    try:
-        with pq.ParquetFile(path) as file:
-            found, rows = file.schema_arrow, int(file.metadata.num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}); `t2l data build` makes it anew") from error
+    with reading_parquet(path, "`t2l data build` makes it anew"), pq.ParquetFile(path) as file:
+        found, rows = file.schema_arrow, int(file.metadata.num_rows)
     expected = schema(name)
     missing = [column for column in expected.names if column not in found.names]
     unknown = [column for column in found.names if column not in expected.names]
