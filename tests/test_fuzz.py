@@ -16,19 +16,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_config, random_lora
+from conftest import make_config, make_hypernet, random_lora
 from damage import damages, outcome, with_damage
 
 from t2l import peft_io
 from t2l.checkpoint import load_checkpoint
 from t2l.config import LoraConfig, build, load_yaml, to_plain
 from t2l.encoder import load_encoder
+from t2l.errors import TrainingError
 from t2l.library import AdapterLibrary, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import load_descriptions, load_own
 from t2l.train.config import SftConfig
-from t2l.train.resume import Progress, load_state, save_state
+from t2l.train.resume import Progress, load_state, read_facts, save_state
 
 
 @dataclass
@@ -139,7 +140,7 @@ def state(tmp: Path, request: pytest.FixtureRequest) -> Reader:
     optimizer.step()
     best = {name: value.clone() for name, value in module.state_dict().items()}
     (tmp / "run").mkdir()
-    save_state(tmp / "run", module, optimizer, Progress(3, 2, 0.5, 1, False, best))
+    save_state(tmp / "run", module, optimizer, Progress(3, best_step=2, best_value=0.5, patience_count=1, best=best))
 
     def read(path: Path) -> Any:
         fresh = torch.nn.Linear(3, 2)
@@ -150,11 +151,118 @@ def state(tmp: Path, request: pytest.FixtureRequest) -> Reader:
             torch.set_rng_state(random_numbers)
         return progress, fresh
 
-    def sound(value: Any) -> bool:
+    def same(value: Any) -> bool:
         progress, fresh = value
-        return progress.step >= 0 and all(bool(torch.isfinite(x).all()) for x in fresh.parameters())
+        pairs = zip(module.parameters(), fresh.parameters(), strict=True)
+        return progress.step == 3 and all(torch.equal(x, y) for x, y in pairs)
 
-    return Reader(tmp / "run", read, sound)
+    return Reader(tmp / "run", read, same)
+
+
+def network_state(tmp: Path, request: pytest.FixtureRequest) -> Reader:
+    """As reconstruction and SFT save it."""
+    spec = request.getfixturevalue("spec")
+
+    def fresh(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        hypernet = make_hypernet(spec, seed=seed).requires_grad_(True)
+        return hypernet, torch.optim.AdamW(hypernet.parameters(), lr=1e-3)
+
+    hypernet, optimizer = fresh(0)
+    sum(x.square().sum() for x in hypernet.parameters()).backward()
+    optimizer.step()
+    (tmp / "run").mkdir()
+    save_state(tmp / "run", hypernet, optimizer, Progress(3, chosen_by="loss"))
+
+    def read(path: Path) -> Any:
+        other, its = fresh(1)
+        load_state(path, other, its)
+        return other
+
+    def same(other: Any) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(hypernet.parameters(), other.parameters(), strict=True))
+
+    return Reader(tmp / "run", read, same)
+
+
+def task_loras_state(tmp: Path, request: pytest.FixtureRequest) -> Reader:
+    """Of a run that is stopped by the clock before its first steps are over."""
+    from t2l.train.processes import join
+    from t2l.train.task_config import TaskLorasConfig, TaskLorasDataConfig, TaskLorasTrainConfig
+    from t2l.train.task_loras import setup, train_task_loras
+
+    config = TaskLorasConfig(
+        base=str(request.getfixturevalue("base_folder")),
+        lora=LoraConfig(target_modules=("q_proj",), r=2, lora_alpha=4),
+        data=TaskLorasDataConfig(tasks=(str(request.getfixturevalue("sft_jsonl")),), validation_examples=2),
+        train=TaskLorasTrainConfig(
+            max_steps=8, tasks_per_batch=1, max_seq_length=96, max_target_length=12, eval_steps=2, report_to="none"
+        ),
+    )
+    with pytest.raises(TrainingError, match="--resume"):
+        train_task_loras(config, tmp / "run", max_minutes=0.0, device="cpu", log=lambda line: None)
+    processes = join("cpu", timeout=60)
+
+    def read(path: Path) -> Any:
+        trainer = setup(config, path, processes, lambda line: None)
+        trainer.load(read_facts(path))
+        return trainer
+
+    saved = read(tmp / "run")
+
+    def same(trainer: Any) -> bool:
+        pairs = zip(saved.slots.tensors().values(), trainer.slots.tensors().values(), strict=True)
+        return trainer.waiting == saved.waiting and all(torch.equal(x, y) for x, y in pairs)
+
+    return Reader(tmp / "run", read, same, names=("state.safetensors",))
+
+
+def sharded(tmp: Path, request: pytest.FixtureRequest) -> Reader:
+    from t2l.shards import Origin, ShardedLibrary
+
+    spec, texts = request.getfixturevalue("spec"), ["Add.", "Answer in verse."]
+    made = ShardedLibrary.begin(tmp / "sharded", spec, Origin(checkpoint_sha256="0" * 64, dtype="float32"))
+    lora = LoraTensors.stack([random_lora(spec, seed) for seed in range(2)])
+    tensors = {
+        f"{t.name}.{part}": x[m].contiguous()
+        for m, t in enumerate(spec.targets)
+        for part, x in (("A", lora.a), ("B", lora.b))
+    }
+    made.write_shard(texts, tensors, lora.total_norms().tolist())
+
+    def read(path: Path) -> Any:
+        opened = ShardedLibrary.open(path)
+        return opened.adapters([name for names in opened.ids() for name in names])
+
+    def sound(adapters: Any) -> bool:
+        return all(adapter.description in texts and finite(adapter.lora) for adapter in adapters)
+
+    return Reader(tmp / "sharded", read, sound)
+
+
+def store(tmp: Path, request: pytest.FixtureRequest) -> Reader:
+    """The server's; an adapter whose row or file is damaged is left out or refused, and the others are there."""
+    from t2l.adapter import LoraAdapter
+    from t2l.serve.store import AdapterStore
+
+    spec = request.getfixturevalue("spec")
+    made = {text: LoraAdapter(random_lora(spec, n), spec, text) for n, text in enumerate(("Add.", "In verse."))}
+    opened = AdapterStore(tmp / "store")
+    for adapter in made.values():
+        opened.add(adapter)
+    opened.close()
+
+    def read(path: Path) -> Any:
+        opened = AdapterStore(path)
+        try:
+            return [opened.get(entry.id) for entry in opened.entries()]
+        finally:
+            opened.close()
+
+    def same(found: Any) -> bool:
+        pairs = [(made[stored.entry.description].lora, stored.lora) for stored in found]
+        return all(torch.equal(x, y) for one, other in pairs for x, y in zip(one.b, other.b, strict=True))
+
+    return Reader(tmp / "store", read, same)
 
 
 def settings(tmp: Path, request: pytest.FixtureRequest) -> Reader:
@@ -259,7 +367,7 @@ def packed(tmp: Path, request: pytest.FixtureRequest) -> Reader:
 
 
 READERS = (
-    published, packed,
+    published, packed, network_state, task_loras_state, sharded, store,
     checkpoint, adapter, library, state, settings, plain_settings, tasks, descriptions, answers, base, sentence,
 )  # fmt: skip
 

@@ -125,7 +125,7 @@ def call(
         delay: float | None = None
         try:
             with opener.open(request, timeout=endpoint.timeout) as response:
-                answer = response.read(MAX_ANSWER)
+                answer = _read(response, endpoint.timeout)
             return parse_json(answer, url, DataError) if as_json else answer.decode("utf-8", errors="replace")
         except urllib.error.HTTPError as error:
             with error:
@@ -146,6 +146,20 @@ def call(
         say(f"{url}: {reason}; trying again in {delay:.0f} s")
         sleep(delay)
     raise AssertionError("unreachable")
+
+
+def _read(response: http.client.HTTPResponse, seconds: float) -> bytes:
+    """An answer's body, or as much of it as is read of one; the whole of it has as long as each of its parts.
+
+    Raises:
+        TimeoutError: if it has not ended by then.
+    """
+    end, found = time.monotonic() + seconds, bytearray()
+    while len(found) < MAX_ANSWER and (part := response.read1(MAX_ANSWER - len(found))):
+        found += part
+        if time.monotonic() > end:
+            raise TimeoutError(f"the answer had not ended after {seconds:g} s")
+    return bytes(found)
 
 
 def choice(answer: Any, endpoint: Endpoint, *path: str) -> str:

@@ -196,7 +196,7 @@ def regular_file(path: Path) -> Path:
         OutputError: if something is there that is no regular file. Renaming a file over a device would replace it.
     """
     with writing(path):
-        path = path.resolve() if path.is_symlink() else path
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path  # `resolve` is raw at links in a circle
         try:
             mode = path.stat().st_mode
         except FileNotFoundError:

@@ -25,7 +25,7 @@ import torch
 from t2l.adapter import LoraAdapter
 from t2l.config import Range, build, check_ranges, to_plain
 from t2l.errors import AdapterNotFoundError, CheckpointError, ConfigError, OutputError
-from t2l.io import new_folder, read_json, read_shapes, read_tensors
+from t2l.io import new_folder, read_json, read_shapes, read_tensors, read_whole
 from t2l.library import SPEC, WEIGHTS, tensor_shapes
 from t2l.locks import sweep
 from t2l.lora import LoraTensors
@@ -86,7 +86,7 @@ class ShardedLibrary:
             )
         try:
             origin = build(Origin, plain, where=str(folder / LIBRARY))
-            text = (folder / SPEC).read_text(encoding="utf-8")
+            text = read_whole(folder / SPEC)
             return cls(folder, AdapterSpec.from_json(text, where=str(folder / SPEC)), origin)
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             raise CheckpointError(f"{folder} is damaged: {error}") from error

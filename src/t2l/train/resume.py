@@ -4,6 +4,7 @@ Knows modules, optimisers and files. Knows no tasks; the schedule and the sample
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -119,8 +120,20 @@ def write_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     from safetensors.torch import save_file
 
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    text = json.dumps(dict(facts))
+    metadata = {"facts": text, "facts_crc32": str(zlib.crc32(text.encode())), "crc32": str(_crc32(plain))}
     with new_file(run / STATE, overwrite=True) as temporary:
-        save_file(plain, temporary, metadata={"facts": json.dumps(dict(facts))})
+        save_file(plain, temporary, metadata=metadata)
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> int:
+    """A checksum of names, types, shapes and numbers; fast, and no secret: damage is what it finds."""
+    found = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return found
 
 
 def read_facts(run: Path) -> dict[str, Any]:
@@ -130,11 +143,37 @@ def read_facts(run: Path) -> dict[str, Any]:
         CheckpointError: if the state is damaged.
     """
     try:
-        with open_tensors(run / STATE) as file:
-            found: dict[str, Any] = parse_json((file.metadata() or {})["facts"], f"{run / STATE}")
+        metadata = _metadata(run)
+        if str(zlib.crc32(metadata["facts"].encode())) != metadata["facts_crc32"]:
+            raise CheckpointError("its facts are not those of their checksum")
+        found: dict[str, Any] = parse_json(metadata["facts"], f"{run / STATE}")
     except (CheckpointError, KeyError) as error:
-        raise CheckpointError(f"{run / STATE} is damaged ({error}); start the run again in a new folder") from error
+        raise _damaged(run, error) from error
     return found
+
+
+def read_state(run: Path) -> dict[str, Tensor]:
+    """The tensors that `write_state` was given, on the CPU.
+
+    Raises:
+        CheckpointError: if the state is damaged.
+    """
+    try:
+        tensors = read_tensors(run / STATE)
+        if str(_crc32(tensors)) != _metadata(run)["crc32"]:
+            raise CheckpointError("its numbers are not those of their checksum")
+    except (CheckpointError, KeyError) as error:
+        raise _damaged(run, error) from error
+    return tensors
+
+
+def _metadata(run: Path) -> dict[str, str]:
+    with open_tensors(run / STATE) as file:
+        return dict(file.metadata() or {})
+
+
+def _damaged(run: Path, why: Exception) -> CheckpointError:
+    return CheckpointError(f"{run / STATE} is damaged ({why}); start the run again in a new folder")
 
 
 def first_step(settings: dict[str, Any], run: Path, *, max_steps: int, resume: bool) -> int:
@@ -212,7 +251,7 @@ def load_state(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
 
 def _put_back(run: Path, progress: Progress, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     groups: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}, "optimizer": {}, "random": {}}
-    for name, value in read_tensors(run / STATE).items():
+    for name, value in read_state(run).items():
         group, _, rest = name.partition("/")
         groups[group][rest] = value
     restore_weights(module, groups["weight"], run / STATE)

@@ -27,7 +27,7 @@ from t2l.apply import compiled, decoder_layers, hooked
 from t2l.checkpoint import load_checkpoint
 from t2l.config import to_plain
 from t2l.errors import ConfigError, TrainingError
-from t2l.io import new_folder, read_json, read_tensors
+from t2l.io import new_folder, read_json, read_tensors, reading
 from t2l.library import INDEX, AdapterLibrary, Purpose, save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
@@ -37,7 +37,7 @@ from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, require_pa
 from t2l.train.metrics import MetricLogger, memory_gb
 from t2l.train.packing import PackedRows, document_scores
 from t2l.train.processes import Processes, load_base, require_shares
-from t2l.train.resume import STATE, check_run, read_facts, write_state
+from t2l.train.resume import check_run, read_facts, read_state, write_state
 from t2l.train.slots import Slots, StepSizes, adamw
 from t2l.train.task_config import TaskLorasConfig
 from t2l.train.task_data import (
@@ -319,13 +319,18 @@ class Trainer:
         """Goes back to the run's saved state.
 
         Raises:
+            CheckpointError: if the state is damaged, or another run's.
             TrainingError: if the run is complete.
         """
+        with reading(str(self.run), "state"):
+            self._go_back(facts)
+
+    def _go_back(self, facts: dict[str, Any]) -> None:
         self.waiting, self.finished = list(facts["waiting"]), dict(facts["finished"])
         if not self.left and self._library_is_written():
             raise TrainingError(f"{self.run} is finished: all {len(self.finished)} adapters are done")
         if self.left:  # otherwise it was killed between its last state and its library, which is still to be written
-            saved = {name: x[list(self.own)] for name, x in read_tensors(self.run / STATE).items()}
+            saved = {name: x[list(self.own)] for name, x in read_state(self.run).items()}
             self.slots.load({name: x.to(self.device) for name, x in saved.items()})
         self.steps = facts["steps"]
         for slot, plain in enumerate(facts["running"]):
