@@ -7,6 +7,7 @@ says why; T2L_DEBUG=1 shows the traceback), 2 wrong use, 130 interrupted.
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -37,6 +38,9 @@ def main() -> None:
     # Read when torch is loaded. Its threads otherwise wait for one another in a loop, and where other programs want the
     # cores too, a step spends four times the work in these loops.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a stream's encoding lacks is shown as an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="t2l")
     except KeyboardInterrupt:

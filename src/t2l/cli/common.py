@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,8 +94,15 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 
 def text_or_stdin(text: str) -> str:
-    """A text that was given on the command line; `-` is all of standard input, which may have several lines."""
-    return read_text(Path("-")).strip() if text == "-" else text
+    """A text that was given on the command line; `-` is all of standard input, which may have several lines.
+
+    Bytes that the locale's encoding does not have, such as é in the locale C, are read as UTF-8, which files are too.
+    """
+    if text == "-":
+        return read_text(Path("-")).strip()
+    with suppress(UnicodeError):
+        return text if text.isascii() else os.fsencode(text).decode("utf-8")
+    return text
 
 
 def read_text(path: Path) -> str:
@@ -146,7 +153,8 @@ def say(text: str) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """Prints the one document that a program reads."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    in_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(document, indent=2, ensure_ascii=not in_utf8))
 
 
 def print_report(report: dict[str, Any], indent: str = "") -> None:
