@@ -1,7 +1,9 @@
 """What the server's tests share: adapters of any shape, prompts, and the answer that Transformers alone would give."""
 
+import ctypes
 import gc
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +153,35 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+class _MallInfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def in_use() -> int:
+    """Bytes that this process has allocated and not freed, by Python or anybody else; 0 where nobody can tell."""
+    gc.collect()
+    mallinfo2: Any = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if mallinfo2 is None:  # glibc has it since 2.33
+        return 0
+    mallinfo2.restype = _MallInfo2
+    found = mallinfo2()
+    return int(found.uordblks + found.hblkhd)
 
 
 def memory() -> int:

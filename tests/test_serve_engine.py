@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_base, make_config
-from serve_helpers import SHAPES, TinyAdapter, make_adapter, make_prompt, reference
+from serve_helpers import SHAPES, TinyAdapter, in_use, make_adapter, make_prompt, reference
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l.apply import apply_adapters
@@ -456,3 +456,24 @@ def test_packed_linears_compute_the_same_and_leave_the_model_as_it_was(base: Lla
     assert (linear(odd) - torch.nn.functional.linear(odd, linear.weight)).abs().max() <= 1e-5
     packed.release()
     assert torch.equal(base(tokens).logits, plain) and "forward" not in vars(linear)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc for the memory in use")
+def test_packed_linears_do_not_keep_memory_for_each_number_of_rows() -> None:
+    """oneDNN keeps a program of half a MiB for each number of rows that it meets, and prompts have all lengths."""
+    from t2l.serve.packed import SIZES, PackedLinears
+
+    linear = torch.nn.Linear(24, 40)
+    packed = PackedLinears(linear)
+
+    @torch.no_grad()
+    def grown(numbers: Iterable[int]) -> float:
+        before = in_use()
+        for rows in numbers:
+            x = torch.randn(1, rows, 24)
+            assert torch.allclose(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5)
+        return (in_use() - before) / 2**20
+
+    first, others = grown(SIZES), grown(range(1, 700))
+    packed.release()
+    assert first < len(SIZES) and others < 1, (first, others)

@@ -15,7 +15,7 @@ import openai
 import pytest
 import torch
 from conftest import DESCRIPTIONS, make_base, make_config, make_tokenizer
-from serve_helpers import Server, memory, reference, running, wait_for
+from serve_helpers import Server, in_use, memory, reference, running, wait_for
 
 from t2l.config import PromptConfig
 from t2l.prompt import render, token_ids
@@ -452,7 +452,7 @@ def test_adapters_that_come_and_go_leave_no_memory_behind(cycles: int, checkpoin
 
         def cycle(start: int, count: int) -> None:
             for n in range(start, start + count):
-                description = "Task " + " ".join(digits[int(digit)] for digit in str(n))
+                description = "Task " + " ".join(digits[int(digit)] for digit in f"{n:05}")
                 name = http.post("/v1/adapters", json={"description": description}).json()["id"]
                 if n % 5 == 0:
                     body = {"model": name, "prompt": "x", "max_tokens": 1}
@@ -462,12 +462,12 @@ def test_adapters_that_come_and_go_leave_no_memory_behind(cycles: int, checkpoin
         # Descriptions are remembered up to a number of them; the table is full before memory is looked at.
         warm = 2000 if cycles > 1000 else 20
         cycle(0, warm)
-        before, objects = memory(), sys.getallocatedblocks()
+        before, held, objects = memory(), in_use(), sys.getallocatedblocks()
         cycle(warm, cycles)
-        grown, objects = memory() - before, sys.getallocatedblocks() - objects
-        print(f"{cycles} cycles: {grown / 2**20:+.2f} MiB, {objects:+} objects")
-        # Native memory also grows by steps of 4 MiB that do not go with the number of adapters.
-        assert objects < 3000 and grown < 48 * 2**20
+        grown, held, objects = memory() - before, in_use() - held, sys.getallocatedblocks() - objects
+        print(f"{cycles} cycles: {grown / 2**20:+.2f} MiB, {held / 2**20:+.2f} MiB in use, {objects:+} objects")
+        # A hash table somewhere may double once, and the allocator keeps some of what it was given back.
+        assert objects < 3000 and held < 5 * 2**20 and grown < 8 * 2**20
         assert len(server.service.store) == server.service.store.cached_bytes == 0
         assert not list(tmp_path.glob("*.safetensors"))
 
