@@ -291,6 +291,20 @@ def test_an_interrupted_run_goes_on(
     assert out.read_bytes() == done
 
 
+def test_ctrl_c_says_where_the_answers_are(
+    tasks_file: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("t2l.eval.requests.answer", interrupted)
+    said: list[str] = []
+    settings = Settings(suites=(str(tasks_file),), **SETTINGS | {"conditions": "base", "checkpoint": checkpoint})
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "answers.jsonl", log=said.append)
+    assert said[-1] == f"interrupted: the answers so far are in {tmp_path / 'answers.jsonl'}; the same command goes on"
+
+
 def test_rows_and_seeds_can_be_added_but_nothing_else_changed(
     tasks_file: Path, checkpoint: str, multitask: str, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from t2l.library import save_library
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import load_own
+from t2l.text_to_lora import TextToLora
+from t2l.train.tune import Tuned
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,60 @@ def test_read_only_folders_and_names_that_differ_in_case(checkpoint: Path, tmp_p
     if os.geteuid():  # root may write anywhere
         failed(t2l("generate", TASKS[0], "-o", tmp_path / "shut" / "a", "--checkpoint", checkpoint), "Cannot write")
     shutil.rmtree(tmp_path / "shut")
+
+
+# ------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("files", "words"), [((), "give the same command again"), (("config.json",), "go on with --resume")], ids=str
+)
+def test_ctrl_c_before_a_state_is_saved_says_how_to_begin_again(
+    files: tuple[str, ...], words: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(settings: object, run: Path, **_: object) -> None:
+        for name in files:
+            run.mkdir()
+            (run / name).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("t2l.train.sft.train", interrupted)
+    (tmp_path / "own.yaml").write_text(f"base: {base}\ndata: {{tasks: own.jsonl}}\ntrain: {{max_steps: 4}}\n")
+    result = t2l("train", "sft", "--config", tmp_path / "own.yaml", "--run", tmp_path / "run")
+    assert (result.exit_code, f"interrupted before anything was saved; {words}" in result.stderr) == (130, True), (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize(("best", "written"), [(0, False), (2, True)])
+def test_ctrl_c_in_a_tuning_says_what_is_there(
+    best: int, written: bool, base: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, examples = tmp_path / "out", tmp_path / "examples.jsonl"
+    examples.write_text('{"input": "a", "output": "b"}\n' * 4)
+
+    def interrupted(adapter: LoraAdapter, *_: object, **more: object) -> Tuned:
+        return Tuned(adapter, (3.0, 2.0, 1.0), best, 3, True)
+
+    monkeypatch.setattr("t2l.train.tune.tune", interrupted)
+    result = t2l("tune", TASKS[0], "--examples", examples, "-o", out, "--checkpoint", checkpoint)
+    assert (result.exit_code, out.exists(), "interrupted" in result.stderr) == (130, written, True)
+    assert (f"t2l tune {out}" in result.stderr) == written
+
+
+@pytest.mark.parametrize("command", [("export", "gguf"), ("export", "peft"), ("merge",)], ids=" ".join)
+def test_adapters_for_other_programs_are_written_where_asked(
+    command: tuple[str, ...], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is full, or none of one's own, is not touched."""
+    asked: list[object] = []
+
+    def given(reference: str, *, device: object) -> TextToLora:
+        asked.append(device)
+        raise DataError("enough")
+
+    monkeypatch.setattr(TextToLora, "from_pretrained", given)
+    where = ("-o", tmp_path / "out", "--checkpoint", checkpoint)
+    failed(t2l(*command, TASKS[0], *where, "--device", "cpu"), "enough")
+    failed(t2l(*command, TASKS[0], *where), "enough")
+    assert asked == ["cpu", "auto"]

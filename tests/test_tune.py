@@ -1,6 +1,8 @@
 """Tuning on a few examples: what is trained and measured is what PEFT and the library's own hooks compute."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,28 @@ def test_prompts_that_show_a_description_need_one(base: tuple[Any, Any]) -> None
     nameless = replace(make_adapter(), description="")
     with pytest.raises(DescriptionError, match="this adapter has none; tune it with prompts that do not"):
         tune(nameless, base, EXAMPLES, prompt=PromptConfig(description_in_prompt=True))
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_ctrl_c_keeps_the_best_of_the_rounds_that_were_done(rounds: int, base: tuple[Any, Any]) -> None:
+    """It is the adapter of a tuning that had so many rounds from the start, and the base is as it was."""
+    found: list[str] = []
+
+    def log(text: str) -> None:
+        found.append(text)
+        if len(found) == rounds:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    if rounds == 0:
+        hook = base[0].register_forward_hook(lambda *_: (os.kill(os.getpid(), signal.SIGINT), hook.remove())[1])
+    tuned = tune(make_adapter(), base, EXAMPLES, prompt=PROMPT, config=QUICK, log=log)
+    assert tuned.interrupted and len(tuned.held_out_losses) == rounds + 1
+    assert signal.getsignal(signal.SIGINT) is before
+    whole = tune(make_adapter(), base, EXAMPLES, prompt=PROMPT, config=QUICK)
+    assert tuned.held_out_losses == whole.held_out_losses[: rounds + 1] and not whole.interrupted
+    best = min(range(rounds + 1), key=tuned.held_out_losses.__getitem__)
+    assert tuned.best_epoch == best
 
 
 def test_a_loss_that_is_no_number_ends_it(base: tuple[Any, Any]) -> None:

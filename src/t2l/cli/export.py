@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2l.cli.common import DEFAULT, BaseOption, CheckpointOption, JsonOption, app, print_json, say
+from t2l.cli.common import (
+    DEFAULT,
+    BaseOption,
+    CheckpointOption,
+    Device,
+    JsonOption,
+    app,
+    checked_device,
+    print_json,
+    say,
+)
 from t2l.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -20,6 +30,10 @@ app.add_typer(exporting, name="export")
 
 SourceArgument = Annotated[
     str, typer.Argument(metavar="DESCRIPTION|DIR", help="What the task is, or the PEFT folder of an adapter.")
+]
+WritingDeviceOption = Annotated[
+    Device | None,
+    typer.Option(help="Where a description becomes an adapter; the CPU does the rest.", show_default=False),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
@@ -32,8 +46,8 @@ class GgufType(StrEnum):
     bf16 = "bf16"
 
 
-def find_adapter(source: str, checkpoint: str, base: str | None = None) -> "LoraAdapter":
-    """The adapter of a PEFT folder, or a new one where the text names no folder.
+def find_adapter(source: str, checkpoint: str, base: str | None = None, device: Device | None = None) -> "LoraAdapter":
+    """The adapter of a PEFT folder, or a new one, written on the device, where the text names no folder.
 
     Raises:
         CheckpointError: if the text reads as a path that leads to no folder.
@@ -46,7 +60,7 @@ def find_adapter(source: str, checkpoint: str, base: str | None = None) -> "Lora
         return LoraAdapter.from_pretrained(folder, base_model=base)
     if os.sep in source and not any(character.isspace() for character in source):
         raise CheckpointError(f"There is no folder {source}; give an adapter's folder, or a description in words")
-    (adapter,) = TextToLora.from_pretrained(checkpoint).generate([source])
+    (adapter,) = TextToLora.from_pretrained(checkpoint, device=checked_device(device) or "auto").generate([source])
     adapter.require_effect()
     return adapter
 
@@ -57,6 +71,7 @@ def export_gguf(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="GGUF file to write.")],
     checkpoint: CheckpointOption = DEFAULT,
     base: BaseOption = None,
+    device: WritingDeviceOption = None,
     outtype: Annotated[GgufType, typer.Option(help="Type of the matrices in the file.")] = GgufType.f32,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -68,7 +83,7 @@ def export_gguf(
     from t2l import hub
     from t2l.gguf_export import save_gguf
 
-    adapter = find_adapter(source, checkpoint, base)
+    adapter = find_adapter(source, checkpoint, base, device)
     config = hub.load_config(base or adapter.spec.base_model)
     save_gguf(
         output,
@@ -94,6 +109,7 @@ def export_peft(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="PEFT folder to write.")],
     checkpoint: CheckpointOption = DEFAULT,
     base: BaseOption = None,
+    device: WritingDeviceOption = None,
     base_name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Name the base so; vLLM compares it with its own.", show_default=False),
@@ -111,7 +127,7 @@ def export_peft(
         raise typer.BadParameter("--rank and --vllm are given: give one of them")
     from t2l.ranks import next_rank, pad_rank
 
-    adapter = find_adapter(source, checkpoint, base)
+    adapter = find_adapter(source, checkpoint, base, device)
     spec = replace(adapter.spec, base_model=base_name or adapter.spec.base_model)
     lora, spec = pad_rank(adapter.lora, spec, next_rank(spec.rank) if for_vllm else rank or spec.rank)
     replace(adapter, lora=lora, spec=spec).save_pretrained(output)
@@ -125,6 +141,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Model folder to write.")],
     checkpoint: CheckpointOption = DEFAULT,
     base: BaseOption = None,
+    device: WritingDeviceOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,7 +156,7 @@ def merge(
             raise OutputError(f"{output} holds no model; --overwrite would delete what it holds. Choose another folder")
     from t2l.merge import merge_into_folder
 
-    adapter = find_adapter(source, checkpoint, base)
+    adapter = find_adapter(source, checkpoint, base, device)
     card = adapter.card(library="transformers")
     changed = merge_into_folder(adapter, output, base_model=base, card=card, overwrite=overwrite)
     if as_json:

@@ -3,8 +3,8 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -112,6 +112,20 @@ def print_estimate(found: "Estimate", run_folder: Path | None, as_json: bool) ->
         print(f"{'disk full':<12}{nearest} has {size(free)} left; name another folder with --run")
 
 
+@contextmanager
+def told_where_nothing_is_saved(run_folder: Path) -> Iterator[None]:
+    """Says how to begin again if Ctrl-C comes before a training has a state to go on from."""
+    from t2l.train.resume import STATE
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (run_folder / STATE).exists():
+            again = "go on with --resume" if (run_folder / "config.json").exists() else "give the same command again"
+            say(f"interrupted before anything was saved; {again}")
+        raise
+
+
 def _by_workers(trainer: Trainer, workers: int) -> Trainer:
     """The training by workers, where there is one."""
     from t2l.train.task_config import TaskLorasConfig
@@ -155,7 +169,7 @@ def _command(load: Callable[[], Trainer]) -> Callable[..., None]:
             return
         from t2l.io import only_writer
 
-        with only_writer(run_folder) if is_main() else nullcontext():
+        with only_writer(run_folder) if is_main() else nullcontext(), told_where_nothing_is_saved(run_folder):
             result = trainer.train(
                 settings,
                 run_folder,

@@ -76,8 +76,17 @@ def tune(
         start=start.value,
         log=say,
     )
-    tuned.adapter.save_pretrained(output)
     losses = tuned.held_out_losses
+    if tuned.interrupted and tuned.best_epoch == 0:
+        say("interrupted before a round was better than the start: nothing is written")
+        raise KeyboardInterrupt
+    tuned.adapter.save_pretrained(output)
+    if tuned.interrupted:
+        say(
+            f"interrupted in round {len(losses)}: the adapter of round {tuned.best_epoch} is saved in {output}; go on "
+            f"from it with `t2l tune {output} --examples {examples} -o ANOTHER`"
+        )
+        raise KeyboardInterrupt
     if as_json:
         facts = {"path": str(output), "trained_on": tuned.trained_on, "best_epoch": tuned.best_epoch}
         print_json(facts | {"held_out_losses": losses, "seconds": round(time.perf_counter() - started, 3)})

@@ -218,15 +218,19 @@ def evaluate(
                 file.flush()
                 progress.add(len(lines))
 
-        write_answers(floor)
-        if settings.check_floor:
-            require_floor(out)
-        adapters.prepare((request.condition, request.instance) for request in adapted)
-        write_answers(plain)
-        write_answers(adapted)
-        if routed and adapters.sources.training is not None:
-            with arrow(adapters.model, adapters.sources.training):
-                write_answers(routed)
+        try:
+            write_answers(floor)
+            if settings.check_floor:
+                require_floor(out)
+            adapters.prepare((request.condition, request.instance) for request in adapted)
+            write_answers(plain)
+            write_answers(adapted)
+            if routed and adapters.sources.training is not None:
+                with arrow(adapters.model, adapters.sources.training):
+                    write_answers(routed)
+        except KeyboardInterrupt:
+            log(f"interrupted: the answers so far are in {out}; the same command goes on")
+            raise
     log(f"{out} is complete")
 
 

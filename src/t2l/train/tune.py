@@ -22,6 +22,7 @@ from t2l.errors import DataError, DescriptionError, TrainingError
 from t2l.io import read_json_lines
 from t2l.prompt import render, token_ids
 from t2l.text_to_lora import LoraAdapter
+from t2l.train.loop import StopRequest
 from t2l.train.packing import answer_text, require_end_of_sequence
 
 Pairs = Sequence[tuple[str, str]]
@@ -63,6 +64,8 @@ class Tuned:
     """Rounds after which the loss was lowest; 0 where no round lowered it, and the adapter is as it was."""
     trained_on: int
     """Examples."""
+    interrupted: bool = False
+    """Whether Ctrl-C ended it early; the adapter is then the best of the rounds that were done."""
 
 
 def tune(
@@ -107,15 +110,16 @@ def tune(
     order = draw.sample(range(len(rows)), len(rows))
     kept_out = min(len(rows) - 1, max(1, round(config.held_out * len(rows))))
     held_out, trained = [rows[i] for i in order[:kept_out]], [rows[i] for i in order[kept_out:]]
-    with _peft_model(model, adapter, start, config.seed) as peft_model:
-        losses, best, state = _train(peft_model, trained, held_out, draw, config, tokenizer.pad_token_id or 0, log)
+    with _peft_model(model, adapter, start, config.seed) as peft_model, StopRequest() as stop:
+        pad = tokenizer.pad_token_id or 0
+        losses, best, state = _train(peft_model, trained, held_out, draw, config, pad, log, stop)
     lora = peft_io.from_state_dict(state, adapter.spec)
     facts = {
         **adapter.provenance,
         "tuned from": "this description's adapter" if start == "adapter" else "a fresh LoRA",
         "tuned on": f"{len(trained)} examples, {len(held_out)} held out, {best} rounds, seed {config.seed}",
     }
-    return Tuned(replace(adapter, lora=lora, provenance=facts), tuple(losses), best, len(trained))
+    return Tuned(replace(adapter, lora=lora, provenance=facts), tuple(losses), best, len(trained), stop.interrupted)
 
 
 def _encode(
@@ -178,8 +182,9 @@ def _train(
     config: TuneConfig,
     pad: int,
     log: Callable[[str], None],
+    stop: StopRequest,
 ) -> tuple[list[float], int, dict[str, Tensor]]:
-    """Held-out losses, the best round, and PEFT's tensors after it."""
+    """Held-out losses, the best round, and PEFT's tensors after it; stops between two steps where asked to."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.max_epochs * math.ceil(len(trained) / config.batch_size)
@@ -192,6 +197,8 @@ def _train(
     for epoch in range(1, config.max_epochs + 1):
         order = draw.sample(trained, len(trained))
         for start in range(0, len(order), config.batch_size):
+            if stop:
+                return losses, best, state
             total, tokens = _loss(model, order[start : start + config.batch_size], pad)
             (total / tokens).backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
