@@ -300,4 +300,4 @@ def test_settings_are_few_and_each_of_them_is_used() -> None:
     words = Counter(word for text in texts for word in set(re.findall(r"\w+", text)))
     own = [name for name in leaves(to_plain(config)) if name.split(".")[0] in ("data", "train", "seed", "conditioning")]
     assert [name for name in own if words[name.rsplit(".")[-1]] < 1] == []
-    assert len(own) <= 50
+    assert len(own) <= 45

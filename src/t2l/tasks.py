@@ -82,7 +82,7 @@ def load_splits() -> Splits:
 
 
 def written_descriptions(what: Literal["benchmarks", "choosing", "test"]) -> dict[str, tuple[str, ...]]:
-    """Reads the descriptions that were written by hand for judging and are never trained on.
+    """Reads the descriptions that were written by hand for evaluation and are never trained on.
 
     Args:
         what: `test` for the frozen split's test tasks, `choosing` for the validation and held-back tasks, on which

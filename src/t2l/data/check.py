@@ -96,11 +96,9 @@ def _read_packed(folder: Path, report: Report) -> list[Task]:
         report.problems.append(f"examples are missing or too many: {_some(wrong)}")
     listed = set(found)
     for name in packed.EXAMPLES.values():
-        strangers = set(read_parquet(folder / name, ["task"])["task"].unique().to_pylist()) - listed
-        if strangers:
-            report.problems.append(
-                f"{name} has examples of tasks that {packed.TASKS} does not list: {_some(strangers)}"
-            )
+        unlisted = set(read_parquet(folder / name, ["task"])["task"].unique().to_pylist()) - listed
+        if unlisted:
+            report.problems.append(f"{name} has examples of tasks that {packed.TASKS} does not list: {_some(unlisted)}")
     without = [task.name for task in tasks if not task.examples]
     report.totals["tasks_without_examples"] = len(without)
     splits = load_splits()

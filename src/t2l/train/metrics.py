@@ -116,10 +116,10 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
     """
     found = {"loss": f"{row['loss']:.3g}"} if "loss" in row else {}
     modes = [f"{suite}/{mode}" for suite in ("validation", "seen") for mode in ("adapter", "adapter+prompt")]
-    judged = next((mode for mode in modes if f"{mode}/exact_match" in row), "")
+    evaluated = next((mode for mode in modes if f"{mode}/exact_match" in row), "")
     names = {
-        "right answers": f"{judged}/exact_match",
-        "another's": f"{judged}/wrong_exact_match",
+        "right answers": f"{evaluated}/exact_match",
+        "another's": f"{evaluated}/wrong_exact_match",
         "relative error": "trained/relative",
         "held-out descriptions": "held_out/relative",
     }
