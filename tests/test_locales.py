@@ -1,7 +1,7 @@
 """Other locales, encodings and time zones: the command line writes the same bytes, and prints what a stream can hold.
 
 Python's own texts do not depend on the locale; files that are opened without an encoding, what is printed where only
-ASCII can be, arguments in another encoding, and times do.
+ASCII can be, arguments in another encoding, and times do. No connection opens meanwhile.
 """
 
 import json
@@ -16,8 +16,12 @@ import pytest
 
 DESCRIPTION = "Résumé: “İstanbul” in GROẞ letters, ı and I – 中文 🙂"
 COMMANDS = """
-import json, locale, os, sys
+import errno, json, locale, os, sys
 from contextlib import suppress
+def no_network(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+sys.addaudithook(no_network)
 with suppress(locale.Error):
     locale.setlocale(locale.LC_ALL, "")  # as programs do that show numbers as their users write them
 from t2l import cli
@@ -32,6 +36,7 @@ for arguments in (
     ["inspect", "adapter"],
     ["inspect", "adapter", "--json"],
     ["generate", "", *base, "-o", "none"],
+    ["generate", "Add.", "--checkpoint", "nobody/nothing", "-o", "none"],
 ):
     sys.argv = ["t2l", *arguments]
     print("$", arguments[0], flush=True)
@@ -72,9 +77,10 @@ def commands(
     def run(encoding: str = "utf-8", **environment: str) -> tuple[str, dict[str, bytes]]:
         folder = tmp_path_factory.mktemp("work")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONUTF8"))}
+        own = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder.parent / "hub")}
         done = subprocess.run(
             [sys.executable, "-c", COMMANDS, str(checkpoint), str(tasks), DESCRIPTION],
-            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
+            env=kept | own | environment,
             cwd=folder,
             capture_output=True,
             check=False,
