@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,12 @@ def test_ctrl_c_keeps_the_best_of_the_rounds_that_were_done(rounds: int, base: t
     assert tuned.held_out_losses == whole.held_out_losses[: rounds + 1] and not whole.interrupted
     best = min(range(rounds + 1), key=tuned.held_out_losses.__getitem__)
     assert tuned.best_epoch == best
+
+
+def test_nothing_is_warned_of_that_a_user_cannot_mend(base: tuple[Any, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tune(make_adapter(), base, EXAMPLES, prompt=PROMPT, config=TuneConfig(max_epochs=1))
 
 
 def test_a_loss_that_is_no_number_ends_it(base: tuple[Any, Any]) -> None:

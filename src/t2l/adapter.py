@@ -182,7 +182,8 @@ class LoraAdapter(HubFolder):
         left_out = ("peft_type", "base_model_name_or_path")
         config = LoraConfig(**{k: v for k, v in peft_io.adapter_config(self.spec).items() if k not in left_out})
         if not given:
-            model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=autocast_adapter_dtype)
+            with peft_io.without_old_names():
+                model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=autocast_adapter_dtype)
         elif name in model.peft_config:
             self._require_same_place(model, name)
         else:

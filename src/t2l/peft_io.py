@@ -7,6 +7,9 @@ Shape letters as in `spec.py`. PEFT stores A as (R, I) and B as (O, R), as LoraT
 import json
 import math
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,14 @@ PICKLED = "adapter_model.bin"
 ORIGIN = "t2l.json"
 """What PEFT's format has no place for: the description, the provenance, and how this library calls the base."""
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+
+
+@contextmanager
+def without_old_names() -> Iterator[None]:
+    """Keeps quiet that PEFT asks Transformers by a name that is on its way out, which no user of ours can mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def tensor_name(target: Target, layer: int, part: str) -> str:

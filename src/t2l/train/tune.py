@@ -157,7 +157,7 @@ class _peft_model:
         left_out = ("peft_type", "base_model_name_or_path")
         config = peft.LoraConfig(**{key: value for key, value in settings.items() if key not in left_out})
         self.trainable = [p.requires_grad for p in self.model.parameters()]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), peft_io.without_old_names():
             torch.manual_seed(self.seed)
             self.peft_model = peft.get_peft_model(self.model, config, autocast_adapter_dtype=True)
         if self.start == "adapter":
