@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,22 @@ def test_other_addresses_demand_a_token(host: str, tmp_path: Path, monkeypatch: 
     assert Settings(folder=tmp_path, host=host, token="x").token == "x"
     done = CliRunner().invoke(app, ["serve", "--host", host])
     assert done.exit_code == 1 and "T2L_TOKEN" in done.output
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = ["serve", "--port", port, "--folder", str(tmp_path / "store"), "--checkpoint", "t2l:no-such-one"]
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and f"port {port}: Address already in use; give it another --port" in done.output
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o500)
+    done = CliRunner().invoke(app, ["serve", "--port", "0", "--folder", str(tmp_path / "store")])
+    assert done.exit_code == 1 and "cannot hold adapters" in done.output
 
 
 def test_own_addresses_do_not(tmp_path: Path) -> None:

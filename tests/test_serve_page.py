@@ -219,6 +219,7 @@ def test_by_keyboard_alone(page: Any) -> None:
     page.keyboard.type("Which one?")
     page.keyboard.press("Control+Enter")
     page.locator(".answer").first.wait_for()
+    page.wait_for_function("() => document.querySelector('#snippet').innerText.includes('Which one?')")
     page.keyboard.press("Escape")
     page.wait_for_function("() => !document.querySelector('.answer.busy')")
     page.get_by_role("tab", name="curl").focus()

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import logging
+import socket
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,8 +96,31 @@ def build(settings: Settings) -> FastAPI:
     return create_app(Service(engine, store, generator), guard=guard, metrics=metrics)
 
 
+def check_address(host: str, port: int) -> None:
+    """Says at once, before models are loaded, what uvicorn would say in the end.
+
+    Raises:
+        ConfigError: if the address is taken, or is none of this machine's.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+        try:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"The server cannot listen on {host}, port {port}: {error.strerror or error}; give it another --port, "
+                "such as 0 for a free one, or another --host"
+            ) from error
+
+
 def run(settings: Settings) -> None:
-    """Runs a server until it is interrupted; answers under way may end then."""
+    """Runs a server until it is interrupted; answers under way may end then.
+
+    Raises:
+        ConfigError: if the address cannot be listened on.
+        T2LError: as `build` does.
+    """
+    check_address(settings.host, settings.port)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.INFO)

@@ -192,6 +192,7 @@ at("try-form").addEventListener("submit", (event) => {
 
 async function ask(text, signal) {
   const { id } = state.adapter;
+  snippets().catch(tell); // Control+Enter asks without leaving the field, which would have told the programs' input
   const columns = [["Base model", "base", ""], ["This adapter", id, "own"]];
   if (at("compare").checked) {
     const other = await call("POST", "/v1/adapters", { description: at("wrong").value });
