@@ -1,6 +1,7 @@
 """LoraAdapter and the Hub: what is saved is read, PEFT has the same logits, nothing is shared that should not be."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,9 @@ from t2l.apply import hooked
 from t2l.cli.inspect import _inspect_adapter
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, CheckpointError, ConfigError, SpecMismatchError, UploadError
+from t2l.library import AdapterLibrary, save_library
+from t2l.lora import LoraTensors
+from t2l.shards import Origin, ShardedLibrary
 from t2l.spec import AdapterSpec
 
 TOKENS = torch.tensor([[0, 17, 93, 240, 5, 66, 31], [0, 8, 200, 41, 12, 7, 9]])
@@ -101,7 +105,7 @@ class StubHub:
     def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> str:
         self.calls.append(("upload", repo_id, options))
         (self.root / repo_id).parent.mkdir(parents=True, exist_ok=True)
-        Path(folder_path).rename(self.root / repo_id)
+        shutil.copytree(folder_path, self.root / repo_id)
         return f"https://hub/{repo_id}/commit/1"
 
 
@@ -143,6 +147,30 @@ def test_a_checkpoint_goes_to_the_hub_and_back(
     (stub_hub.root / "me/net" / "hypernet.safetensors").write_bytes(b"PK\x03\x04")
     with pytest.raises(CheckpointError, match=r"is a pickle|damaged"):
         TextToLora.from_pretrained("me/net")
+
+
+def test_libraries_go_to_the_hub_and_back(stub_hub: StubHub, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    adapter = make_adapter("org/model")
+    lora = LoraTensors.stack([adapter.lora])
+    library = save_library(tmp_path / "library", lora, adapter.spec, {"one": {"descriptions": ["Add."]}})
+    assert library.push_to_hub("me/library", private=True).endswith("me/library/commit/1")
+    for reference in ("me/library", tmp_path / "library"):
+        again = AdapterLibrary.from_pretrained(reference)
+        assert again.names == ("one",) and torch.equal(again.stack().b[0], lora.b[0])
+
+    sharded = ShardedLibrary.begin(tmp_path / "shards", adapter.spec, Origin(checkpoint_sha256="0", dtype="float32"))
+    parts = (("A", lora.a), ("B", lora.b))
+    tensors = {f"{t.name}.{part}": x[m] for m, t in enumerate(adapter.spec.targets) for part, x in parts}
+    sharded.write_shard(["Add."], tensors, lora.total_norms().tolist())
+    sharded.push_to_hub("me/shards")
+    found = ShardedLibrary.from_pretrained("me/shards", revision="main", local_files_only=True)
+    assert {"revision": "main", "local_files_only": True}.items() <= stub_hub.calls[-1].items()
+    assert "*.parquet" in stub_hub.calls[-1]["allow_patterns"]
+    assert torch.equal(found.stack([sharded.origin.id_of("Add.")]).b[0], lora.b[0])
+    assert (stub_hub.root / "me/shards" / "README.md").is_file()
+    with pytest.raises(UploadError, match="cannot upload to other/shards"):
+        sharded.push_to_hub("other/shards")
 
 
 def test_the_encoders_version_is_checked_for_a_base_in_memory_too(

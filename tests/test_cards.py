@@ -15,6 +15,7 @@ from t2l.cards import card_header, card_license
 from t2l.config import LoraConfig
 from t2l.library import save_library
 from t2l.lora import LoraTensors
+from t2l.shards import Origin, ShardedLibrary
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import TextToLora
 from t2l.train.checkpoints import card
@@ -113,10 +114,29 @@ def test_adapters_of_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     spec = make_spec("org/model")
     lora = LoraTensors.stack([random_lora(spec), random_lora(spec, seed=1)])
     library = save_library(tmp_path / "library", lora, spec, {"one": {"loss": 1.5}, "two": {}})
+    own = read((library.folder / "README.md").read_text(encoding="utf-8"), monkeypatch)
+    assert own["base_model"] == "org/model" and "datasets" not in own and "widget" not in own
     library.export(tmp_path / "peft", dtype=torch.float32)
     found = read((tmp_path / "peft" / "one" / "README.md").read_text(encoding="utf-8"), monkeypatch)
     assert found["base_model"] == "org/model" and found["base_model_relation"] == "adapter"
     assert json.loads((tmp_path / "peft" / "one" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("description", ["Add the two numbers.", HARD])
+def test_libraries(description: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, facts = make_spec("org/model"), {"one": {"descriptions": [description]}}
+    lora = LoraTensors.stack([random_lora(spec)])
+    sources = ("sni", "sni-paper", "own.jsonl", "hf:org/tasks", "computed")
+    library = save_library(tmp_path / "library", lora, spec, facts, sources=sources)
+    found = read((library.folder / "README.md").read_text(encoding="utf-8"), monkeypatch)
+    assert found["datasets"] == ["Muennighoff/natural-instructions", "org/tasks"]
+    assert found["widget"] == [{"text": description}] and found["library_name"] == "text-to-lora"
+    origin = Origin(checkpoint_sha256="0" * 64, provenance={"license": "mit", "checkpoint": "org/net"})
+    sharded = ShardedLibrary.begin(tmp_path / "shards", spec, origin)
+    text = (sharded.folder / "README.md").read_text(encoding="utf-8")
+    found = read(text, monkeypatch)
+    assert (found["license"], found["base_model"]) == ("mit", "org/model") and found["widget"]
+    assert "| checkpoint | org/net |" in text
 
 
 def test_names_of_bases_stay_names() -> None:

@@ -3,7 +3,7 @@
 The Hub refuses a card whose base is no id of its own, so a base in a local folder is named in the text alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 
@@ -11,9 +11,61 @@ from t2l import hub
 from t2l.config import parse_yaml
 from t2l.errors import ConfigError
 from t2l.pypi import public_name
+from t2l.spec import AdapterSpec
 
 EXAMPLE = "Say whether the review is positive or negative."
 """A description for the Hub's page of a checkpoint to begin with."""
+
+DATASETS = {
+    "sni": "Muennighoff/natural-instructions",
+    "sni-paper": "Muennighoff/natural-instructions",
+    "t0": "bigscience/P3",
+}
+"""Where the Hub has the tasks of `T2L_DATA`."""
+
+
+def hub_datasets(sources: Sequence[str]) -> list[str]:
+    """Ids that the Hub has for sources of tasks, each once; own files have none."""
+    named = (DATASETS.get(name, name.removeprefix("hf:") if name.startswith("hf:") else "") for name in sources)
+    return list(dict.fromkeys(filter(None, named)))
+
+
+def library_card(
+    spec: AdapterSpec,
+    number: int | None,
+    *,
+    license: str | None = None,
+    sources: Sequence[str] = (),
+    example: str | None = None,
+    facts: Mapping[str, object],
+) -> str:
+    """The card of a folder with many adapters.
+
+    Args:
+        spec: What they all fit.
+        number: How many there are; None where more may come.
+        license: As for `card_header`.
+        sources: Where their tasks come from, as settings name them.
+        example: What one of them was made for.
+        facts: Rows of a table below.
+    """
+    base = public_name(spec.base_model)
+    header = card_header(
+        base,
+        "lora",
+        "text-to-lora",
+        library="text-to-lora",
+        license=license,
+        datasets=hub_datasets(sources),
+        example=example,
+    )
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    return (
+        f"{header}# LoRA adapters for {base}\n\n"
+        f"{'Adapters' if number is None else f'{number:,} adapters'} of one shape: rank {spec.rank}, alpha "
+        f"{spec.alpha:g}, targets {', '.join(t.name for t in spec.targets)}. `t2l library export` writes any of them "
+        f"as a PEFT folder.\n\n| | |\n| --- | --- |\n{rows}"
+    )
 
 
 def card_header(

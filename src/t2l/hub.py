@@ -190,6 +190,11 @@ def resolve_checkpoint(ref: str, **fetch: Unpack[FetchOptions]) -> Path:
     return _fetch(ref, ("*.safetensors", "*.json"), **fetch)
 
 
+def resolve_library(ref: str, **fetch: Unpack[FetchOptions]) -> Path:
+    """As `resolve_checkpoint` for a library of adapters, whose index may be Parquet."""
+    return _fetch(ref, ("*.safetensors", "*.json", "*.parquet"), **fetch)
+
+
 def is_cached(ref: str) -> bool:
     """Say whether `resolve` would succeed without network and without converting anything.
 

@@ -3,6 +3,7 @@
     adapters.safetensors    for each target A (N, L, R, I) and B (N, L, O, R), named `q_proj.A` and so on
     spec.json               what they all fit
     index.json              their names in order, facts about each, purpose, checksum, format version
+    README.md               a card for the Hub
 
 Knows adapters, specs and files. Knows no tasks, no training and no hypernetwork. Shape letters as in `spec.py`.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from t2l import peft_io
-from t2l.cards import card_header
+from t2l.cards import card_header, library_card
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
 from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
@@ -26,6 +27,7 @@ from t2l.names import require_folder_names
 from t2l.peft_folder import shape_of, whole_spec
 from t2l.pypi import public_name
 from t2l.spec import AdapterSpec, base_reference
+from t2l.upload import SharedLibrary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,7 +42,7 @@ Purpose = Literal["training", "evaluation"]
 
 
 @dataclass(frozen=True)
-class AdapterLibrary:
+class AdapterLibrary(SharedLibrary):
     """N adapters of one spec on disk; tensors are read only when `stack` asks for them."""
 
     folder: Path
@@ -152,6 +154,7 @@ def save_library(
     facts: Mapping[str, Mapping[str, Any]],
     *,
     purpose: Purpose = "training",
+    sources: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> AdapterLibrary:
@@ -163,6 +166,7 @@ def save_library(
         spec: What they fit.
         facts: Name of each adapter, in the batch's order, to plain facts about it.
         purpose: What the library may be used for.
+        sources: Where its tasks come from, as settings name them; for the card.
         dtype: Type of the saved tensors.
         overwrite: Whether an existing folder is replaced.
 
@@ -201,6 +205,15 @@ def save_library(
             "names": list(facts),
             "adapters": {name: dict(about) for name, about in facts.items()},
         }
+        texts = [text for about in facts.values() for text in about.get("descriptions", ()) if isinstance(text, str)]
+        card = library_card(
+            spec,
+            len(facts),
+            sources=sources,
+            example=texts[0] if texts else None,
+            facts={"purpose": purpose, "sha256": index["sha256"]},
+        )
+        (temporary / peft_io.CARD).write_text(card, encoding="utf-8", newline="")
         (temporary / SPEC).write_text(spec.to_json(), encoding="utf-8")
         (temporary / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return AdapterLibrary.open(folder)

@@ -2,6 +2,7 @@
 
     library.json                          what wrote them, and in which type
     spec.json                             what they all fit
+    README.md                             a card for the Hub
     shards/NAME/adapters.safetensors      as in a library: for each target A (n, L, R, I) and B (n, L, O, R)
     shards/NAME/index.parquet             one row an adapter: id, description, shard, row, norm, checkpoint
 
@@ -23,6 +24,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from t2l.adapter import LoraAdapter
+from t2l.cards import EXAMPLE, library_card
 from t2l.config import Range, build, check_ranges, to_plain
 from t2l.errors import AdapterNotFoundError, CheckpointError, ConfigError, OutputError
 from t2l.io import new_folder, read_json, read_shapes, read_tensors, read_whole
@@ -30,7 +32,9 @@ from t2l.library import SPEC, WEIGHTS, tensor_shapes
 from t2l.locks import sweep
 from t2l.lora import LoraTensors
 from t2l.parquet import reading_parquet, require_pyarrow
+from t2l.peft_io import CARD
 from t2l.spec import AdapterSpec
+from t2l.upload import SharedLibrary
 
 FORMAT_VERSION = 1
 LIBRARY, SHARDS, INDEX = "library.json", "shards", "index.parquet"
@@ -64,7 +68,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class ShardedLibrary:
+class ShardedLibrary(SharedLibrary):
     """Adapters of one spec on disk; tensors are read only when they are asked for, of these adapters alone."""
 
     folder: Path
@@ -116,6 +120,10 @@ class ShardedLibrary:
         with new_folder(folder, overwrite=True) as temporary:
             (temporary / SHARDS).mkdir()
             (temporary / SPEC).write_text(spec.to_json(), encoding="utf-8")
+            facts = {"strength": f"{origin.strength:g}", "type": origin.dtype, **origin.provenance}
+            license = origin.provenance.get("license")
+            card = library_card(spec, None, license=license, example=EXAMPLE, facts=facts)
+            (temporary / CARD).write_text(card, encoding="utf-8", newline="")
             (temporary / LIBRARY).write_text(json.dumps(to_plain(origin), indent=1) + "\n", encoding="utf-8")
         return cls(folder, spec, origin)
 

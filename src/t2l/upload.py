@@ -1,12 +1,13 @@
-"""Folders become model repositories of the Hugging Face Hub. Knows nothing of what is in them."""
+"""Folders become model repositories of the Hugging Face Hub, and come back. Knows nothing of what is in them."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import huggingface_hub
 from huggingface_hub import ModelHubMixin
 
+from t2l import hub
 from t2l.errors import UploadError, first_line
 
 
@@ -38,6 +39,38 @@ class HubFolder(ModelHubMixin):
     def _write_for_hub(self, folder: Path, **options: Any) -> None:
         """Writes what is uploaded."""
         self.save_pretrained(folder, **options)
+
+
+class SharedLibrary:
+    """A folder of many adapters, which becomes a repository of the Hub and comes back from there.
+
+    Classes with this have a `folder` and open one by `open`; the card stands in the folder already.
+    """
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Reads what the folder says of itself."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path, **fetch: Any) -> Self:
+        """Opens a library that is on this machine or on the Hub.
+
+        Args:
+            reference: The folder, or a Hub id.
+            fetch: `revision`, `token`, `cache_dir` and `local_files_only`, as the Hub's client takes them.
+
+        Raises:
+            CheckpointError: if it is damaged or no library of this kind.
+            ModelNotFoundError, DownloadError: if it cannot be had.
+        """
+        return cls.open(hub.resolve_library(str(reference), **fetch))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the folder; arguments and result as of `push_folder`."""
+        return push_folder(self.folder, repo_id, **options)
 
 
 def push_folder(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from t2l.cards import EXAMPLE, card_header
+from t2l.cards import EXAMPLE, card_header, hub_datasets
 from t2l.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from t2l.config import to_plain
 from t2l.encoder import encoder_revision
@@ -12,9 +12,6 @@ from t2l.hypernet import Hypernet
 from t2l.spec import AdapterSpec
 from t2l.train.config import SftConfig
 from t2l.train.resume import differences
-
-DATASETS = {"sni": "hf:Muennighoff/natural-instructions", "t0": "hf:bigscience/P3"}
-"""Where the Hub has the tasks of `T2L_DATA`, for cards."""
 
 
 def require_origin(config: SftConfig, spec: AdapterSpec) -> None:
@@ -100,13 +97,12 @@ def portable(config: SftConfig, origin: dict[str, str] | None) -> dict[str, Any]
 def card(spec: AdapterSpec, provenance: dict[str, Any]) -> str:
     """The model card of a trained checkpoint."""
     data = provenance["settings"]["data"]
-    sources = [DATASETS.get(name, name) for name in (data["tasks"], *data["extra_tasks"])]
     header = card_header(
         spec.base_model,
         "lora",
         "text-to-lora",
         library="text-to-lora",
-        datasets=[name.removeprefix("hf:") for name in sources if name.startswith("hf:")],
+        datasets=hub_datasets((data["tasks"], *data["extra_tasks"])),
         example=EXAMPLE,
     )
     targets = ", ".join(t.name for t in spec.targets)

@@ -375,7 +375,9 @@ class Trainer:
         own = {"seed": self.config.seed, "prompt": to_plain(self.config.prompt), **versions()}
         kept = {name: facts[name] | own for name in names}
         purpose: Purpose = "evaluation" if self.config.for_evaluation_only else "training"
-        library = save_library(folder, lora, self.spec, kept, purpose=purpose, overwrite=True)
+        library = save_library(
+            folder, lora, self.spec, kept, purpose=purpose, sources=self.config.data.tasks, overwrite=True
+        )
         left = f"; {self.left} left, go on with --resume" if self.left else ""
         self.log(f"{len(library.names)} adapters in {library.folder}{left}")
         return library

@@ -5,7 +5,7 @@ process trains. A part of the tasks is a run of its own, under `parts/`, which a
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,12 +107,14 @@ def train_on_workers(
     arguments = (config, run, device, benchmarks)
     for number in fanout.run(Worker, arguments, parts, workers=workers, device=best_device(device)):
         pace.add(number)
-    return _joined([AdapterLibrary.open(part_folder(run, part) / "library") for part in parts], run / "library")
+    return _joined(
+        [AdapterLibrary.open(part_folder(run, part) / "library") for part in parts], run / "library", config.data.tasks
+    )
 
 
-def _joined(libraries: list[AdapterLibrary], folder: Path) -> AdapterLibrary:
+def _joined(libraries: list[AdapterLibrary], folder: Path, sources: Sequence[str]) -> AdapterLibrary:
     """Writes one library of several with one spec."""
     lora = LoraTensors.stack([single for library in libraries for single in library.stack().unbind()])
     facts = {name: library.index[name] for library in libraries for name in library.names}
     first = libraries[0]
-    return save_library(folder, lora, first.spec, facts, purpose=first.purpose, overwrite=True)
+    return save_library(folder, lora, first.spec, facts, purpose=first.purpose, sources=sources, overwrite=True)
