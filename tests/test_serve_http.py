@@ -18,6 +18,7 @@ from conftest import DESCRIPTIONS, make_base, make_config, make_tokenizer
 from serve_helpers import Server, in_use, memory, reference, running, wait_for
 
 from t2l.config import PromptConfig
+from t2l.gguf_export import save_gguf
 from t2l.prompt import render, token_ids
 from t2l.serve.guard import Guard
 from t2l.serve.limits import Limits
@@ -310,12 +311,8 @@ def test_a_downloaded_folder_is_what_peft_reads(
     assert served.choices[0].text == expected
 
 
-def test_a_gguf_file_is_what_the_library_writes(
-    http: httpx.Client, server: Server, names: list[str], tmp_path: Path
-) -> None:
+def test_a_gguf_file_is_the_librarys(http: httpx.Client, server: Server, names: list[str], tmp_path: Path) -> None:
     """Byte for byte; `make test-llamacpp` has llama.cpp answer with such files."""
-    from t2l.gguf_export import save_gguf
-
     answer = http.get(f"/v1/adapters/{names[0]}/download", params={"format": "gguf"})
     (adapter,) = server.service.generator.generate([DESCRIPTIONS[0]])
     save_gguf(tmp_path / "a.gguf", adapter.lora, adapter.spec, server.model.config, description=DESCRIPTIONS[0])
