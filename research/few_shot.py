@@ -2,6 +2,7 @@
 
     python research/few_shot.py run --out few_shot.jsonl
     python research/few_shot.py report few_shot.jsonl
+    python research/few_shot.py report few_shot.jsonl --page docs/tuning.md     # the table in the guide, made anew
 
 On one GPU of 80 GB, estimated at six minutes and not run yet; stopped early, it keeps each finished number and seed:
 
@@ -183,6 +184,23 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+BEGIN, END = "<!-- by research/few_shot.py -->\n", "<!-- end -->"
+
+
+def put(page: Path, table: str) -> None:
+    """Replaces what stands between a page's two marks.
+
+    Raises:
+        DataError: if the page has no such marks.
+    """
+    text = page.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise DataError(f"{page} has no lines {BEGIN.strip()} and {END} for the table to stand between; add them")
+    page.write_text(head + begin + table + end + tail, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,11 +216,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     running.add_argument("--tokens", type=int, default=16384, help="tokens of a training batch, padding included")
     reporting = commands.add_parser("report")
     reporting.add_argument("file", type=Path)
+    reporting.add_argument("--page", type=Path, help="write the table into this page, between its two marks")
     options = parser.parse_args(arguments)
     if options.command == "run":
         run(options)
-    else:
-        print(report(_read(options.file)), end="")
+        return
+    table = report(_read(options.file))
+    if options.page is not None:
+        put(options.page, table)
+    print(table, end="")
 
 
 if __name__ == "__main__":

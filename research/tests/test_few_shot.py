@@ -42,6 +42,21 @@ def test_answers_of_one_beginning_are_no_curve(few_shot: ModuleType) -> None:
         few_shot.report([row("one", 0, 0, "scratch", 0.0)])
 
 
+def test_the_table_takes_the_place_of_the_last_one(few_shot: ModuleType, tmp_path: Path) -> None:
+    page, file = tmp_path / "page.md", tmp_path / "rows.jsonl"
+    page.write_text(f"Before.\n\n{few_shot.BEGIN}An old table.\n{few_shot.END}\n\nAfter.\n")
+    rows = [row("one", 0, 8, start, 0.5) for start in few_shot.STARTS]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for _ in range(2):
+        few_shot.main(["report", str(file), "--page", str(page)])
+        assert page.read_text() == f"Before.\n\n{few_shot.BEGIN}{few_shot.report(rows)}{few_shot.END}\n\nAfter.\n"
+    page.write_text("No marks.\n")
+    with pytest.raises(DataError, match=r"has no lines <!-- by research/few_shot\.py -->"):
+        few_shot.main(["report", str(file), "--page", str(page)])
+    guide = Path(few_shot.__file__).parents[1] / "docs" / "tuning.md"
+    assert few_shot.BEGIN in guide.read_text(encoding="utf-8")
+
+
 def test_a_run_goes_on_where_its_file_ends(
     few_shot: ModuleType, make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
