@@ -111,3 +111,12 @@ def test_losses_on_a_base_in_half_precision(kind: str, dtype: torch.dtype) -> No
     (loss, gradient), (half_loss, half_gradient) = found
     assert half_loss == pytest.approx(loss, rel=0.03)
     assert torch.cosine_similarity(gradient, half_gradient, dim=0) > 0.85
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_training_sees_the_base_that_answers(kind: str) -> None:
+    """A base that is turned into bfloat16 for training is the one that is loaded in bfloat16, to the bit."""
+    base = make_base(kind)
+    sft.to_bfloat16(base)
+    assert base.dtype == torch.bfloat16
+    assert torch.equal(logits(base), logits(half_base(kind, torch.bfloat16)))
