@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from t2l.errors import ConfigError, SpecMismatchError
+from t2l.errors import ConfigError, OutputError, SpecMismatchError
 from t2l.io import new_file
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
@@ -191,3 +191,7 @@ def _write(
         writer.write_tensors_to_file()
     finally:
         writer.close()
+    try:
+        gguf.GGUFReader(path)  # numpy writes by a stream of C's, and does not say that its last bytes had no room
+    except (ValueError, IndexError) as error:
+        raise OutputError(f"Cannot write {path.name}: not all of it reached the disk, which may be full") from error
