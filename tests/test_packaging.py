@@ -1,5 +1,6 @@
 """What is installed: the core needs no extra, the wheel holds what the package reads, licences go together."""
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -40,6 +41,35 @@ for module in {check.CORE}:
     assert done.returncode == 0, done.stderr
 
 
+# Where a distribution's name is not its module's.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+
+
+def requirement(line: str) -> str:
+    return re.match(r"[\w-]+", line)[0].replace("-", "_")
+
+
+def test_what_is_imported_is_named_in_pyproject() -> None:
+    """A package that another one happens to bring may leave with its next release."""
+    known = {requirement(line) for line in PROJECT["dependencies"]}
+    extras = {name: {requirement(x) for x in lines} for name, lines in PROJECT["optional-dependencies"].items()}
+    seen = set()
+    for path in (ROOT / "src" / "t2l").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"t2l"} - {"vllm"}:
+                name = DISTRIBUTIONS.get(top, top)
+                seen.add(name)
+                extra = {"serve": "serve", "data": "data"}.get(path.parent.name)
+                extra = "lm-eval" if path.stem == "lm_eval" else extra
+                if extra and node.col_offset == 0:
+                    assert name in known | extras[extra], f"{path} imports {name}, which extra {extra} does not name"
+                assert name in known.union(*(extras[e] for e in extras.keys() - {"dev", "docs"})), f"{path}: {name}"
+    assert known <= seen, f"named and not imported: {known - seen}"
+
+
 def test_every_extra_is_tried_by_the_package_test() -> None:
     assert script("package_check").EXTRAS.keys() == PROJECT["optional-dependencies"].keys() - {"dev", "docs"}
 
@@ -53,7 +83,9 @@ def test_every_requirement_has_a_lowest_version() -> None:
 
 def test_licences_are_said_and_go_with_our_own() -> None:
     """GPL or AGPL code may not be part of what a plain installation with all extras needs."""
-    found = script("licences").requirements("text-to-lora", ("embedded", "train", "data", "eval", "serve"))
+    found = script("licences").requirements(
+        "text-to-lora", ("embedded", "train", "data", "eval", "library", "ray", "serve")
+    )
     assert len(found) > 30
     unfit = {name: words for name, words in found.items() if re.search(r"\bA?GPL|GNU (Affero )?General", words)}
     assert not unfit
