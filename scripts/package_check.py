@@ -10,9 +10,9 @@ import sys
 
 EXTRAS = {
     "embedded": ("gguf",),
-    "train": ("pyarrow", "tensorboard", "matplotlib", "accelerate"),
+    "train": ("pyarrow", "tensorboard", "accelerate"),
     "data": ("datasets", "pyarrow"),
-    "eval": ("pyarrow", "matplotlib", "scipy"),
+    "eval": ("pyarrow", "scipy"),
     "library": ("pyarrow",),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "starlette"),
     "lm-eval": ("lm_eval", "accelerate"),
