@@ -132,7 +132,11 @@ class _Wave:
                 self.step([order[begin : begin + config.batch_size] for order in orders], step, scale)
                 step += 1
             self.measure(epoch)
-            going = [k for k, run in enumerate(self.running) if epoch - run.best < config.patience]
+            going = [
+                k
+                for k, run in enumerate(self.running)
+                if epoch - run.best < config.patience and run.losses[run.best] >= one.SOLVED
+            ]
             if not going:
                 break
             if len(going) < len(self.running):

@@ -93,5 +93,7 @@ def test_bad_input_is_refused(checkpoint: str) -> None:
         f(["fine", "  "])
     with pytest.raises(DataError, match="Input 0 is 3; a function"):
         f([3])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="answers a text or a list of texts, got int"):
+        f(3)  # type: ignore[call-overload]
     with pytest.raises(DataError, match=r"Input 0 takes [\d,]+ tokens, answer included.*at most 512"):
         f("long " * 200)

@@ -103,6 +103,13 @@ def test_it_is_never_worse_on_the_held_out_examples(base: tuple[Any, Any]) -> No
         assert torch.equal(tuned.adapter.lora.b[m], known.lora.b[m])
 
 
+def test_it_ends_where_nothing_is_left_to_learn(base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tune(make_adapter(), base, EXAMPLES, prompt=PROMPT, config=QUICK).held_out_losses
+    monkeypatch.setattr("t2l.train.tune.SOLVED", (first[1] + first[2]) / 2)
+    tuned = tune(make_adapter(), base, EXAMPLES, prompt=PROMPT, config=QUICK)
+    assert first[2] < first[1] and tuned.held_out_losses == first[:3] and tuned.best_epoch == 2
+
+
 def test_a_seed_decides_everything(base: tuple[Any, Any]) -> None:
     one, same = (tune(make_adapter(), base, EXAMPLES, prompt=PROMPT, config=QUICK) for _ in range(2))
     assert one.held_out_losses == same.held_out_losses

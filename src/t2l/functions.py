@@ -9,6 +9,7 @@ Knows generating, prompts and greedy decoding. Knows no tasks and no files.
 """
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, overload
@@ -71,8 +72,10 @@ class TextFunction:
             The answer, or the answers in order, without white space around them.
 
         Raises:
-            DataError: if an input is no text, blank, or too long for the base model.
+            DataError: if an input is no text or list of texts, blank, or too long for the base model.
         """
+        if not isinstance(inputs, Iterable):
+            raise DataError(f"A function answers a text or a list of texts, got {type(inputs).__name__}")
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():

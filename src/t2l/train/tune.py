@@ -28,6 +28,9 @@ from t2l.train.packing import answer_text, require_end_of_sequence
 Pairs = Sequence[tuple[str, str]]
 """Inputs with their answers."""
 
+SOLVED = 1e-3
+"""Mean loss of a held-out token below which more rounds are not worth their time: training ends there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
@@ -209,7 +212,7 @@ def _train(
         log(f"round {epoch}: loss on held-out examples {losses[-1]:.4f} (lowest {min(losses):.4f})")
         if losses[-1] < losses[best]:
             best, state = epoch, _state(model)
-        elif epoch - best >= config.patience:
+        if epoch - best >= config.patience or losses[best] < SOLVED:
             break
     return losses, best, state
 
