@@ -130,7 +130,7 @@ def measure(
         library.export(Path(folder) / "peft")
         folders = [Path(folder) / "peft" / name for name in library.names]
         names = library.names
-        targets: Targets = make_targets(library.stack(), names, canonical=False, device=device)
+        targets: Targets = make_targets(library.stack(), names, device=device)
         encoder = RandomEncoder(device)
         config = ReconstructionConfig(
             encoder=EncoderConfig(kind="sentence", model="random"),

@@ -139,7 +139,7 @@ def tiny(
             config, folder = shrink(path), root / names(path)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train_data, "load_sni", lambda _, splits: fake_tasks(splits[0]))
-                patch.setattr(train_data, "load_t0", lambda splits: [replace(fake_tasks("train")[1], name="t0_one")])
+                patch.setattr(train_data, "load_t0", lambda: [replace(fake_tasks("train")[1], name="t0_one")])
                 patch.setattr(train_data, "computed_tasks", lambda: computed_tasks()[:2])
                 patch.chdir(ROOT.parent)
                 train(config, folder, device="cpu", log=lambda _: None)

@@ -109,7 +109,7 @@ def test_a_run_asks_the_server_under_each_conditions_adapter(
     server_facts = {"backend": "server (vllm)", "served_model": "base", "dtype": "not stated", "device": "server"}
     assert facts == server_facts
     assert file.header["versions"]["vllm"] == "0.9"
-    assert "arrow" in file.header["left_out"] and "condition arrow is left out: it needs the base" in result.output
+    assert "arrow" in file.header["left_out"] and "conditions left out: arrow (it needs the base" in result.output
     assert server.url not in out.read_text()
 
 

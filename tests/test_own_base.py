@@ -32,7 +32,7 @@ def test_the_guide_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     (settings,), (sample,) = blocks("yaml"), blocks("json")
     Path("own.yaml").write_text(settings.replace("max_steps: 200", "max_steps: 4"))
     lines = [json.loads(line) for line in sample.splitlines()]
-    assert len(lines) == 4
+    assert [line.get("split", "train") for line in lines] == ["train"] * 4 + ["val"]
     Path("own.jsonl").write_text(
         "".join(
             json.dumps(line | {"input": f"{line['input']} {n}", "split": "train" if n < 16 else "val"}) + "\n"

@@ -4,7 +4,6 @@ What is measured are the trainer's own steps on its own batches. Those have one 
 long as the longest. Knows the three trainers. How steps become an estimate stands in `estimate`.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from t2l.train.embeddings import EmbeddingCache
 from t2l.train.estimate import Estimate, Work, device_name, estimate, memory_available, size, tensor_bytes
 from t2l.train.packing import PackedRows
 from t2l.train.processes import Processes
-from t2l.train.resume import Progress, restore_weights, whole_state
+from t2l.train.resume import Progress, restore_weights, state_metadata, whole_state
 from t2l.train.slots import StepSizes
 from t2l.train.task_data import Benchmarks, lay_out_segment
 
@@ -263,7 +262,7 @@ def task_loras_work(trainer: task_loras.Trainer, setup_seconds: float) -> Work:
     def disk() -> dict[str, int]:
         one = tensor_bytes(slots.best_adapter(0), None)
         whole = 4 * trainer.spec.num_parameters * len(trainer.data)
-        state = tensor_bytes(slots.tensors(), {"facts": json.dumps(list(trainer.data))})
+        state = tensor_bytes(slots.tensors(), state_metadata({"waiting": list(trainer.data)}))
         return _twice(state) | {"finished adapters": one * len(trainer.data), "library": whole}
 
     rounds = -(-len(trainer.data) // slots.number)
@@ -374,7 +373,7 @@ def _twice(state: int) -> dict[str, int]:
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, int]:
     tensors, facts = whole_state(module, optimizer, progress)
-    return _twice(tensor_bytes(tensors, {"facts": json.dumps(facts)}))
+    return _twice(tensor_bytes(tensors, state_metadata(facts)))
 
 
 def _checkpoint(hypernet: nn.Module) -> dict[str, int]:

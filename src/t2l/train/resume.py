@@ -120,10 +120,14 @@ def write_state(run: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     from safetensors.torch import save_file
 
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    text = json.dumps(dict(facts))
-    metadata = {"facts": text, "facts_crc32": str(zlib.crc32(text.encode())), "crc32": str(_crc32(plain))}
     with new_file(run / STATE, overwrite=True) as temporary:
-        save_file(plain, temporary, metadata=metadata)
+        save_file(plain, temporary, metadata=state_metadata(facts, _crc32(plain)))
+
+
+def state_metadata(facts: Mapping[str, Any], tensors_crc32: int = 0) -> dict[str, str]:
+    """What a state says beside its tensors; as long for any checksum of theirs."""
+    text = json.dumps(dict(facts))
+    return {"facts": text, "facts_crc32": f"{zlib.crc32(text.encode()):08x}", "crc32": f"{tensors_crc32:08x}"}
 
 
 def _crc32(tensors: Mapping[str, Tensor]) -> int:
@@ -144,7 +148,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     """
     try:
         metadata = _metadata(run)
-        if str(zlib.crc32(metadata["facts"].encode())) != metadata["facts_crc32"]:
+        if f"{zlib.crc32(metadata['facts'].encode()):08x}" != metadata["facts_crc32"]:
             raise CheckpointError("its facts are not those of their checksum")
         found: dict[str, Any] = parse_json(metadata["facts"], f"{run / STATE}")
     except (CheckpointError, KeyError) as error:
@@ -160,7 +164,7 @@ def read_state(run: Path) -> dict[str, Tensor]:
     """
     try:
         tensors = read_tensors(run / STATE)
-        if str(_crc32(tensors)) != _metadata(run)["crc32"]:
+        if f"{_crc32(tensors):08x}" != _metadata(run)["crc32"]:
             raise CheckpointError("its numbers are not those of their checksum")
     except (CheckpointError, KeyError) as error:
         raise _damaged(run, error) from error
