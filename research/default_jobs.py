@@ -56,7 +56,9 @@ def evaluations(name: str, kind: str, far: str) -> list[dict[str, Any]]:
     ]
 
 
-def jobs(far: str, seeds: tuple[int, ...], recipe: str, steps: int, shared_steps: int | None) -> list[dict[str, Any]]:
+def jobs(
+    far: str, seeds: tuple[int, ...], recipe: str, steps: int, shared_steps: int | None = None
+) -> list[dict[str, Any]]:
     """All jobs, trainings first; with `shared_steps` the frozen shared LoRA is a shorter run's."""
     trainings, evaluated = [], []
     for seed in seeds:

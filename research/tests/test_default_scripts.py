@@ -20,9 +20,11 @@ from t2l.train.config import SftConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("recipe", default_jobs.RECIPES)
-def test_every_job_comes_after_jobs_of_the_list_and_every_training_has_settings_that_are_accepted(recipe: str) -> None:
-    made = default_jobs.jobs("far.jsonl", (0, 1), recipe, 6000)
+@pytest.mark.parametrize(("recipe", "short"), [("joint", None), ("frozen", None), ("frozen", 1500)])
+def test_every_job_comes_after_jobs_of_the_list_and_every_training_has_settings_that_are_accepted(
+    recipe: str, short: int | None
+) -> None:
+    made = default_jobs.jobs("far.jsonl", (0, 1), recipe, 6000, short)
     names = [job["name"] for job in made]
     assert len(set(names)) == len(names)
     for job in made:
@@ -35,9 +37,10 @@ def test_every_job_comes_after_jobs_of_the_list_and_every_training_has_settings_
         config = build(SftConfig, override(plain, sets))
         frozen = job["name"].startswith("frozen")
         assert config.hypernet.train_shared_lora is not frozen
-        assert bool(config.train.init_from) is frozen
+        shared = f"runs/multitask{short or ''}-{config.seed}/checkpoint"
+        assert config.train.init_from == (shared if frozen else None)
         assert config.seed == int(job["name"][-1])
-        assert config.train.max_steps == 6000
+        assert config.train.max_steps == (1500 if job["name"].startswith("multitask1500") else 6000)
 
 
 def runner(tmp_path: Path, jobs: list[dict[str, Any]], memory: list[float]) -> Runner:
