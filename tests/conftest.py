@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from t2l import endpoint
 from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
 from t2l.hub import fingerprint
@@ -103,6 +104,14 @@ def make_tokenizer(specials: tuple[str, ...] = ("<s>", "</s>", "<pad>")) -> PreT
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
     )
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `datasets` library caches in the test's folder; neither data nor a key are those of who runs the tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.delenv("T2L_DATA", raising=False)
+    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="session")

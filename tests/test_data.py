@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from data_helpers import content, datasets, t2l, write_jsonl
 
-from t2l import endpoint
 from t2l.errors import ConfigError, DataError, DownloadError, OutputError
 from t2l.tasks import Example, load_sni, load_splits
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 from t2l.data import build, convert, fetching, packed  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 DATA = Path(os.environ.get("T2L_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 NAMES = ("task900_colours", "task901_sums", "task902_sides")
@@ -87,13 +88,6 @@ def write_benchmarks(folder: Path) -> None:
     for name, row in BENCHMARK_ROWS.items():
         for _, theirs in build.BENCHMARKS[name].splits:
             write_jsonl(folder / name / f"{theirs}.jsonl", [row])
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    monkeypatch.delenv("T2L_DATA", raising=False)
-    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture

@@ -6,21 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import datasets, own_rows, t2l, write_jsonl
+from data_helpers import own_rows, t2l, write_jsonl
 
-from t2l import endpoint
 from t2l.errors import DataError
 from t2l.tasks import load_descriptions, load_own, load_sni, load_splits
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 from t2l.data import build, check, packed  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    monkeypatch.delenv("T2L_DATA", raising=False)
-    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_sound_own_tasks_pass(tmp_path: Path) -> None:
