@@ -253,11 +253,17 @@ def test_a_changed_file_is_noticed(settings: Settings, tmp_path: Path) -> None:
     library = ShardedLibrary.open(folder)
     (path,) = folder.glob("shards/*/adapters.safetensors")
     tensors = load_file(path)
-    tensors["q_proj.B"][1] *= 1.5
+    tensors["q_proj.B"].view(torch.int32)[1, 0, 0, 0] ^= 1  # the least bit of one number
     save_file(tensors, path)
     library.stack([library.origin.id_of(TEXTS[0])])
-    with pytest.raises(CheckpointError, match=r"row 1 has norm .* says"):
+    with pytest.raises(CheckpointError, match=r"row 1 is not what its index.parquet was written for"):
         library.stack([library.origin.id_of(TEXTS[1])])
+    index = next(folder.glob("shards/*/index.parquet"))
+    table = pq.read_table(index)
+    halves = pa.array([norm / 2 for norm in table["norm"].to_pylist()], pa.float32())
+    pq.write_table(table.set_column(COLUMNS.index("norm"), "norm", halves), index)
+    with pytest.raises(CheckpointError, match=r"row 0 is not what its index.parquet was written for"):
+        library.stack([library.origin.id_of(TEXTS[0])])
     (folder / "library.json").write_text('{"format_version": 9}')
     with pytest.raises(CheckpointError, match="format_version is 9"):
         ShardedLibrary.open(folder)

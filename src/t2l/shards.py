@@ -16,6 +16,8 @@ import hashlib
 import json
 import math
 import re
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +38,9 @@ from t2l.peft_io import CARD
 from t2l.spec import AdapterSpec
 from t2l.upload import SharedLibrary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LIBRARY, SHARDS, INDEX = "library.json", "shards", "index.parquet"
-COLUMNS = ("id", "description", "shard", "row", "norm", "checkpoint")
+COLUMNS = ("id", "description", "shard", "row", "norm", "crc32", "checkpoint")
 ID_DIGITS = 32
 
 SavedType = Literal["float32", "float16", "bfloat16"]
@@ -219,17 +221,17 @@ class ShardedLibrary(SharedLibrary):
             if max(places) >= number:
                 raise CheckpointError(f"{path} holds {number} adapters, its {INDEX} names row {max(places)}")
             tensors = read_tensors(path, tensor_shapes(self.spec, number), rows=places)
+            found = checksums(tensors, [rows[position]["norm"] for position in positions])
             batch = LoraTensors(
                 tuple(tensors[f"{t.name}.A"].float() for t in self.spec.targets),
                 tuple(tensors[f"{t.name}.B"].float() for t in self.spec.targets),
                 self.spec.scaling,
             )
-            for position, norm, single in zip(positions, batch.total_norms().tolist(), batch.unbind(), strict=True):
-                written = rows[position]["norm"]
-                if abs(norm - written) > 1e-3 * max(norm, written):
+            for position, crc32, single in zip(positions, found, batch.unbind(), strict=True):
+                if crc32 != rows[position]["crc32"]:
                     raise CheckpointError(
-                        f"{path}: row {rows[position]['row']} has norm {norm:.6g}, its {INDEX} says {written:.6g}: the "
-                        "file was changed after it was written; delete its folder and generate it again"
+                        f"{path}: row {rows[position]['row']} is not what its {INDEX} was written for (crc32 {crc32}, "
+                        f"not {rows[position]['crc32']}): a file was changed after it was written; {WRITE_AGAIN}"
                     )
                 read[position] = single
         return LoraTensors.stack([read[position] for position in range(len(rows))])
@@ -280,8 +282,9 @@ class ShardedLibrary(SharedLibrary):
         if path.is_dir():
             return
         number = len(ids)
+        checkpoints = [self.origin.checkpoint_sha256] * number
         index = pa.table(
-            [ids, list(descriptions), [name] * number, range(number), norms, [self.origin.checkpoint_sha256] * number],
+            [ids, list(descriptions), [name] * number, range(number), norms, checksums(tensors, norms), checkpoints],
             schema=index_schema(),
         )
         try:
@@ -302,6 +305,20 @@ def _is_id(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(f"[0-9a-f]{{{ID_DIGITS}}}", name) is not None
 
 
+def checksums(tensors: Mapping[str, torch.Tensor], norms: Sequence[float]) -> list[int]:
+    """A checksum of each adapter's saved numbers and its norm, (n,); no secret: damage is what it finds.
+
+    Args:
+        tensors: As `ShardedLibrary.write_shard` takes them.
+        norms: What the index says, (n,).
+    """
+    found = [zlib.crc32(struct.pack("<f", norm)) for norm in norms]
+    for _, tensor in sorted(tensors.items()):
+        for row, values in enumerate(tensor.flatten(1).view(torch.uint8).numpy()):
+            found[row] = zlib.crc32(values.data, found[row])
+    return found
+
+
 def is_sharded(folder: Path) -> bool:
     """Whether a folder is a sharded library, or one that was begun."""
     return (folder / LIBRARY).is_file()
@@ -311,5 +328,5 @@ def index_schema() -> Any:
     """Names and types of the index's columns."""
     import pyarrow as pa
 
-    kinds = (pa.string(), pa.string(), pa.string(), pa.int32(), pa.float32(), pa.string())
+    kinds = (pa.string(), pa.string(), pa.string(), pa.int32(), pa.float32(), pa.uint32(), pa.string())
     return pa.schema(list(zip(COLUMNS, kinds, strict=True)))
