@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from typer.testing import CliRunner
 
@@ -21,23 +24,24 @@ from t2l.serve.launch import Settings, is_loopback
 
 
 @contextmanager
-def program(checkpoint: Path, folder: Path) -> Any:
+def program(checkpoint: Path, folder: Path, *options: str) -> Any:
     command = [sys.executable, "-m", "t2l", "serve", "--port", "0", "--checkpoint", str(checkpoint)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("T2L_TOKEN", None)
     with subprocess.Popen(
-        [*command, "--folder", str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--folder", str(folder), *options], stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stderr is not None
         said = []
         for line in process.stderr:
             said.append(line)
-            if "running on http" in line:
+            if "open http" in line:
                 break
         else:
             raise AssertionError("".join(said))
         try:
-            yield process, line.split("running on ")[1].split()[0]
+            assert line == said[-1] and ":0/" not in "".join(said), "only the port that it has is told"
+            yield process, line.split("open ")[1].strip().rstrip("/")
         finally:
             process.kill()
 
@@ -65,6 +69,89 @@ def test_killed_and_started_again_it_serves_every_acknowledged_adapter(
     asked_of_it = [line for line in lines if line["message"] == "request"]
     assert [line["status"] for line in asked_of_it] == [200] * 4
     assert {line["path"] for line in asked_of_it} == {"/v1/chat/completions", "/v1/adapters"}
+
+
+STREAM: Any = {"model": "base", "prompt": "Once", "temperature": 0, "stream": True, "max_tokens": 400}
+
+
+class Stream(threading.Thread):
+    """Reads an answer as it comes."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__()
+        self.url, self.options, self.lines, self.begun = url, options, [""], threading.Event()
+        self.start()
+        assert self.begun.wait(20)
+
+    def run(self) -> None:
+        body = STREAM | self.options
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as lines:
+            for line in filter(None, lines.iter_lines()):
+                self.lines.append(line)
+                self.begun.set()
+
+
+def test_told_to_stop_it_lets_streams_end_and_refuses_new_requests(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    with program(checkpoint, tmp_path / "store", "--rows", "1") as (process, url):
+        stream = Stream(url, n=3)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert stream.is_alive() and process.poll() is None
+        for refused in (
+            httpx.post(f"{url}/v1/completions", json=STREAM),
+            httpx.post(f"{url}/v1/adapters", json={"description": "Too late."}),
+            httpx.get(f"{url}/"),
+        ):
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+            assert refused.json()["error"]["code"] == "shutting_down"
+        health = httpx.get(f"{url}/healthz")
+        assert (health.status_code, health.json()["status"]) == (503, "closing")
+        assert httpx.get(f"{url}/metrics").status_code == 200
+        stream.join(60)
+        told = [json.loads(line.removeprefix("data: ")) for line in stream.lines[1:-1]]
+        ends = [choice["finish_reason"] for event in told for choice in event["choices"] if choice["finish_reason"]]
+        assert ends == ["length"] * 3 and stream.lines[-1] == "data: [DONE]"
+        assert process.wait(10) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_takes_too_long_is_told_so(signals: int, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """A stream ends with an error and [DONE], which OpenAI's client raises; a whole answer is 503. A second signal
+    does not wait for the time to be up."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    grace = "1" if signals == 1 else "60"
+    with program(checkpoint, tmp_path / "store", "--rows", "1", "--grace", grace) as (process, url):
+        stream, statuses = Stream(url, n=16), []
+
+        def whole() -> None:
+            body = STREAM | {"stream": False, "n": 16}
+            statuses.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code)
+
+        def by_the_client() -> None:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                try:
+                    list(client.completions.create(**STREAM | {"n": 16}))
+                except openai.APIError as error:
+                    statuses.append(error.message)
+
+        others = [threading.Thread(target=target) for target in (whole, by_the_client)]
+        for other in others:
+            other.start()
+        while httpx.get(f"{url}/healthz").json()["waiting"] < 40:
+            time.sleep(0.02)
+        told = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        assert process.wait(20) in (0, -signal.SIGTERM) and time.monotonic() - told < 10
+        for thread in (stream, *others):
+            thread.join(20)
+    error = json.loads(stream.lines[-2].removeprefix("data: "))["error"]
+    assert "shutting down" in error["message"] and stream.lines[-1] == "data: [DONE]"
+    assert set(map(str, statuses)) == {"503", error["message"]}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])

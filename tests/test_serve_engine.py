@@ -18,7 +18,7 @@ from serve_helpers import SHAPES, TinyAdapter, in_use, make_adapter, make_prompt
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l.apply import apply_adapters
-from t2l.errors import AnswerError, BusyError, ConfigError, RequestError
+from t2l.errors import AnswerError, BusyError, ClosingError, ConfigError, RequestError
 from t2l.serve.answers import Answer, Generation, Piece
 from t2l.serve.batch import _piece_length
 from t2l.serve.engine import Engine
@@ -333,7 +333,7 @@ def test_the_queue_has_an_end(base: LlamaForCausalLM, tiny_tokenizer: Any) -> No
     gate.set()
     assert all(answer.text() is not None for answer in answers)
     engine.close()
-    with pytest.raises(BusyError, match="shutting down"):
+    with pytest.raises(ClosingError, match="shutting down"):
         engine.submit(generation(make_prompt(3)))
 
 
@@ -409,7 +409,7 @@ def test_nobody_waits_for_ever_when_the_engine_itself_fails(
         with pytest.raises(AnswerError, match="engine stopped"):
             late.result(10)
         assert not engine.alive
-        with pytest.raises(BusyError):
+        with pytest.raises(AnswerError, match="engine stopped"):
             engine.submit(generation(make_prompt(1)))
     else:
         assert late.result(10) == 1

@@ -81,7 +81,11 @@ class AdapterNotFoundError(T2LError, LookupError):
 
 
 class BusyError(T2LError, RuntimeError):
-    """The server takes no more at the moment: a queue is full, a limit is reached, or it is shutting down."""
+    """The server takes no more at the moment: a queue is full or a limit is reached."""
+
+
+class ClosingError(T2LError, RuntimeError):
+    """The server is shutting down: nothing new is begun, and what takes too long is given up."""
 
 
 class AnswerError(T2LError, RuntimeError):

@@ -29,6 +29,9 @@ def serve(
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Answer in bfloat16: faster on a GPU.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers that are written at the same time.")] = 16,
     memory: Annotated[int, typer.Option(min=1, metavar="MIB", help="Memory for adapters that are kept ready.")] = 256,
+    grace: Annotated[
+        int, typer.Option(min=0, metavar="SECONDS", help="How long requests under way may go on when it is stopped.")
+    ] = 25,
 ) -> None:
     """Serve adapters over HTTP, a different one for every request, with a page to try them on.
 
@@ -54,7 +57,7 @@ def serve(
         device=hub.best_device(found),
         dtype="bfloat16" if bfloat16 else "float32",
         memory=memory * 2**20,
+        grace=grace,
         limits=Limits(rows=rows),
     )
-    say(f"t2l serve: loading {checkpoint}; then open http://{host}:{port}/")
-    run(settings)
+    run(settings, say)

@@ -27,7 +27,7 @@ from t2l.gguf_export import save_gguf
 from t2l.serve.answers import log
 from t2l.serve.guard import Guard, GuardMiddleware
 from t2l.serve.metrics import Metrics
-from t2l.serve.openai import EventStream, Json, Kind, Reply, Run, error_body, error_object, status_of
+from t2l.serve.openai import EventStream, Json, Kind, Reply, Run, error_body, error_headers, error_object, status_of
 from t2l.serve.schema import AdapterRequest, ChatRequest, CompletionRequest
 from t2l.serve.service import Service
 from t2l.serve.snippets import snippets
@@ -57,6 +57,7 @@ def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics
         service.store.close()
 
     app = FastAPI(title="t2l", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.closing = False
     app.add_middleware(GuardMiddleware, guard=guard, on_request=metrics.request)
     _handle_errors(app)
     _serve_completions(app, service)
@@ -65,8 +66,8 @@ def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics
 
     @app.get("/healthz")
     async def health() -> Json:
-        alive = service.engine.alive
-        return Json({"status": "ok" if alive else "down", **service.engine.state}, 200 if alive else 503)
+        status = "closing" if app.state.closing else "ok" if service.engine.alive else "down"
+        return Json({"status": status, **service.engine.state}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def numbers() -> Response:
@@ -245,9 +246,7 @@ def _handle_errors(app: FastAPI) -> None:
         status = status_of(error)
         if status >= 500:
             log.error("request failed", exc_info=error)
-        # OpenAI's clients ask again after a 5xx unless told not to; an answer that failed would only fail again.
-        headers = {"retry-after": "1"} if status == 429 else {"x-should-retry": "false"}
-        return Json(error_body(error), status, headers=headers)
+        return Json(error_body(error), status, headers=error_headers(status))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Json:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from t2l.errors import AnswerError, BusyError, RequestError
+from t2l.errors import AnswerError, BusyError, ClosingError, RequestError
 from t2l.serve.answers import Answer, End, Generation, Piece, log
 from t2l.serve.batch import Batch
 from t2l.serve.limits import Limits
@@ -51,7 +51,7 @@ class Engine:
         self._waiting: deque[Answer] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._news = threading.Condition()
-        self._closing = self._aborting = False
+        self._closing = self._aborting = self._lost = False
         self._thread = threading.Thread(target=self._run, name="t2l-engine", daemon=True)
         self._thread.start()
 
@@ -85,7 +85,9 @@ class Engine:
 
         Raises:
             RequestError: if the request can never be served.
-            BusyError: if the queue is full or the engine closes.
+            BusyError: if the queue is full.
+            ClosingError: if the engine closes.
+            AnswerError: if its device has failed for good.
         """
         answer = Answer(generation, listener)
         if not generation.prompt or generation.max_tokens < 1:
@@ -108,7 +110,9 @@ class Engine:
         """Runs what needs the model for itself between two tokens, on the plain base model.
 
         Raises:
-            BusyError: if too many jobs wait, or the engine closes.
+            BusyError: if too many jobs wait.
+            ClosingError: if the engine closes.
+            AnswerError: if its device has failed for good.
         """
         future: Future[Result] = Future()
         with self._news:
@@ -119,19 +123,27 @@ class Engine:
             self._news.notify()
         return future
 
+    def abort(self) -> None:
+        """Takes nothing new and ends what is under way before its next token, without waiting for it."""
+        with self._news:
+            self._closing = self._aborting = True
+            self._news.notify()
+
     def close(self, patience: float = 0.0) -> None:
         """Takes nothing new, lets what is under way end for so many seconds, ends the rest and stops."""
         with self._news:
             self._closing = True
             self._news.notify()
         self._thread.join(patience)
-        self._aborting = True
+        self.abort()
         self._thread.join()
         self._batch.close()
 
     def _refuse_if_closing(self) -> None:
+        if self._lost:
+            raise AnswerError("The server's engine stopped; its log says why")
         if self._closing:
-            raise BusyError("The server is shutting down; try again later")
+            raise ClosingError("The server is shutting down; try again later")
 
     # --------------------------------------------------------------------------------------- the engine's thread
 
@@ -158,7 +170,7 @@ class Engine:
     def _give_up(self) -> None:
         """Tells everybody who waits, without the model or its device."""
         with self._news:
-            self._closing = True
+            self._closing = self._lost = True
             answers = [*(row.answer for row in self._batch.rows), *self._waiting]
             self._batch.rows.clear()
             self._waiting.clear()
@@ -183,6 +195,9 @@ class Engine:
         with self._news:
             job, future = self._jobs.popleft() if self._jobs else (None, None)
         if job is None or future is None or not future.set_running_or_notify_cancel():
+            return
+        if self._aborting:
+            future.set_exception(ClosingError("The adapter was not written: the server is shutting down"))
             return
         self._batch.plain()
         try:

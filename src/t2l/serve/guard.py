@@ -14,12 +14,15 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from t2l.errors import ClosingError
 from t2l.serve.answers import log
-from t2l.serve.openai import Json, error_body, error_object
+from t2l.serve.openai import Json, error_body, error_headers, error_object
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 CLIENTS = 1024
 """Addresses whose rate is remembered; beyond, the one that was quiet longest is forgotten."""
+WATCHED = ("/healthz", "/metrics")
+"""Paths that are answered while the server shuts down."""
 OPEN = ("/", "/healthz")
 """Paths that need no token, besides the page's own files."""
 HEADERS = {
@@ -103,6 +106,9 @@ class GuardMiddleware:
             if not hmac.compare_digest(given, self._guard.token.encode()):
                 message = "The token is missing or wrong; send it as Authorization: Bearer TOKEN"
                 return Json(error_object(message, "authentication_error", code="invalid_api_key"), 401)
+        if scope["app"].state.closing and scope["path"] not in WATCHED:
+            closing = ClosingError("The server is shutting down; try again later")
+            return Json(error_body(closing), 503, headers=error_headers(503) | {"connection": "close"})
         if scope["method"] not in ("GET", "HEAD") and not self._may(_address(scope)):
             message = f"More than {self._guard.requests_per_minute} requests in a minute; wait a little"
             refusal = error_object(message, "rate_limit_error", code="rate_limit_exceeded")

@@ -3,14 +3,15 @@
 import ipaddress
 import json
 import logging
+import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from t2l import hub
@@ -22,6 +23,7 @@ from t2l.serve.guard import LOCAL, Guard
 from t2l.serve.limits import Limits
 from t2l.serve.metrics import Metrics
 from t2l.serve.service import Service
+from t2l.serve.stopping import PatientServer
 from t2l.serve.store import AdapterStore
 from t2l.text_to_lora import DEFAULT, TextToLora, checkpoint_folder
 
@@ -45,8 +47,9 @@ class Settings:
     """Bytes of adapters that are kept ready."""
     most: int = 10_000
     """Adapters that are stored."""
-    patience: int = 10
-    """Seconds that answers under way have to end when the server is stopped."""
+    grace: int = 25
+    """Seconds that requests under way have to end when the server is stopped: less than the 30 after which
+    Kubernetes kills."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -78,8 +81,18 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def build(settings: Settings) -> FastAPI:
+def spoken(host: str) -> str:
+    """A host as addresses of pages say it; one that stands for every address of this machine is spoken to here."""
+    if host in ("0.0.0.0", "::"):
+        return LOCAL[0]
+    return f"[{host}]" if ":" in host else host.lower()
+
+
+def build(settings: Settings) -> tuple[FastAPI, Engine]:
     """Loads the models and opens the store.
+
+    Returns:
+        The application, and the engine in it.
 
     Raises:
         T2LError: as `TextToLora.from_pretrained`, `Engine` and `AdapterStore` do.
@@ -92,50 +105,60 @@ def build(settings: Settings) -> FastAPI:
     except BaseException:
         store.close()
         raise
-    guard = Guard(hosts=(*LOCAL, *settings.allow_hosts), token=settings.token)
-    return create_app(Service(engine, store, generator), guard=guard, metrics=metrics)
+    guard = Guard(hosts=(*LOCAL, spoken(settings.host), *settings.allow_hosts), token=settings.token)
+    return create_app(Service(engine, store, generator), guard=guard, metrics=metrics), engine
 
 
-def check_address(host: str, port: int) -> None:
-    """Says at once, before models are loaded, what uvicorn would say in the end.
+def listen(host: str, port: int) -> socket.socket:
+    """Takes an address, so that what is wrong with it is said before models are loaded; nobody can connect yet.
 
     Raises:
         ConfigError: if the address is taken, or is none of this machine's.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
-        try:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"The server cannot listen on {host}, port {port}: {error.strerror or error}; give it another --port, "
-                "such as 0 for a free one, or another --host"
-            ) from error
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name == "posix":  # elsewhere it would let two programs have one port
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind((host, port))
+    except OSError as error:
+        door.close()
+        raise ConfigError(
+            f"The server cannot listen on {host}, port {port}: {error.strerror or error}; give it another --port, "
+            "such as 0 for a free one, or another --host"
+        ) from error
+    return door
 
 
-def run(settings: Settings) -> None:
-    """Runs a server until it is interrupted; answers under way may end then.
+def run(settings: Settings, say: Callable[[str], None]) -> None:
+    """Runs a server until it is told to stop; see `PatientServer`.
+
+    Args:
+        settings: How it is started.
+        say: Called with lines for people: where it is to be found.
 
     Raises:
         ConfigError: if the address cannot be listened on.
         T2LError: as `build` does.
     """
-    check_address(settings.host, settings.port)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
-    config = uvicorn.Config(
-        build(settings),
-        host=settings.host,
-        port=settings.port,
-        access_log=False,  # the guard writes its own
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,  # anybody could claim another address
-        timeout_graceful_shutdown=settings.patience,
-        limit_concurrency=512,
-    )
-    uvicorn.Server(config).run()
+    with listen(settings.host, settings.port) as door:
+        url = f"http://{spoken(settings.host)}:{door.getsockname()[1]}/"
+        say(f"t2l serve: loading {settings.checkpoint}")
+        app, engine = build(settings)
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonLines())
+        logging.basicConfig(handlers=[handler], level=logging.INFO)
+        server = PatientServer(
+            app,
+            engine,
+            grace=settings.grace,
+            on_start=lambda: say(f"t2l serve: open {url}"),
+            access_log=False,  # the guard writes its own
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,  # anybody could claim another address
+            limit_concurrency=512,
+        )
+        server.run(sockets=[door])
 
 
 def _load(settings: Settings) -> tuple[TextToLora, Any, Any]:

@@ -18,6 +18,7 @@ from t2l.errors import (
     AdapterNotFoundError,
     AnswerError,
     BusyError,
+    ClosingError,
     ConfigError,
     DeadlineError,
     DescriptionError,
@@ -31,6 +32,8 @@ from t2l.serve.sampling import Choice
 from t2l.serve.text import INCOMPLETE
 
 Kind = Literal["chat", "text"]
+RESTART_SECONDS = 10
+"""After which clients of a server that is shutting down may find the next one."""
 _OBJECTS = {"chat": ("chat.completion", "chat.completion.chunk"), "text": ("text_completion", "text_completion")}
 
 
@@ -42,7 +45,7 @@ class Run:
         generations: One for each choice.
 
     Raises:
-        RequestError, BusyError: if the engine does not take one; then none is under way.
+        RequestError, BusyError, ClosingError: if the engine does not take one; then none is under way.
     """
 
     def __init__(self, engine: Engine, generations: Sequence[Generation]) -> None:
@@ -66,6 +69,7 @@ class Run:
 
         Raises:
             AnswerError: if one of them failed or ran out of time.
+            ClosingError: if one was given up, because the server stops.
         """
         going = len(self.answers)
         while going:
@@ -73,7 +77,7 @@ class Run:
             if piece.end == "deadline":
                 raise DeadlineError(f"The answer took more than {self.answers[index].generation.timeout:g} seconds")
             if piece.end == "cancelled":
-                raise BusyError("The answer was given up, because the server is shutting down")
+                raise ClosingError("The answer was cut off: the server is shutting down")
             if piece.end == "error":
                 raise AnswerError(f"The answer failed: {piece.error}")
             going -= piece.end is not None
@@ -111,7 +115,7 @@ class Reply:
         """The reply when all answers have ended.
 
         Raises:
-            AnswerError, BusyError: if one of them failed, ran out of time or was given up.
+            AnswerError, ClosingError: if one of them failed, ran out of time or was given up.
         """
         texts, ends = [""] * len(self._begun), [""] * len(self._begun)
         choices: list[list[Choice]] = [[] for _ in self._begun]
@@ -228,7 +232,15 @@ def status_of(error: BaseException) -> int:
         return 400  # the last two: another program has no place for such an adapter
     if isinstance(error, BusyError):
         return 429
+    if isinstance(error, ClosingError):
+        return 503
     return 504 if isinstance(error, DeadlineError) else 500
+
+
+def error_headers(status: int) -> dict[str, str]:
+    """Whether and when asking again makes sense; OpenAI's clients ask again after a 5xx unless told not to."""
+    waits = {429: "1", 503: str(RESTART_SECONDS)}
+    return {"retry-after": waits[status]} if status in waits else {"x-should-retry": "false"}
 
 
 def error_body(error: BaseException, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -236,8 +248,7 @@ def error_body(error: BaseException, *, param: str | None = None, code: str | No
     message = str(error) if isinstance(error, T2LError) else "The server failed; its log says more"
     kinds = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
     status = status_of(error)
-    if code is None and status == 404:
-        code = "model_not_found"
+    code = code or {404: "model_not_found", 503: "shutting_down"}.get(status)
     return error_object(message, kinds.get(status, "server_error"), param=param, code=code)
 
 
