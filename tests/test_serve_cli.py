@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from t2l.cli import app
 from t2l.errors import ConfigError
-from t2l.serve.launch import Settings, is_loopback
+from t2l.serve.launch import Settings, is_loopback, spoken
 
 
 @contextmanager
@@ -182,6 +182,8 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
 
 def test_own_addresses_do_not(tmp_path: Path) -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"))
+    hosts = ("0.0.0.0", "::", "::1", "My-Machine", "192.168.1.5")
+    assert [spoken(host) for host in hosts] == ["127.0.0.1", "127.0.0.1", "[::1]", "my-machine", "192.168.1.5"]
 
 
 def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
