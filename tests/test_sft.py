@@ -167,6 +167,34 @@ def test_margin_loss_of_plain_prompts_alone(
     assert trainer.loss(*trainer.parts(shown)).item() == pytest.approx(plain.loss(*plain.parts(shown)).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("turns", [2, 3, 4])
+def test_a_margin_loss_in_turns_is_that_of_one(
+    turns: int,
+    make_trainer: MakeTrainer,
+    still: SftConfig,
+    own_base: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of four compared rows one does not count, so that turns have unlike parts of the margins; gradients too."""
+    monkeypatch.setattr(sft_step, "COMPARED", 1)
+    config = shorter(still, margin_loss_weight=2.0, description_in_prompt_prob=0.5, l2_weight=0.1)
+    data, batch = prepared(config)
+    batch = batch._replace(in_prompt=torch.tensor([False, True, False, False]))
+    found = []
+    for changes in ({}, {"gradient_accumulation_steps": turns}, {"margin_loss_weight": 0.0}):
+        trainer = make_trainer(shorter(config, **changes), own_base, data)
+        parts = trainer.parts(batch)
+        assert len(parts) == changes.get("gradient_accumulation_steps", 1)
+        own = [trainer.loss(part) for part in parts]
+        for loss in own:
+            loss.backward()
+        found.append((sum(loss.item() for loss in own), [p.grad for p in trainer.hypernet.parameters()]))
+    (one, grads), (other, theirs), (without, _) = found
+    assert other == pytest.approx(one, rel=1e-5) and one > without + 0.1
+    pairs = list(zip(grads, theirs, strict=True))
+    assert all((x - y).abs().max() <= 1e-5 * x.abs().max().clamp_min(1e-3) for x, y in pairs)
+
+
 def test_bfloat16_where_there_is_no_gpu(
     make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
 ) -> None:
