@@ -290,6 +290,12 @@ def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def spec(tiny_config: Any) -> AdapterSpec:
+    """q and v have different sizes, so a mix-up of targets cannot go unseen."""
+    return AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
+
+
+@pytest.fixture(scope="session")
 def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l"))
 

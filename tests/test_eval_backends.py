@@ -53,11 +53,6 @@ def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l"))
-
-
 @pytest.fixture
 def eval_run(tasks_file: Path, checkpoint: str) -> Callable[..., Any]:
     def call(out: Path, *more: Any) -> Any:

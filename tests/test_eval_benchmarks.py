@@ -23,11 +23,6 @@ SETTINGS: dict[str, Any] = {"seeds": (0, 1), "max_new_tokens": 5, "device": "cpu
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l"))
-
-
-@pytest.fixture(scope="module")
 def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up rows in the schema of the packed benchmarks."""
     folder = tmp_path_factory.mktemp("data")

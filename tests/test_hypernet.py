@@ -23,12 +23,6 @@ VARIANTS = ("L", "M", "S", "basis")
 KINDS = ("sentence", "tokens")
 
 
-@pytest.fixture(scope="module")
-def spec(tiny_config: Any) -> AdapterSpec:
-    """q and v have different sizes, so a mix-up of targets cannot go unseen."""
-    return AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
-
-
 def encode(kind: str, n: int = 3, length: int = 6, seed: int = 3) -> tuple[Tensor, Tensor | None]:
     """Random encodings; token states are zero where masked, as the encoder leaves them."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,22 +1,13 @@
 """Stacked A and B: norms, the update that they stand for, and what takes them apart."""
 
 from dataclasses import replace
-from typing import Any
 
-import pytest
 import torch
 from conftest import random_lora
 from hypernet_helpers import close
 
-from t2l.config import LoraConfig
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_config: Any) -> AdapterSpec:
-    """q and v have different sizes, so a mix-up of targets cannot go unseen."""
-    return AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
 
 
 def test_norms_are_those_of_the_dense_update(spec: AdapterSpec) -> None:

@@ -14,12 +14,6 @@ from t2l.spec import AdapterSpec
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_config: Any) -> AdapterSpec:
-    """q and v have different sizes, so a mix-up of targets cannot go unseen."""
-    return AdapterSpec.from_config(tiny_config, "tiny/base", LoraConfig(r=4, lora_alpha=8))
-
-
-@pytest.fixture(scope="module")
 def residual(tiny_config: Any) -> AdapterSpec:
     """o and down write to the residual stream, whose width is the tokens' own embeddings'."""
     return AdapterSpec.from_config(
