@@ -84,7 +84,9 @@ def test_half_precision(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = wrapped.unload()
 
     paths = [target.path.format(layer=2) for target in adapter.spec.targets]
-    sums = [base.get_submodule(p).weight.float() + adapter.lora.delta(m)[2] for m, p in enumerate(paths)]
+    changes = [adapter.lora.delta(m)[2] for m in range(len(paths))]
+    changes = [x.mT if adapter.spec.fan_in_fan_out else x for x in changes]
+    sums = [base.get_submodule(p).weight.float() + x for p, x in zip(paths, changes, strict=True)]
     assert adapter.merge_into(base) == 3 * len(paths) and {p.dtype for p in base.parameters()} == {dtype}
     assert all(torch.equal(base.get_submodule(p).weight, x.to(dtype)) for p, x in zip(paths, sums, strict=True))
     base.save_pretrained(tmp_path / "merged")

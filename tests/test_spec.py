@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import make_config
-from transformers import BloomConfig, FalconConfig, GPT2Config, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, FalconConfig, GPTNeoXConfig
 
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
-from t2l.spec import AdapterSpec, Target
+from t2l.spec import TRANSPOSED, AdapterSpec, Target, is_transposed
 
 
 def test_tiny_llama(tiny_config: Any) -> None:
@@ -72,13 +72,14 @@ def test_all_linear_is_the_same_under_any_hash_seed() -> None:
     assert one == other and b"down_proj" in one
 
 
-def test_gpt2_has_no_linear_modules_and_says_so() -> None:
-    """GPT-2's layers are Conv1D with weights the other way round: adapting them as linear would be wrong."""
-    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32)
-    with pytest.raises(SpecMismatchError, match=r"gpt2 has no .* its matrices are c_attn \(Conv1D\), c_fc"):
-        AdapterSpec.from_config(config, "gpt2", LoraConfig(target_modules=("c_attn",)))
-    with pytest.raises(SpecMismatchError, match="its matrices are"):
-        AdapterSpec.from_config(config, "gpt2", LoraConfig(target_modules=("all-linear",)))
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_gpt2_keeps_its_weights_the_other_way_round(kind: str) -> None:
+    config = AutoConfig.for_model(kind, n_layer=2, n_embd=16, n_head=2, vocab_size=32)
+    spec = AdapterSpec.from_config(config, kind)
+    assert [(t.name, t.in_features, t.out_features) for t in spec.targets] == [("c_attn", 16, 48)]
+    assert spec.fan_in_fan_out
+    module = AutoModelForCausalLM.from_config(config).get_submodule(spec.targets[0].path.format(layer=1))
+    assert is_transposed(module) and module.weight.shape == (16, 48)
 
 
 TINY: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from t2l.errors import AdapterNotAppliedError, SpecMismatchError
 from t2l.lora import LoraTensors
-from t2l.spec import AdapterSpec
+from t2l.spec import AdapterSpec, is_transposed, matrix_size
 
 
 class HasLora(Protocol):
@@ -274,7 +274,7 @@ def target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, 
                     f"({getattr(config, 'num_hidden_layers', '?')} layers) has no such module. "
                     "Use the base model the adapter was generated for."
                 ) from error
-            found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+            found = matrix_size(module)
             if found != (target.in_features, target.out_features):
                 raise SpecMismatchError(
                     f"The adapter is for {spec.base_model}, whose {path} is {target.in_features} x "
@@ -312,7 +312,7 @@ def add_into(model: nn.Module, adapter: HasLora) -> int:
             type(weight) is not nn.Parameter  # torchao's tensors say that they are floats
             or not weight.is_floating_point()
             or weight.is_meta
-            or weight.shape != (module.out_features, module.in_features)
+            or weight.shape != matrix_size(module)[:: 1 if is_transposed(module) else -1]
         ):
             raise SpecMismatchError(
                 f"{owners[id(weight)][0]} is quantised or not in memory ({weight.dtype}, on {weight.device}); load the "
@@ -326,7 +326,8 @@ def add_into(model: nn.Module, adapter: HasLora) -> int:
     for m, position, module in modules:
         weight = module.weight
         a, b = (part[m][position].to(weight.device, torch.float32) for part in (lora.a, lora.b))
-        merged = (weight.float() + lora.scaling * (b @ a)).to(weight.dtype)
+        change = lora.scaling * (b @ a)
+        merged = (weight.float() + (change.mT if is_transposed(module) else change)).to(weight.dtype)
         changed += not torch.equal(merged, weight)
         weight.copy_(merged)
     return changed

@@ -83,7 +83,7 @@ def adapter_config(spec: AdapterSpec) -> dict[str, Any]:
         "layers_to_transform": None if every_layer or _is_nested(spec) else list(spec.layers),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": spec.fan_in_fan_out,
         "inference_mode": True,
     }
 
@@ -137,7 +137,7 @@ _IRRELEVANT = frozenset(
     # One text and not a list, since the formatter would give each name a line.
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
     exclude_modules lora_alpha lora_dropout use_rslora layers_to_transform layers_pattern megatron_core
-    qalora_group_size runtime_config eva_config ensure_weight_tying""".split()  # noqa: SIM905
+    qalora_group_size runtime_config eva_config ensure_weight_tying fan_in_fan_out""".split()  # noqa: SIM905
 )
 """Settings of `adapter_config.json` that do not change what the tensors mean, or that are read elsewhere."""
 _HARMLESS: dict[str, tuple[Any, ...]] = {

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 QUERY_AND_VALUE = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("Wqkv",), ("c_attn",))
 """What bases call the modules that project to queries and values, or to queries, keys and values at once."""
+TRANSPOSED = ("gpt2", "openai-gpt")
+"""Types of models whose linear modules are Transformers' `Conv1D`."""
 _PATH = re.compile(r"\w+(?:\.\w+)*\.\{layer\}(?:\.\w+)+")
 
 
@@ -86,6 +88,11 @@ class AdapterSpec:
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base keeps its weights as (I, O); PEFT's word. A and B are the same for either."""
+        return self.model_type in TRANSPOSED
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of one adapter."""
         return len(self.layers) * sum(self.rank * (t.in_features + t.out_features) for t in self.targets)
@@ -111,23 +118,12 @@ class AdapterSpec:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         linears = {
-            name: (module.in_features, module.out_features)
+            name: matrix_size(module)
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name.startswith(_text_model(model))
+            if (isinstance(module, torch.nn.Linear) or is_transposed(module)) and name.startswith(_text_model(model))
         }
         num_layers = int(config.get_text_config().num_hidden_layers)
         templates = _layer_templates(linears)
-        if not templates:
-            # The matrices of GPT-2's layers, for one, are modules of a class of their own, which keeps them transposed.
-            others = {
-                f"{name.rsplit('.', 1)[-1]} ({type(module).__name__})"
-                for name, module in model.named_modules()
-                if re.search(r"\.\d+\.", name) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-            }
-            raise SpecMismatchError(
-                f"{base_model} has no modules of the class torch.nn.Linear in its layers, the one that is adapted: "
-                f"its matrices are {', '.join(sorted(others)) or 'no modules'}. Choose another base"
-            )
         names = lora.target_modules or next((x for x in QUERY_AND_VALUE if {*x} <= templates.keys()), (ALL_LINEAR,))
         names = tuple(sorted(templates)) if names == (ALL_LINEAR,) else names
         layers = tuple(range(num_layers)) if lora.layers_to_transform is None else lora.layers_to_transform
@@ -186,6 +182,17 @@ class AdapterSpec:
 def base_reference(reference: str) -> str:
     """A base's reference as it is kept: a folder's whole path, which leads there from anywhere; all others as given."""
     return os.path.abspath(reference) if os.path.isdir(reference) else reference
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether a module is GPT-2's `Conv1D`: a linear module whose weight is (I, O), where torch's own are (O, I)."""
+    return hasattr(module, "nx") and hasattr(module, "nf")
+
+
+def matrix_size(module: Any) -> tuple[int, int]:
+    """(in, out) features of a linear module; None for each where it is no linear module."""
+    names = ("nx", "nf") if is_transposed(module) else ("in_features", "out_features")
+    return getattr(module, names[0], None), getattr(module, names[1], None)  # type: ignore[return-value]
 
 
 def _text_model(model: Any) -> str:
