@@ -18,7 +18,7 @@ endif
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup models demo serve package-test test test-full research-test lint docs clean
+.PHONY: help setup models demo serve package-test audit test test-full research-test lint docs clean
 
 help:
 	@echo "make demo       three descriptions become three adapters; answers with and without them"
@@ -28,6 +28,7 @@ help:
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
 	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some ten minutes)"
 	@echo "make package-test  wheel and source archive, installed and tried with each extra (some gigabytes, half an hour)"
+	@echo "make audit      known vulnerabilities in what the package and its extras bring"
 	@echo "make lint       ruff, mypy, and the documentation without a warning"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make clean      remove what these made (the model cache stays)"
@@ -84,6 +85,14 @@ test-llamacpp: setup models .venv-llamacpp/.stamp
 
 package-test:
 	PYTHON="$(PYTHON)" scripts/package_test.sh
+
+# Nothing is installed but pip-audit: it works out what all extras bring and asks PyPI's database about each of them.
+audit:
+	"$(PYTHON)" -m venv build/audit
+	build/audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
+	"$(PYTHON)" scripts/requirements.py > build/audit/requirements.txt
+	# Strict: a package that the database does not know would else count as sound.
+	build/audit/bin/pip-audit --strict --progress-spinner off -r constraints.txt -r build/audit/requirements.txt
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,14 @@
-"""Prints the licences of everything that an installation of the package brings, as the packages say themselves."""
+"""Prints the licence of every package that an installation brings, as the packages say themselves.
+
+`python scripts/licences.py [EXTRA...]` ends with an error where one does not go with Apache-2.0, or says nothing.
+"""
 
 import re
+import sys
 from importlib import metadata
+
+# Who gives a program away with GPL code in it gives it away under the GPL; the LGPL asks that of the library alone.
+UNFIT = re.compile(r"\bA?GPL|GNU (Affero )?General")
 
 
 def requirements(name: str, extras: tuple[str, ...] = (), seen: dict[str, str] | None = None) -> dict[str, str]:
@@ -33,6 +40,14 @@ def licence(about: metadata.PackageMetadata) -> str:
     return about.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "not said")
 
 
+def unfit(found: dict[str, str]) -> dict[str, str]:
+    """Those that may not be part of an installation, with what they say."""
+    return {name: words for name, words in found.items() if UNFIT.search(words) or words == "not said"}
+
+
 if __name__ == "__main__":
-    for package, words in sorted(requirements("text-to-lora", ("embedded", "train", "data", "eval", "serve")).items()):
+    brought = requirements("text-to-lora", tuple(sys.argv[1:]))
+    for package, words in sorted(brought.items()):
         print(f"{package:<28} {words}")
+    if bad := unfit(brought):
+        sys.exit(f"error: these licences do not go with Apache-2.0, or are not said: {bad}")

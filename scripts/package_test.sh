@@ -5,6 +5,7 @@
 #   scripts/package_test.sh [NAME...]     only these of: core embedded train data eval library serve lm-eval ray lowest
 set -euo pipefail
 cd "$(dirname "$0")/.."
+here=$PWD
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -13,25 +14,40 @@ names=("$@")
 
 "$python" -m venv "$work/build"
 "$work/build/bin/pip" install --quiet --disable-pip-version-check build
-# The wheel is built from the source archive, so that the archive is known to hold all that is needed.
-"$work/build/bin/python" -m build --outdir "$work/dist" . > "$work/build.log" || { cat "$work/build.log"; exit 1; }
+# From a copy, as builds leave folders behind; and the wheel from the source archive, which is so known to be whole.
+mkdir "$work/source"
+git ls-files -z | xargs -0 cp --parents --target-directory "$work/source"
+"$work/build/bin/python" -m build --outdir "$work/dist" "$work/source" > "$work/build.log" || { cat "$work/build.log"; exit 1; }
 wheel=$(ls "$work"/dist/*.whl)
 ls -l "$work"/dist
 
 for name in "${names[@]}"; do
+    SECONDS=0
     env=$work/$name
     "$python" -m venv "$env"
     pip=("$env/bin/pip" install --quiet --disable-pip-version-check)
+    extras=$name
     case $name in
-        core) "${pip[@]}" -c constraints.txt torch "$wheel" ;;
-        lowest) "$python" scripts/lowest_versions.py > "$work/lowest.txt"
-                "${pip[@]}" -c "$work/lowest.txt" "$wheel[embedded,train,data,eval,library,ray,serve]" ;;
+        core) extras= && "${pip[@]}" -c constraints.txt torch "$wheel" ;;
+        lowest) "$python" scripts/requirements.py lowest > "$work/lowest.txt"
+                extras=embedded,train,data,eval,library,ray,serve
+                "${pip[@]}" -c "$work/lowest.txt" "$wheel[$extras]" ;;
         *) "${pip[@]}" -c constraints.txt torch "$wheel[$name]" ;;
     esac
-    # Away from the checkout, whose own package would be found first.
-    (cd "$work" && "$env/bin/t2l" --version && "$env/bin/t2l" generate --help > /dev/null &&
-        "$env/bin/python" "$OLDPWD/scripts/package_check.py" "$name")
     "$env/bin/pip" check
-    du -sh "$env" | cut -f1 | sed "s/^/$name: done, an environment of /"
+    # Away from the checkout, whose own package would be found first.
+    cd "$work"
+    "$env/bin/t2l" --version
+    "$env/bin/t2l" generate "Name the city in the sentence." -o "$name-adapter"
+    "$env/bin/python" "$here/scripts/package_check.py" "$name"
+    "$env/bin/python" "$here/scripts/licences.py" ${extras//,/ } > licences.txt || { cat licences.txt; exit 1; }
+    echo "$name: $(wc -l < licences.txt) packages, whose licences go with ours"
+    [ "$name" != embedded ] || "$env/bin/t2l" run --adapter "$name-adapter" --input "It rained in Oslo."
+    cd "$here"
+    if [ "$name" = lowest ]; then
+        "${pip[@]}" -c "$work/lowest.txt" pytest pytest-xdist hypothesis openai httpx playwright
+        "$env/bin/python" -m pytest -q -n 2 --dist loadfile -m "not slow"
+    fi
+    echo "$name: done in $SECONDS s, an environment of $(du -sh "$env" | cut -f1)"
     rm -rf "$env"
 done

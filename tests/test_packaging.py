@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from t2l.config import parse_yaml
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -75,21 +77,32 @@ def test_every_extra_is_tried_by_the_package_test() -> None:
 
 
 def test_every_requirement_has_a_lowest_version() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "lowest_versions.py"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, ROOT / "scripts" / "requirements.py", "lowest"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert {"torch", "transformers", "peft", "gguf"} <= {line.split("==")[0] for line in done.stdout.splitlines()}
 
 
 def test_licences_are_said_and_go_with_our_own() -> None:
-    """GPL or AGPL code may not be part of what a plain installation with all extras needs."""
-    found = script("licences").requirements(
-        "text-to-lora", ("embedded", "train", "data", "eval", "library", "ray", "serve")
-    )
+    """What the package test asks in each environment, of all extras that are installed here."""
+    licences = script("licences")
+    found = licences.requirements("text-to-lora", tuple(PROJECT["optional-dependencies"].keys() - {"dev"}))
     assert len(found) > 30
-    unfit = {name: words for name, words in found.items() if re.search(r"\bA?GPL|GNU (Affero )?General", words)}
-    assert not unfit
-    assert not [name for name, words in found.items() if words == "not said"]
+    assert not licences.unfit(found)
+    bad = {"a": "AGPL-3.0-only", "b": "GNU General Public License v3 (GPLv3)", "c": "not said", "d": "GPL-2.0"}
+    assert licences.unfit(bad | {"e": "LGPL-2.1", "f": "MPL-2.0", "g": "MIT"}) == bad
+
+
+def test_the_workflow_tries_every_extra_and_calls_targets_that_there_are() -> None:
+    jobs = parse_yaml((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"), ".github")["jobs"]
+    tried = set(jobs["package"]["strategy"]["matrix"]["name"])
+    assert tried == script("package_check").EXTRAS.keys() | {"core", "lowest"}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    steps = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    assert (
+        {"lint", "test", "audit"}
+        <= {target for step in steps for target in re.findall(r"make ([\w-]+)", step)}
+        <= targets
+    )
 
 
 @pytest.mark.slow
