@@ -244,7 +244,7 @@ def test_run_uses_an_adapter_on_the_base_that_it_is_for(checkpoint: Path, tmp_pa
     config = tmp_path / "other" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 16}))
     failed(t2l(*run, checkpoint), "rank 4 in A and 4 in B", "says 16")
-    failed(t2l("run", "A task.", "--adapter", tmp_path / "absent", "--input", "x"), "not an adapter folder")
+    failed(t2l("run", "A task.", "--adapter", tmp_path / "absent", "--input", "x"), "There is no adapter folder")
 
 
 def test_run_says_so_if_the_adapter_changes_nothing(small_base: Path, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_the_hub_client_gets_what_it_is_given(hub_cache: Path, tiny: Path, monke
 @pytest.mark.parametrize(
     ("name", "error", "match"),
     [
-        ("RepositoryNotFoundError", ModelNotFoundError, "no model 'org/name'"),
+        ("RepositoryNotFoundError", ModelNotFoundError, "the Hub has no model of that name"),
         ("RevisionNotFoundError", ModelNotFoundError, "no revision 'v1'"),
         ("GatedRepoError", DownloadError, "hf auth login"),
         ("HfHubHTTPError", DownloadError, "Check the network"),

@@ -215,12 +215,6 @@ def test_export_peft_pads_and_renames(make_checkpoint: Any, tmp_path: Path) -> N
     assert "give one of them" in run(*arguments, "-o", str(tmp_path / "x"), "--vllm", "--rank", "16").output
 
 
-def test_a_path_that_leads_nowhere_is_no_description(tmp_path: Path) -> None:
-    done = run("merge", str(tmp_path / "nothing"), "-o", str(tmp_path / "out"))
-    assert done.exit_code == 1
-    assert "give an adapter's folder, or a description in words" in done.output
-
-
 def test_overwriting_spares_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

@@ -111,6 +111,19 @@ def test_a_folder_of_adapters_is_named_with_what_it_holds(checkpoint: Path, tmp_
     failed(result, "holds 3 adapters (000-", "give one of them, such as")
 
 
+def test_a_folder_and_a_description_are_not_taken_for_one_another(checkpoint: Path, tmp_path: Path) -> None:
+    """A misspelt folder once became a whole model of the description `hotle`, a folder's name a task."""
+    assert t2l("generate", TASKS[0], "-o", tmp_path / "hotel", "--checkpoint", checkpoint).exit_code == 0
+    assert f"give --adapter {tmp_path / 'hotel'}" in t2l("run", tmp_path / "hotel", "--input", "x").stderr
+    out = ("-o", tmp_path / "out", "--checkpoint", checkpoint)
+    for name in ("hotle", str(tmp_path / "hotle")):
+        failed(t2l("merge", name, *out), f"There is no folder {name}; give an adapter's folder, or a description of")
+    failed(t2l("merge", "Longer than the name of a file. " * 9, *out), "reads at most 128")
+    assert t2l("export", "peft", "判断评论是正面还是负面。", *out).exit_code == 0
+    (tmp_path / "own.jsonl").touch()
+    failed(t2l("inspect", tmp_path / "own.jsonl"), "own.jsonl is a file")
+
+
 def test_the_base_may_have_moved(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert t2l("generate", TASKS[0], "-o", tmp_path / "a", "--checkpoint", checkpoint).exit_code == 0
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -74,7 +74,7 @@ def parse(ref: str) -> ModelRef:
             known = ", ".join(PREFIX + known for known in KNOWN_PACKAGES)
             raise ModelNotFoundError(f"unknown model package {ref!r}; known are {known}")
         return ModelRef("pypi", name)
-    if ref.startswith(("/", "./", "../", "~")) or ref in (".", "..") or _is_dir(ref):
+    if ref.startswith(("/", "./", "../", "~")) or ref in (".", "..") or os.path.exists(ref):
         return ModelRef("folder", str(_existing_folder(ref)))
     name, at, revision = ref.partition("@")
     if not _HUB_ID.fullmatch(name) or "--" in name or ".." in name or len(name) > 96:
@@ -89,18 +89,11 @@ def _forms() -> str:
     return f"write a folder ('./my-model'), '{PREFIX}{package}' or a Hub id ('org/name', 'org/name@revision')"
 
 
-def _is_dir(ref: str) -> bool:
-    try:
-        return os.path.isdir(ref)
-    except ValueError:  # a NUL byte in the name
-        return False
-
-
 def _existing_folder(ref: str) -> Path:
     try:
         path = Path(ref).expanduser()
         is_dir, is_file = path.is_dir(), path.is_file()
-    except (ValueError, RuntimeError) as error:  # a NUL byte, or `~name` of an unknown user
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, `~name` of an unknown user, too long
         raise ModelNotFoundError(f"{ref!r} is not a usable folder name: {error}") from error
     if is_file:
         raise ModelNotFoundError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
@@ -474,7 +467,8 @@ def _snapshot(parsed: ModelRef, patterns: tuple[str, ...], *, progress: bool, **
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(
-            f"the Hub has no model {parsed.name!r}; check the spelling, or run `hf auth login` if it is private"
+            f"there is no folder {parsed.name}, and the Hub has no model of that name; check the spelling, or run `hf "
+            "auth login` if it is private"
         ) from error
     except RevisionNotFoundError as error:
         raise ModelNotFoundError(f"the Hub model {parsed.name!r} has no revision {parsed.revision!r}") from error
@@ -482,9 +476,9 @@ def _snapshot(parsed: ModelRef, patterns: tuple[str, ...], *, progress: bool, **
     except Exception as error:
         packages = " or ".join(PREFIX + name for name in KNOWN_PACKAGES)
         raise DownloadError(
-            f"cannot fetch {parsed} from the Hugging Face Hub: {first_line(error)}. Check the network (and that "
-            "HF_HUB_OFFLINE is unset), or download the model elsewhere and give its folder, or use a model that "
-            f"needs no Hub: {packages}"
+            f"there is no folder {parsed}, and the Hub cannot be asked for it: {first_line(error)}. "
+            "Check the network (and that HF_HUB_OFFLINE is unset), or download the model elsewhere and give its folder "
+            f"here, or use a model that needs no Hub: {packages}"
         ) from error
     return Path(folder)
 

@@ -129,10 +129,13 @@ def data_dir() -> Path:
     """
     value = os.environ.get("T2L_DATA")
     if not value:
-        raise DataError("T2L_DATA is not set; point it to the folder that holds sni_tasks.parquet and its companions")
+        raise DataError(
+            "T2L_DATA is not set: this needs the packed data. `t2l data build` makes them; then let T2L_DATA name "
+            "their folder"
+        )
     folder = Path(value)
     if not (folder / "sni_tasks.parquet").is_file():
-        raise DataError(f"T2L_DATA={value} holds no sni_tasks.parquet")
+        raise DataError(f"T2L_DATA={value} holds no sni_tasks.parquet; `t2l data build` makes it")
     return folder
 
 

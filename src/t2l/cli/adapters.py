@@ -1,5 +1,6 @@
 """`t2l generate` and `t2l run`."""
 
+import os
 import re
 import sys
 import time
@@ -288,8 +289,10 @@ def _require_description(description: str | None, adapter: Path | None) -> None:
     """Raises before anything slow is loaded if there is nothing that says what the task is."""
     if description is None and adapter is None:
         raise typer.BadParameter("no description is given: give DESCRIPTION, or --adapter DIR")
+    if adapter is None and description is not None and os.path.isdir(description):
+        raise typer.BadParameter(f"{description} is a folder: give --adapter {description}, or a description in words")
     if adapter is not None and not adapter.is_dir():
-        raise CheckpointError(f"{adapter} is not an adapter folder")
+        raise CheckpointError(f"There is no adapter folder {adapter}")
     if adapter is not None:
         from t2l.peft_io import CONFIG, read_origin
 

@@ -50,16 +50,18 @@ def find_adapter(source: str, checkpoint: str, base: str | None = None, device: 
     """The adapter of a PEFT folder, or a new one, written on the device, where the text names no folder.
 
     Raises:
-        CheckpointError: if the text reads as a path that leads to no folder.
+        CheckpointError: if the text is a single word, and no folder of that name is there.
     """
     from t2l.adapter import LoraAdapter
     from t2l.text_to_lora import TextToLora
 
-    folder = Path(source).expanduser() if len(source) < 1024 and "\0" not in source else None
-    if folder is not None and folder.is_dir():
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder):  # Path.is_dir would raise for a text longer than a file's name may be
         return LoraAdapter.from_pretrained(folder, base_model=base)
-    if os.sep in source and not any(character.isspace() for character in source):
-        raise CheckpointError(f"There is no folder {source}; give an adapter's folder, or a description in words")
+    if source.isascii() and len(source.split()) == 1:  # a misspelt folder; languages without spaces are not ASCII
+        raise CheckpointError(
+            f"There is no folder {source}; give an adapter's folder, or a description of several words"
+        )
     (adapter,) = TextToLora.from_pretrained(checkpoint, device=checked_device(device) or "auto").generate([source])
     adapter.require_effect()
     return adapter
