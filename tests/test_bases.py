@@ -35,6 +35,7 @@ TOKENS = torch.tensor([[0, 17, 200, 33, 4, 90, 121], [0, 5, 6, 7, 8, 9, 10]])
 WIDE = {"head_dim": 8, "max_position_embeddings": 128}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FULL = {"layer_types": ["full_attention"] * 3}
+MIXED = {"layer_types": ["conv", "full_attention", "conv"]}
 
 BASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "llama": ({"tie_word_embeddings": True}, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")),
@@ -70,6 +71,8 @@ BASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     # Its linear modules are `Conv1D`, whose weights are (I, O); queries, keys and values are one module.
     "gpt2": ({}, ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")),
     "lfm2": (FULL, ("q_proj", "k_proj", "v_proj", "self_attn.out_proj", "feed_forward.w2")),
+    # The same with convolutions in the place of attention, as in the published models; what all layers have is adapted.
+    "lfm2-conv": (MIXED, ("feed_forward.w1", "feed_forward.w2")),
 }
 """For each type of model the settings that are its own, and the modules to adapt."""
 
@@ -79,7 +82,7 @@ def make_base(kind: str) -> Any:
     settings, _ = BASES[kind]
     if "text_config" not in settings:
         settings = SMALL | {"max_position_embeddings": 128} | settings
-    config = AutoConfig.for_model(kind, **settings)
+    config = AutoConfig.for_model(kind.removesuffix("-conv"), **settings)
     torch.manual_seed(3)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
 
@@ -192,6 +195,19 @@ def test_llamacpps_own_converter_writes_the_same(kind: str, tmp_path: Path) -> N
     found = {tensor.name: tensor.data for tensor in ours.tensors}
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_layers_left_open_are_those_that_have_the_modules(tmp_path: Path) -> None:
+    config = make_base("lfm2-conv").config
+    for targets, layers in (((), (1,)), (("in_proj",), (0, 2)), (("feed_forward.w1",), (0, 1, 2))):
+        spec = AdapterSpec.from_config(config, "tiny", LoraConfig(target_modules=targets))
+        assert spec.layers == layers
+    assert [t.name for t in AdapterSpec.from_config(config, "tiny").targets] == ["q_proj", "v_proj"]
+    with pytest.raises(SpecMismatchError, match="differs from layer to layer"):
+        AdapterSpec.from_config(config, "tiny", LoraConfig(target_modules=("q_proj", "in_proj")))
+    LoraAdapter(random_lora(spec), spec, "", {}).save_pretrained(tmp_path / "adapter")
+    config.save_pretrained(tmp_path / "base")
+    assert open_adapter(tmp_path / "adapter", str(tmp_path / "base"))[1].layers == (0, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from t2l.apply import AdapterHooks
 from t2l.errors import ConfigError
 from t2l.tasks import Example
 from t2l.train.batches import Batches, Pool
-from t2l.train.loss import answer_losses, attention_masks, require_packable
+from t2l.train.loss import answer_losses, attention_masks, document_gap, require_packable
 from t2l.train.packing import SHARED, PackedRows
 
 BASES: dict[str, dict[str, Any]] = {
@@ -27,6 +27,7 @@ BASES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
     "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_inner": 48},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48},
 }
 """Bases that cap or scale logits, see a window, have attention of their own, learn positions."""
@@ -50,17 +51,19 @@ def make(kind: str, attention: str | None = None) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def packed_rows() -> PackedRows:
+def packed_rows(gap: int = 0) -> PackedRows:
     """Two rows of documents of different lengths, with and without a beginning that they share."""
     pool = Pool("a", tuple(Example(f"{n}", "in " + "x" * n, (f"out {n}",)) for n in range(9)), (0,))
-    batches = Batches([pool], ["Do."], make_tokenizer(), rows=2, tokens=120, answer_tokens=30, in_prompt=0.5, seed=1)
+    room: dict[str, Any] = {"rows": 2, "tokens": 120, "answer_tokens": 30, "in_prompt": 0.5, "seed": 1}
+    batches = Batches([pool], ["Do."], make_tokenizer(), **room, gap=gap)
     return batches[0].rows
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", BASES)
 def test_packed_documents_lose_what_the_base_itself_loses_on_each_of_them(kind: str, attention: str) -> None:
-    base, rows = make(kind, attention), packed_rows()
+    base = make(kind, attention)
+    rows = packed_rows(document_gap(base.config))
     require_packable(base, kind)
     with torch.no_grad():
         losses, correct = answer_losses(base, AdapterHooks((), "unused"))(rows, None)

@@ -115,6 +115,19 @@ def test_fixed_rows_hold_everything_once_or_a_fair_part(tiny_tokenizer: PreTrain
     assert len(fixed_rows(store, tokens=TOKENS, answer_tokens=ANSWERS, limit=1)) == 1
 
 
+def test_a_gap_keeps_documents_apart(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    store = documents(make_task(number=40), tiny_tokenizer, gap=5)
+    stream = Stream("count", store, tokens=TOKENS, answer_tokens=60, seed=1)
+    listed = [stream.row() for _ in range(8)] + fixed_rows(store, tokens=TOKENS, answer_tokens=60)
+    rows = pack([(store, found) for found in listed], tokens=TOKENS, answer_tokens=60)
+    assert max(map(len, listed)) > 2
+    for row, found in zip(rows.documents, listed, strict=True):
+        places = [torch.where(row == n)[0] for n in range(len(found))]
+        lengths = [int(store.prompt[d] + store.answer[d]) - 1 for d in found]
+        assert [len(x) for x in places] == lengths
+        assert [int(x[0]) for x in places] == [sum(lengths[:n]) + 5 * n for n in range(len(found))]
+
+
 def test_packed_rows_say_what_the_documents_say(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     """Tokens, positions, labels and weights, read back; empty rows stay empty."""
     one, other = (documents(make_task(name), tiny_tokenizer) for name in ("one", "two"))

@@ -54,7 +54,12 @@ def each(kinds: Iterable[str]) -> list[tuple[str, str]]:
     return [(k, way) for k in kinds for way in ("eager", "sdpa") if way == "eager" or k not in ("gemma2", "gpt_oss")]
 
 
-@pytest.mark.parametrize(("kind", "attention"), each(BASES))
+def test_a_base_with_convolutions_is_refused(tiny_tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="has layers of kind conv; only models whose layers all keep keys and values"):
+        Engine(make_base("lfm2-conv"), tiny_tokenizer)
+
+
+@pytest.mark.parametrize(("kind", "attention"), each(k for k in BASES if k != "lfm2-conv"))
 def test_rows_with_adapters_are_answered_as_alone(kind: str, attention: str, tiny_tokenizer: Any) -> None:
     model = make_base(kind)
     model.set_attn_implementation(attention)

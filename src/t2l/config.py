@@ -202,7 +202,8 @@ class LoraConfig:
     """Module names (path suffixes) in order, or the single entry `all-linear`. None named means those that project to
     queries and values, by the name that the base has for them, or all linear modules if it has another one."""
     layers_to_transform: tuple[Annotated[int, Range(at_least=-(2**20), at_most=2**20)], ...] | None = None
-    """Decoder layers to adapt, counted from 0, or from the last one backwards as -1, -2 …; null means all."""
+    """Decoder layers to adapt, counted from 0, or from the last one backwards as -1, -2 …; null means all that have
+    the modules."""
     r: Size = 8
     """Rank of the adapters."""
     lora_alpha: Positive = 16

@@ -24,9 +24,9 @@ from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
 from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
 from t2l.lora import LoraTensors
 from t2l.names import require_folder_names
-from t2l.peft_folder import shape_of, whole_spec
+from t2l.peft_folder import shape_of
 from t2l.pypi import public_name
-from t2l.spec import AdapterSpec, base_reference
+from t2l.spec import AdapterSpec, base_reference, linear_modules
 from t2l.upload import SharedLibrary
 
 if TYPE_CHECKING:
@@ -254,9 +254,9 @@ def from_peft_folders(
     if not paths or repeated:
         what = f"several are named {', '.join(repeated[:5])}" if repeated else "there are none"
         raise ConfigError(f"PEFT folders become adapters named after them, but {what}")
-    whole = whole_spec(config, base_model)
+    modules = linear_modules(config)
     refused: dict[str, str] = {}
-    shapes = _each(paths, lambda path: _shape(path, whole), refused)
+    shapes = _each(paths, lambda path: _shape(path, modules, base_model), refused)
     loaded: dict[str, LoraTensors] = {}
     if shapes:
         shape = Counter(shapes.values()).most_common(1)[0][0]
@@ -299,15 +299,15 @@ def _brief(value: object) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _shape(folder: Path, whole: AdapterSpec) -> LoraConfig:
+def _shape(folder: Path, modules: dict[str, tuple[str, int]], base_model: str) -> LoraConfig:
     """Reads what a folder adapts; raises where that is for another base, or no full grid of targets and layers."""
-    facts, base_model = peft_io.read_facts(folder), whole.base_model
+    facts = peft_io.read_facts(folder)
     if base_reference(facts.base_model) not in (base_reference(base_model), public_name(base_model)):
         raise SpecMismatchError(
             f"it is for the base {facts.base_model}, the library is for {base_model}; if they are the same model, give "
             "the base by the adapters' name"
         )
-    return shape_of(facts, whole, where="it")
+    return shape_of(facts, modules, base_model, where="it")
 
 
 def _parts(lora: LoraTensors) -> tuple[tuple[str, tuple[torch.Tensor, ...]], ...]:

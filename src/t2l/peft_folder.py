@@ -4,17 +4,14 @@
 Knows folders, specs and configs. Knows no hypernetwork and reads no weights of a base.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from t2l import hub, peft_io
 from t2l.config import LoraConfig
 from t2l.errors import SpecMismatchError
 from t2l.lora import LoraTensors
-from t2l.spec import ALL_LINEAR, AdapterSpec
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from t2l.spec import AdapterSpec, linear_modules
 
 
 def open_adapter(folder: Path, base_model: str | None = None) -> tuple[LoraTensors, AdapterSpec]:
@@ -35,37 +32,34 @@ def open_adapter(folder: Path, base_model: str | None = None) -> tuple[LoraTenso
     facts = peft_io.read_facts(folder)
     base = base_model or facts.base_model
     config = hub.load_config(base)
-    lora = shape_of(facts, whole_spec(config, base), where=folder)
+    lora = shape_of(facts, linear_modules(config), base, where=folder)
     spec = AdapterSpec.from_config(config, base, lora)
     return peft_io.load_adapter(folder, spec), spec
 
 
-def whole_spec(config: "PretrainedConfig", base_model: str) -> AdapterSpec:
-    """Every linear module of every layer of a base."""
-    return AdapterSpec.from_config(config, base_model, LoraConfig(target_modules=(ALL_LINEAR,)))
-
-
-def shape_of(facts: peft_io.PeftFacts, whole: AdapterSpec, *, where: object) -> LoraConfig:
+def shape_of(
+    facts: peft_io.PeftFacts, modules: Mapping[str, tuple[str, int]], base_model: str, *, where: object
+) -> LoraConfig:
     """The settings that give a spec of a folder's adapter.
 
     Args:
         facts: What the folder says of itself.
-        whole: See `whole_spec`.
+        modules: The base's, see `linear_modules`.
+        base_model: What the base is called in messages.
         where: What the folder is called in messages.
 
     Raises:
         SpecMismatchError: if the folder adapts what the base does not have, or is no full grid of modules and layers.
     """
-    by_path = {t.path.format(layer=layer): (t.name, layer) for t in whole.targets for layer in whole.layers}
-    strange = sorted(facts.modules.keys() - by_path.keys())
+    strange = sorted(facts.modules.keys() - modules.keys())
     if strange:
         raise SpecMismatchError(
-            f"{where} adapts {strange[0]}, which is no linear module in a layer of {whole.base_model}; give the base "
+            f"{where} adapts {strange[0]}, which is no linear module in a layer of {base_model}; give the base "
             "model that the adapter was made for"
         )
-    found = {by_path[path] for path in facts.modules}
+    found = {modules[path] for path in facts.modules}
     layers = tuple(sorted({layer for _, layer in found}))
-    targets = tuple(t.name for t in whole.targets if any(name == t.name for name, _ in found))
+    targets = tuple(sorted({name for name, _ in found}))
     missing = [(name, layer) for layer in layers for name in targets if (name, layer) not in found]
     if missing:
         raise SpecMismatchError(

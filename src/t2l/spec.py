@@ -111,22 +111,14 @@ class AdapterSpec:
                 different sizes in different layers.
             ConfigError: if layers are not ascending or the model does not have them.
         """
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        lora = lora or LoraConfig()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        linears = {
-            name: matrix_size(module)
-            for name, module in model.named_modules()
-            if (isinstance(module, torch.nn.Linear) or is_transposed(module)) and name.startswith(_text_model(model))
-        }
+        lora, linears = lora or LoraConfig(), _linears(config)
         num_layers = int(config.get_text_config().num_hidden_layers)
         templates = _layer_templates(linears)
         names = lora.target_modules or next((x for x in QUERY_AND_VALUE if {*x} <= templates.keys()), (ALL_LINEAR,))
         names = tuple(sorted(templates)) if names == (ALL_LINEAR,) else names
-        layers = tuple(range(num_layers)) if lora.layers_to_transform is None else lora.layers_to_transform
+        layers = lora.layers_to_transform
+        if layers is None:
+            layers = _layers_with(names, templates, linears, num_layers)
         layers = tuple(layer + num_layers if -num_layers <= layer < 0 else layer for layer in layers)
         _check_layers(layers, num_layers)
         return cls(
@@ -184,6 +176,28 @@ def base_reference(reference: str) -> str:
     return os.path.abspath(reference) if os.path.isdir(reference) else reference
 
 
+def linear_modules(config: "PretrainedConfig") -> dict[str, tuple[str, int]]:
+    """The name, as `lora.target_modules` takes it, and the layer of every linear module in a base's layers, by path."""
+    linears = _linears(config)
+    layers = range(int(config.get_text_config().num_hidden_layers))
+    named = [(path.format(layer=n), name, n) for name, path in _layer_templates(linears).items() for n in layers]
+    return {path: (name, layer) for path, name, layer in named if path in linears}
+
+
+def _linears(config: "PretrainedConfig") -> dict[str, tuple[int, int]]:
+    """Paths and sizes of the linear modules that text passes through, of a model without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        name: matrix_size(module)
+        for name, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) or is_transposed(module)) and name.startswith(_text_model(model))
+    }
+
+
 def is_transposed(module: Any) -> bool:
     """Whether a module is GPT-2's `Conv1D`: a linear module whose weight is (I, O), where torch's own are (O, I)."""
     return hasattr(module, "nx") and hasattr(module, "nf")
@@ -233,6 +247,18 @@ def _layer_templates(linears: dict[str, tuple[int, int]]) -> dict[str, str]:
         suffixes = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
         templates[next(s for s in suffixes if len(by_suffix[s]) == 1 or s == rest)] = path
     return templates
+
+
+def _layers_with(
+    names: Sequence[str], templates: dict[str, str], linears: dict[str, tuple[int, int]], num_layers: int
+) -> tuple[int, ...]:
+    """The layers that have all of the named modules; all layers if none has, which `_target` then refuses.
+
+    In LFM2, for one, some layers have attention and others a convolution in its place.
+    """
+    paths = [path for name in names for path in templates.values() if path.endswith("." + name)]
+    found = [n for n in range(num_layers) if all(path.format(layer=n) in linears for path in paths)]
+    return tuple(found or range(num_layers))
 
 
 def _target(

@@ -19,7 +19,7 @@ from t2l.library import AdapterLibrary
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.tasks import Task
-from t2l.train.loss import answer_losses
+from t2l.train.loss import answer_losses, document_gap
 from t2l.train.packing import TaskDocuments, document_scores, fixed_rows, pack, tokenize_examples
 
 
@@ -154,6 +154,7 @@ def prepare_scores(
             answer_tokens=answer_tokens,
             seed=0,
             first_answer=True,
+            gap=document_gap(model.config),
         )
         if found.variants:
             documents[task.name] = found

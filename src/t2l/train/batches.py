@@ -130,13 +130,13 @@ class _Row:
     """Tokens used so far."""
     answer_tokens: int = 0
 
-    def put(self, prompt: list[int], answer: list[int], *, tokens: int, answer_tokens: int) -> bool:
-        """Adds a document if the row, which may have so many tokens, has room for it."""
+    def put(self, prompt: list[int], answer: list[int], *, tokens: int, answer_tokens: int, gap: int) -> bool:
+        """Adds a document if the row, which may have so many tokens, has room for it, and leaves a gap after it."""
         length = len(prompt) + len(answer) - 1 - (self.shared if self.documents else 0)
         if self.tokens + length > tokens or self.answer_tokens + len(answer) > answer_tokens:
             return False
         self.documents.append((prompt, answer))
-        self.tokens += length
+        self.tokens += length + gap
         self.answer_tokens += len(answer)
         return True
 
@@ -163,6 +163,7 @@ class Batches(Dataset):
         option_placement_prob: Share of the rows of tasks with few answers whose inputs list these as options.
         source_weights: How often tasks of each source come; the weights sum to 1. Without them all tasks come alike.
         share_beginnings: Whether the tokens that all prompts of a row begin with stand there once, or in each document.
+        gap: Tokens between two documents of a row, see `t2l.train.loss.document_gap`; beginnings are then not shared.
         prompt: How prompts are rendered; whether a prompt shows the description is drawn by `in_prompt`.
 
     Raises:
@@ -189,6 +190,7 @@ class Batches(Dataset):
         option_placement_prob: float = 0.0,
         source_weights: Sequence[float] = (),
         share_beginnings: bool = True,
+        gap: int = 0,
         prompt: PromptConfig | None = None,
     ) -> None:
         self.pools, self.texts, self.tokenizer = list(pools), list(texts), tokenizer
@@ -197,7 +199,7 @@ class Batches(Dataset):
         self.augment_unsaid, self.prompt = augment_unsaid, prompt or PromptConfig()
         self.random_texts, self.random_text_prob = random_texts, random_text_prob
         self.terse_prob, self.dropout, self.option_placement_prob = terse_prob, dropout, option_placement_prob
-        self.share_beginnings = share_beginnings and not one_example
+        self.share_beginnings, self.gap = share_beginnings and not one_example and not gap, gap
         self.candidates = 2 if one_example else CANDIDATES
         self.eos = require_end_of_sequence(tokenizer)
         self._own = [frozenset(pool.readable) for pool in self.pools]
@@ -342,7 +344,7 @@ class Batches(Dataset):
                 if len(prompt) + len(answer) - 1 > self.tokens or len(answer) > self.answer_tokens:
                     skipped += 1
                 elif not (self.one_example and row.documents):
-                    fits = row.put(prompt, answer, tokens=self.tokens, answer_tokens=self.answer_tokens)
+                    fits = row.put(prompt, answer, tokens=self.tokens, answer_tokens=self.answer_tokens, gap=self.gap)
                     if fits and self.one_example:
                         row.read = row.pool.reads[pick]
             waiting = [row for row in waiting if row.left and not row.documents]
@@ -356,7 +358,7 @@ class Batches(Dataset):
 
     def _pack(self, rows: list[_Row]) -> PackedRows:
         """Rows that weigh the same, and whose documents weigh the same."""
-        listed = [(Documents.join(row.documents), range(len(row.documents))) for row in rows]
+        listed = [(Documents.join(row.documents, gap=self.gap), range(len(row.documents))) for row in rows]
         shared = [row.shared for row in rows]
         packed = pack(listed, tokens=self.tokens, answer_tokens=self.answer_tokens, shared=shared)
         filled = np.array([len(row.documents) for row in rows])

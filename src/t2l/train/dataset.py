@@ -288,13 +288,14 @@ def _readable(made: list[list[Variant]], count_tokens: CountTokens, window: int)
 # --------------------------------------------------------------------------------------------- pools and batches
 
 
-def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -> RunData:
+def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens, *, gap: int = 0) -> RunData:
     """Loads tasks, checks that everything fits, and lays out batches.
 
     Args:
         config: Settings.
         tokenizer: The base's.
         count_tokens: Counts the tokens of texts as the encoder does.
+        gap: Tokens between two documents of a row, see `t2l.train.loss.document_gap`.
 
     Raises:
         DataError: if data are missing or forbidden, nothing fits, or tasks cannot be told apart where the settings
@@ -320,6 +321,7 @@ def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -
         descriptions,
         tokenizer,
         config,
+        gap,
         in_prompt=in_prompt,
         seed=config.seed,
         random_texts=random_texts,
@@ -334,7 +336,9 @@ def prepare_data(config: SftConfig, tokenizer: Any, count_tokens: CountTokens) -
     }
     modes = [mode for mode, used in (("adapter", in_prompt < 1), ("adapter+prompt", in_prompt > 0)) if used]
     evaluation = {
-        f"{name}/{mode}": _batches(filled, descriptions, tokenizer, config, in_prompt=float(mode != "adapter"), seed=1)
+        f"{name}/{mode}": _batches(
+            filled, descriptions, tokenizer, config, gap, in_prompt=float(mode != "adapter"), seed=1
+        )
         for name, some in suites.items()
         if (filled := [pool for pool in some if pool.examples])
         for mode in modes
@@ -423,6 +427,7 @@ def _batches(
     descriptions: list[str],
     tokenizer: Any,
     config: SftConfig,
+    gap: int,
     *,
     in_prompt: float,
     seed: int,
@@ -452,6 +457,7 @@ def _batches(
         **(training if augmented else {}),
         # Noise on the base's embeddings is drawn for each document by its own length.
         share_beginnings=not config.train.neftune_noise_alpha,
+        gap=gap,
         prompt=config.prompt,
     )
 

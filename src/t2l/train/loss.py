@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from t2l.apply import AdapterHooks
 from t2l.errors import ConfigError
 from t2l.lora import LoraTensors
-from t2l.train.packing import SHARED, PackedRows
+from t2l.train.packing import PADDING, SHARED, Documents, PackedRows, pack
 
 
 class AnswerLosses(NamedTuple):
@@ -94,7 +94,8 @@ def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Tensor
     """Which tokens each token sees, (B, 1, T, T), in the form that the model's attention takes.
 
     A token sees what came before it in its own document, and what all documents of the row begin with. Where some
-    layers see only a window, the masks of both kinds of layers, by the names that Transformers gives them.
+    layers see only a window, or mix tokens by convolutions, the masks of both kinds of layers, by the names that
+    Transformers gives them; a convolution's says which tokens are padding, (B, T).
 
     Args:
         config: The model's.
@@ -107,6 +108,8 @@ def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Tensor
     same = (documents[:, :, None] == documents[:, None, :]) | (documents == SHARED)[:, None, :]
     visible = same & (place[:, None] >= place)
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    if document_gap(config):
+        return {"full_attention": _as_mask(visible, text, dtype), "conv": documents != PADDING}
     if window is None or window >= rows.tokens.shape[1] or (kinds and "sliding_attention" not in kinds):
         return _as_mask(visible, text, dtype)
     near = visible & (rows.positions[:, :, None] - rows.positions[:, None, :] < window)
@@ -114,6 +117,15 @@ def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Tensor
         return _as_mask(near, text, dtype)
     masks = {"full_attention": visible, "sliding_attention": near}
     return {kind: _as_mask(mask, text, dtype) for kind, mask in masks.items()}
+
+
+def document_gap(config: Any) -> int:
+    """How many tokens of padding keep documents of a row apart where layers mix tokens by short convolutions (LFM2).
+
+    A convolution begins with zeros in front of a document that stands alone, and padding shows it zeros.
+    """
+    text = config.get_text_config()
+    return int(text.conv_L_cache) - 1 if "conv" in (getattr(text, "layer_types", None) or ()) else 0
 
 
 def _as_mask(visible: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
@@ -139,19 +151,15 @@ def require_packable(base: Any, name: str) -> None:
         ConfigError: if it does not: it has no attention, takes no mask of its own, or knows no positions.
     """
     device = base.get_input_embeddings().weight.device
-    tokens = torch.randint(base.config.get_text_config().vocab_size, (17,), generator=torch.Generator().manual_seed(0))
-    documents = torch.tensor([SHARED] * 3 + [0] * 6 + [1] * 8)
-    places = torch.tensor([*range(9), *range(3, 11)])
-    first, second = torch.arange(5, 8), torch.arange(12, 16)  # where the labels of the two documents are predicted
-    labels_at = torch.cat([first, second])
-    fields = (tokens, places, documents, labels_at, tokens[labels_at + 1], documents[labels_at], torch.ones(7))
-    rows = PackedRows(*(x[None].to(device) for x in fields))
+    vocabulary, gap = base.config.get_text_config().vocab_size, document_gap(base.config)
+    tokens = torch.randint(vocabulary, (17,), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [(tokens[:6], tokens[6:9]), (tokens[:3] + tokens[9:13], tokens[13:])]
+    documents = Documents.join(pairs, gap=gap)
+    rows = pack([(documents, [0, 1])], tokens=20 + gap, answer_tokens=7, shared=None if gap else [3]).to(device)
     try:
         with torch.no_grad():
             packed = answer_losses(base, AdapterHooks((), "unused"))(rows, None).losses[0]
-            alone = torch.cat(
-                [_alone(base, tokens[documents != 1 - n].to(device), len(x)) for n, x in enumerate((first, second))]
-            )
+            alone = torch.cat([_alone(base, torch.tensor([*p, *a], device=device), len(a)) for p, a in pairs])
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(
             f"{name} ({type(base).__name__}) cannot be trained on: its forward pass does not take packed rows, with an "

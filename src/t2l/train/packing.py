@@ -8,7 +8,7 @@ Knows tasks and tokenizers; knows no models. Shape letters: B rows, T tokens of 
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -20,8 +20,8 @@ from t2l.errors import DataError
 from t2l.prompt import render, spaced, token_ids
 from t2l.tasks import Example, Task
 
-SHARED = -2
-"""Document number of the tokens that all documents of a row begin with."""
+SHARED, PADDING = -2, -1
+"""Document numbers of the tokens that all documents of a row begin with, and of those that belong to none."""
 
 
 class PackedRows(NamedTuple):
@@ -32,7 +32,7 @@ class PackedRows(NamedTuple):
     positions: Tensor
     """(B, T), in each document going on from what the row's documents share, or beginning at 0."""
     documents: Tensor
-    """(B, T) number of the document in its row, `SHARED` for what all of them begin with, -1 for padding."""
+    """(B, T) number of the document in its row, `SHARED` for what all of them begin with, `PADDING` for padding."""
     label_positions: Tensor
     """(B, A) position in the row whose next token is the label."""
     labels: Tensor
@@ -67,6 +67,8 @@ class Documents:
     """(D,) prompt tokens."""
     answer: np.ndarray
     """(D,) answer tokens, the end of the sequence among them."""
+    gap: int = field(default=0, kw_only=True)
+    """Tokens of padding between two documents of a row, for bases whose convolutions would look across."""
 
     @classmethod
     def join(cls, pairs: Sequence[tuple[list[int], list[int]]], **more: Any) -> Self:
@@ -116,6 +118,7 @@ def tokenize_examples(
     answer_tokens: int,
     seed: int,
     first_answer: bool = False,
+    gap: int = 0,
 ) -> TaskDocuments:
     """Renders and tokenises examples, each with one of the task's descriptions where the prompt holds one.
 
@@ -128,6 +131,7 @@ def tokenize_examples(
         answer_tokens: A.
         seed: Of the choice of descriptions.
         first_answer: Whether only the first right answer is kept, for evaluation.
+        gap: Tokens between two documents of a row, see `t2l.train.loss.document_gap`.
 
     Raises:
         DataError: if the tokenizer has no end of sequence, or a description is wanted and the task has none.
@@ -152,7 +156,7 @@ def tokenize_examples(
             ids.append(example.id)
             pairs += [(before, after) for after in fitting]
     too_long = len(examples) - len(variants)
-    return TaskDocuments.join(pairs, variants=tuple(variants), ids=tuple(ids), too_long=too_long)
+    return TaskDocuments.join(pairs, variants=tuple(variants), ids=tuple(ids), too_long=too_long, gap=gap)
 
 
 class Stream:
@@ -196,7 +200,7 @@ class Stream:
             if len(found) == len(self.order):
                 return found
             found.append(document)
-            used, answers, self.place = used + length, answers + answer, self.place + 1
+            used, answers, self.place = used + length + self.documents.gap, answers + answer, self.place + 1
 
 
 def fixed_rows(
@@ -217,7 +221,7 @@ def fixed_rows(
                 rows.append([])
                 used = answers = 0
             rows[-1].append(document)
-            used, answers = used + size, answers + answer
+            used, answers = used + size + documents.gap, answers + answer
         if limit is None or len(rows) <= limit:
             return rows
         keep = max(1, min(len(order) - 1, len(order) * limit // len(rows)))
@@ -245,7 +249,7 @@ def pack(
     """
     shape, answers = (len(rows), tokens), (len(rows), answer_tokens)
     out_tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    documents = np.full(shape, -1, np.int64)
+    documents = np.full(shape, PADDING, np.int64)
     label_positions, labels = np.zeros(answers, np.int64), np.zeros(answers, np.int64)
     label_documents, weights = np.full(answers, -1, np.int64), np.zeros(answers, np.float32)
     listed = [(row, store, np.asarray(found, np.int64)) for row, (store, found) in enumerate(rows) if len(found)]
@@ -265,7 +269,9 @@ def pack(
 
         length = whole - 1 - skipped  # the last answer token is only ever a label
         start = np.cumsum(length) - length
-        start_in_row = start - start[first]
+        apart = length + np.repeat([store.gap for _, store, _ in listed], counts)
+        start_in_row = np.cumsum(apart) - apart
+        start_in_row -= start_in_row[first]
         inside = np.arange(length.sum()) - np.repeat(start, length)
         where = (np.repeat(row, length), np.repeat(start_in_row, length) + inside)
         out_tokens[where] = pool[np.repeat(pool_start + skipped, length) + inside]

@@ -31,7 +31,7 @@ from t2l.train.defaults import follow
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.launch import Launch
 from t2l.train.loop import StopRequest
-from t2l.train.loss import answer_losses, checkpoint_layers, require_packable
+from t2l.train.loss import answer_losses, checkpoint_layers, document_gap, require_packable
 from t2l.train.metrics import MetricLogger
 from t2l.train.monitor import StepMonitor
 from t2l.train.packing import PackedRows
@@ -209,7 +209,7 @@ def setup(config: SftConfig, processes: Processes, begin: int, log: Callable[[st
     if config.encoder.kind != "onehot":
         encoder = load_encoder(config.encoder, config.base, base=(base, tokenizer), device=str(device))
     count_tokens = encoder.count_tokens if encoder is not None else lambda texts: [1] * len(texts)
-    data = prepare_data(config, tokenizer, count_tokens)
+    data = prepare_data(config, tokenizer, count_tokens, gap=document_gap(base.config))
     for line in data.told():
         log(line)
     encoder = encoder or OneHotEncoder(data.texts, device=device)

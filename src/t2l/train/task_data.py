@@ -99,8 +99,8 @@ def _paper_tasks() -> set[str]:
     return {row["task"] for row in table.to_pylist() if row["lol_split"] == "train"}
 
 
-def tokenize_tasks(tasks: Sequence[Task], config: TaskLorasConfig, tokenizer: Any) -> list[TaskData]:
-    """Tokenises the training and validation examples of tasks.
+def tokenize_tasks(tasks: Sequence[Task], config: TaskLorasConfig, tokenizer: Any, *, gap: int = 0) -> list[TaskData]:
+    """Tokenises the training and validation examples of tasks, for rows with a gap between documents.
 
     Raises:
         DataError: naming every task without an example that fits into a row.
@@ -117,6 +117,7 @@ def tokenize_tasks(tasks: Sequence[Task], config: TaskLorasConfig, tokenizer: An
             answer_tokens=train.max_target_length,
             seed=config.seed,
             first_answer=first_answer,
+            gap=gap,
         )
 
     result, empty = [], []

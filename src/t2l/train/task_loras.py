@@ -33,7 +33,7 @@ from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
 from t2l.train.launch import Launch
 from t2l.train.loop import StopRequest
-from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, require_packable
+from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, document_gap, require_packable
 from t2l.train.metrics import MetricLogger, memory_gb
 from t2l.train.packing import PackedRows, document_scores
 from t2l.train.processes import Processes, load_base, require_shares
@@ -457,7 +457,8 @@ def setup(
         ConfigError, DataError: if settings or data will not do.
     """
     tasks = load_tasks(config, benchmarks)
-    data = tokenize_tasks(tasks, config, hub.load_tokenizer(config.base))
+    gap = document_gap(hub.load_config(config.base))
+    data = tokenize_tasks(tasks, config, hub.load_tokenizer(config.base), gap=gap)
     too_long = sum(x.train.too_long for x in data)
     log(f"{len(data)} tasks, {sum(len(x.train.variants) for x in data)} examples ({too_long} too long and left out)")
     require_shares(processes, min(config.train.tasks_per_batch, len(data)), "train.tasks_per_batch")
