@@ -418,7 +418,11 @@ def test_wrong_use_is_named(tasks_file: Path, checkpoint: str, tmp_path: Path) -
     for arguments, code, message in (
         (["--suite", "test", "--seeds", "one", *out], 2, "whole numbers"),
         (["--suite", "test", "--full", "--per-task", "3", *out], 2, "give one"),
-        (["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out], 1, "Cannot read "),
+        (
+            ["--suite", str(tmp_path / "no.jsonl"), "--checkpoint", checkpoint, *out],
+            1,
+            "There is no suite and no file ",
+        ),
         (
             ["--suite", str(tasks_file), "--checkpoint", checkpoint, "--conditions", "task-lora", *out],
             1,

@@ -357,7 +357,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
     try:
         file = path.open("rb")
     except (OSError, ValueError) as cause:  # ValueError: a NUL byte in its name
-        raise DataError(f"Cannot read {path}: {cause}") from cause
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        raise DataError(f"Cannot read {path}: {reason}") from cause
     with file:
         # Not `splitlines`, which also cuts at signs that may stand inside a JSON text, such as U+2028.
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):

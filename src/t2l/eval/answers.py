@@ -90,7 +90,7 @@ def read(path: Path) -> AnswerFile:
             line = parse_json(row, f"{path}:{number}", DataError)
             _check_line(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path}:{number} is not a line of a file of answers: {error!r:.300}") from error
+            raise DataError(f"{path}:{number} is not a line of a file of answers: {_reason(error)}") from error
         key = key_of(line)
         if key in seen:
             raise DataError(f"{path} holds two answers of {key}")
@@ -99,13 +99,22 @@ def read(path: Path) -> AnswerFile:
     return AnswerFile(path, header, lines)
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong with a line, in words; Python's own would be about subscripts."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return f"{error!s:.300}" if isinstance(error, ValueError) else "a value is of another type"
+
+
 def _header(path: Path, row: str) -> dict[str, Any]:
     """Reads the facts in a file's first line, and checks that they are complete and of the right types."""
     try:
         header = parse_json(row, f"{path}:1", DataError)["run"]
         version = header["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}:1 is not a line of a file of answers: {error!r:.300}") from error
+        raise DataError(
+            f"{path}:1 is not a line of a file of answers, which `t2l eval run` writes: {_reason(error)}"
+        ) from error
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version is {version!r:.50}, this version of t2l reads {FORMAT_VERSION}")
     for fact, kind in HEADER_TYPES.items():

@@ -4,6 +4,7 @@ Everything is drawn from seeds by name, so that a task's instances depend neithe
 of them are asked. Knows tasks, benchmarks and what counts as a right answer. Knows no models and no adapters.
 """
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -248,6 +249,8 @@ def load_suite(suite: str, *, per_task: int | None, held_out: int = 4) -> list[E
         tasks = load_everyday()
         described = {task.name: task.descriptions for task in tasks}
     else:
+        if not suite.startswith("hf:") and not os.path.exists(suite):
+            raise DataError(f"There is no suite and no file {suite!r:.200}; the suites are {', '.join(SUITES)}")
         tasks = load_own(suite)
         described = {task.name: task.descriptions for task in tasks}
         suite = suite if suite.startswith("hf:") else Path(suite).stem
