@@ -26,7 +26,7 @@ help:
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-full  all tests"
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
-	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some ten minutes)"
+	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some twenty minutes)"
 	@echo "make package-test  wheel and source archive, installed and tried with each extra (some gigabytes, half an hour)"
 	@echo "make audit      known vulnerabilities in what the package and its extras bring"
 	@echo "make lint       ruff, mypy, and the documentation without a warning"
@@ -74,14 +74,24 @@ LLAMACPP := .venv-llamacpp/bin
 	# llama.cpp's own converters are in the source; the tests compare what they write with what we write.
 	mkdir -p .venv-llamacpp/llama.cpp
 	tar xzf .venv-llamacpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llamacpp/llama.cpp --strip-components=3 --wildcards \
-		'*/vendor/llama.cpp/convert_*.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+		'*/vendor/llama.cpp/*'
 	CMAKE_ARGS="-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF" \
 		$(LLAMACPP)/python -m pip install --disable-pip-version-check \
 		.venv-llamacpp/llama_cpp_python-0.3.36.tar.gz "numpy>=2"
 	@touch $@
 
-test-llamacpp: setup models .venv-llamacpp/.stamp
-	T2L_LLAMACPP_PYTHON="$(abspath $(LLAMACPP)/python)" $(BIN)/python -m pytest tests/test_gguf_export.py tests/test_bases.py
+# Its server, for the page's program to copy; the converter finds sentencepiece beside itself.
+$(LLAMACPP)/llama-server: .venv-llamacpp/.stamp
+	$(LLAMACPP)/python -m pip install --disable-pip-version-check --quiet cmake
+	$(LLAMACPP)/python -m pip install --disable-pip-version-check --quiet --target .venv-llamacpp/llama.cpp --upgrade sentencepiece
+	$(LLAMACPP)/cmake -S .venv-llamacpp/llama.cpp -B .venv-llamacpp/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+	$(LLAMACPP)/cmake --build .venv-llamacpp/build --target llama-server --parallel 2
+	cp .venv-llamacpp/build/bin/llama-server $@
+
+test-llamacpp: setup models .venv-llamacpp/.stamp $(LLAMACPP)/llama-server
+	T2L_LLAMACPP_PYTHON="$(abspath $(LLAMACPP)/python)" \
+		$(BIN)/python -m pytest tests/test_gguf_export.py tests/test_bases.py tests/test_serve_snippets.py
 
 package-test:
 	PYTHON="$(PYTHON)" scripts/package_test.sh

@@ -2,7 +2,9 @@
 
 import ctypes
 import gc
+import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -145,6 +147,30 @@ def running(
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server must stop when it is told to"
+
+
+@contextmanager
+def program(checkpoint: str | Path, folder: Path, *options: str) -> Iterator[tuple[Any, str]]:
+    """`t2l serve` as a process of its own, and its address."""
+    command = [sys.executable, "-m", "t2l", "serve", "--port", "0", "--checkpoint", str(checkpoint)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("T2L_TOKEN", None)
+    with subprocess.Popen(
+        [*command, "--folder", str(folder), *options], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "open http" in line:
+                break
+        else:
+            raise AssertionError("".join(said))
+        try:
+            assert line == said[-1] and ":0/" not in "".join(said), "only the port that it has is told"
+            yield process, line.split("open ")[1].strip().rstrip("/")
+        finally:
+            process.kill()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -4,46 +4,21 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from serve_helpers import program
 from typer.testing import CliRunner
 
 from t2l.cli import app
 from t2l.errors import ConfigError
 from t2l.serve.launch import Settings, is_loopback, spoken
-
-
-@contextmanager
-def program(checkpoint: Path, folder: Path, *options: str) -> Any:
-    command = [sys.executable, "-m", "t2l", "serve", "--port", "0", "--checkpoint", str(checkpoint)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("T2L_TOKEN", None)
-    with subprocess.Popen(
-        [*command, "--folder", str(folder), *options], stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if "open http" in line:
-                break
-        else:
-            raise AssertionError("".join(said))
-        try:
-            assert line == said[-1] and ":0/" not in "".join(said), "only the port that it has is told"
-            yield process, line.split("open ")[1].strip().rstrip("/")
-        finally:
-            process.kill()
 
 
 def test_killed_and_started_again_it_serves_every_acknowledged_adapter(

@@ -1,6 +1,7 @@
 """How an adapter is used elsewhere: programs to copy that run as they stand. Knows other programs' words, no HTTP."""
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -85,24 +86,29 @@ def _vllm(entry: Entry, url: str, shown: list[dict[str, str]], base_model: str, 
     rank = next(rank for rank in VLLM_RANKS if rank >= min(entry.spec.rank, VLLM_RANKS[-1]))
     body = json.dumps({"model": entry.id, "messages": shown, "temperature": 0, "max_tokens": 64}, ensure_ascii=False)
     return (
-        f"curl -sOJ{header} {url}/v1/adapters/{entry.id}/download && unzip -q {entry.id}.zip\n"
+        f"curl -sfo {entry.id}.zip{header} {url}/v1/adapters/{entry.id}/download\n"
+        f"python -m zipfile -e {entry.id}.zip .\n"
         f"vllm serve {_folder(base_model)} --port 8001 \\\n"
-        f"  --enable-lora --max-lora-rank {rank} --lora-modules {entry.id}=./{entry.id} &\n"
-        "until curl -sf http://127.0.0.1:8001/health; do sleep 1; done\n"
-        "curl -s http://127.0.0.1:8001/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"  -d {shlex.quote(body)}\n"
+        f"  --enable-lora --max-lora-rank {rank} --lora-modules {entry.id}=./{entry.id} &\n" + _asked(8001, body)
     )
 
 
 def _llama_cpp(entry: Entry, url: str, shown: list[dict[str, str]], base_model: str, header: str) -> str:
     body = json.dumps({"messages": shown, "temperature": 0, "max_tokens": 64}, ensure_ascii=False)
+    base = re.sub(r"\W+", "-", base_model).strip("-") + ".gguf"
     return (
-        "# BASE is the base model as a GGUF file. llama.cpp makes it of the folder that the library has:\n"
-        f"#   python convert_hf_to_gguf.py {_folder(base_model)} --outfile base.gguf; BASE=base.gguf\n"
-        f"curl -sOJ{header} '{url}/v1/adapters/{entry.id}/download?format=gguf'\n"
-        f'llama-server -m "$BASE" --lora {entry.id}.gguf --port 8002 &\n'
-        "until curl -sf http://127.0.0.1:8002/health; do sleep 1; done\n"
-        "curl -s http://127.0.0.1:8002/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        "# Needs llama.cpp's source in ./llama.cpp and llama-server on the PATH; its converter needs sentencepiece.\n"
+        f"test -f {base} || python llama.cpp/convert_hf_to_gguf.py {_folder(base_model)} --outfile {base}\n"
+        f"curl -sfo {entry.id}.gguf{header} '{url}/v1/adapters/{entry.id}/download?format=gguf'\n"
+        f"llama-server -m {base} --lora {entry.id}.gguf --port 8002 &\n" + _asked(8002, body)
+    )
+
+
+def _asked(port: int, body: str) -> str:
+    """A request to the server that was started last, as soon as it answers; none if it has ended."""
+    return (
+        f"until curl -sf http://127.0.0.1:{port}/health; do sleep 1; kill -0 $! || break; done\n"
+        f"curl -s http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d {shlex.quote(body)}\n"
     )
 
