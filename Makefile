@@ -82,11 +82,11 @@ LLAMACPP := .venv-llamacpp/bin
 
 # Its server, for the page's program to copy; the converter finds sentencepiece beside itself.
 $(LLAMACPP)/llama-server: .venv-llamacpp/.stamp
-	$(LLAMACPP)/python -m pip install --disable-pip-version-check --quiet cmake
+	command -v cmake || $(LLAMACPP)/python -m pip install --disable-pip-version-check --quiet cmake
 	$(LLAMACPP)/python -m pip install --disable-pip-version-check --quiet --target .venv-llamacpp/llama.cpp --upgrade sentencepiece
-	$(LLAMACPP)/cmake -S .venv-llamacpp/llama.cpp -B .venv-llamacpp/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+	export PATH="$$PATH:$(abspath $(LLAMACPP))"; cmake -S .venv-llamacpp/llama.cpp -B .venv-llamacpp/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
-	$(LLAMACPP)/cmake --build .venv-llamacpp/build --target llama-server --parallel 2
+	export PATH="$$PATH:$(abspath $(LLAMACPP))"; cmake --build .venv-llamacpp/build --target llama-server --parallel 2
 	cp .venv-llamacpp/build/bin/llama-server $@
 
 test-llamacpp: setup models .venv-llamacpp/.stamp $(LLAMACPP)/llama-server
