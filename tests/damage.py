@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -181,6 +182,14 @@ def _tensor_damages(content: bytes, draw: random.Random, count: int) -> Iterator
     yield "20,000 empty tensors", put(struct.pack("<Q", len(plain)) + plain)
     twice = json.dumps(header)[:-1] + ", " + json.dumps({names[0]: header[names[0]]})[1:]
     yield "a name twice", put(struct.pack("<Q", len(twice)) + twice.encode() + body)
+
+
+def documented(reader: str) -> tuple[int, int, int]:
+    """What docs/reliability.md says of a reader: damages in `make test`, in `make test-full`, how many are refused."""
+    page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^\| {re.escape(reader)} \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    fast, full, refused = (int(number.replace(",", "")) for number in found)
+    return fast, full, refused
 
 
 class TooLong(BaseException):

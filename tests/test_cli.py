@@ -108,6 +108,21 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+@pytest.mark.parametrize("held", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_disk_under_standard_output_is_one_line(held: str) -> None:
+    command, environment = [sys.executable, "-m", "t2l", "--version"], {**os.environ, "PYTHONUNBUFFERED": held}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr == "error: Cannot write to standard output: No space left on device\n"
+    reading, writing = os.pipe()
+    os.close(reading)  # its reader has had enough
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 # ----------------------------------------------------------------------------------------------------- doctor
 
 

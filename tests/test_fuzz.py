@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_config, make_hypernet, random_lora
-from damage import damages, outcome, with_damage
+from damage import damages, documented, outcome, with_damage
 
 from t2l import peft_io
 from t2l.checkpoint import load_checkpoint
@@ -378,7 +378,7 @@ READERS = (
 @pytest.mark.parametrize("make", READERS, ids=lambda make: make.__name__)
 def test_damaged_files_are_refused_or_sound(make: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     found = attack(make(tmp_path, request), tmp_path / "damaged", seed=0, count=1)
-    assert found["refused"] > 12
+    assert found.total() >= documented(make.__name__)[0]
 
 
 @pytest.mark.slow
@@ -386,4 +386,6 @@ def test_damaged_files_are_refused_or_sound(make: Any, tmp_path: Path, request: 
 def test_many_damaged_files_are_refused_or_sound(make: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     reader = make(tmp_path, request)
     found = sum((attack(reader, tmp_path / "damaged", seed=seed, count=50) for seed in range(1, 4)), Counter[str]())
-    print(f"{make.__name__}: {found['refused']:,} refused, {found['value']:,} read as sound values")
+    _, full, refused = documented(make.__name__)
+    assert found.total() >= full
+    assert found["refused"] > 0.95 * refused, "places are drawn by length, and paths in these files differ in theirs"

@@ -31,14 +31,15 @@ def test_time_up_is_a_reason_to_stop() -> None:
     assert not StopRequest(None) and not StopRequest(60.0)
 
 
-def test_the_first_interrupt_asks_and_the_second_one_insists() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_asks_and_the_second_one_insists(number: int) -> None:
+    before = signal.getsignal(number)
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert stop and stop.interrupted
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
     with pytest.raises(KeyboardInterrupt):
         stop.raise_if_interrupted(print, "is saved")
 
@@ -101,6 +102,7 @@ def test_a_run_may_go_on_in_another_number_of_parts(tmp_path: Path) -> None:
 def test_processes_stop_after_the_step_at_which_they_agreed() -> None:
     others = [False]
     with StopRequest(agree=lambda *flags: (flags[0] or others[0], flags[1])) as stop:
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "who waits for a dead partner ends when told to"
         stop.settle()
         assert not stop
         others[0] = True

@@ -5,6 +5,7 @@ once. Results go to standard output, everything else to standard error. Exit cod
 says why; T2L_DEBUG=1 shows the traceback), 2 wrong use, 130 interrupted.
 """
 
+import errno
 import os
 import sys
 from io import TextIOWrapper
@@ -14,7 +15,7 @@ import typer
 
 from t2l import __version__
 from t2l.cli import adapters, compress, datasets, eval, export, importing, inspect, library, serve, train, tune
-from t2l.cli.common import app
+from t2l.cli.common import app, say
 
 __all__ = [
     "adapters",
@@ -42,9 +43,21 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # what a stream's encoding lacks is shown as an escape
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="t2l")
+        try:
+            app(prog_name="t2l")
+        finally:
+            if sys.stdout is not None:  # None where who called has closed it
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        written = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+        if error.filename is not None or error.errno not in written:  # of a file the error would name it
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still held back cannot be written either
+        if error.errno != errno.EPIPE:  # who reads the pipe has had enough
+            say(f"error: Cannot write to standard output: {error.strerror}")
+        sys.exit(1)
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,8 +31,9 @@ class StopRequest(AbstractContextManager["StopRequest"]):
     """Says when a run has to save its state and stop: when its time is up, or when somebody pressed Ctrl-C.
 
     While it is entered, the first Ctrl-C only asks: the loop ends its step, saves, and calls `raise_if_interrupted`. A
-    second one raises KeyboardInterrupt at once. In a thread other than the main one, where Python allows no signal
-    handlers, only the time counts.
+    second one raises KeyboardInterrupt at once. SIGTERM, by which clusters take a machine away, is the same, but for
+    several processes: whose partner died waits for it, and has to end when it is told to. In a thread other than the
+    main one, where Python allows no signal handlers, only the time counts.
 
     Args:
         max_minutes: Wall time after which to stop; None for no limit.
@@ -51,7 +52,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self.started = time.monotonic() if started is None else started
         self.max_minutes = math.inf if max_minutes is None else max_minutes
         self._agree, self._agreed, self._asked = agree, (False, False), False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     @property
     def minutes(self) -> float:
@@ -86,14 +87,15 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            for number in (signal.SIGINT,) if self._agree is not None else (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
