@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from published_network import CASES, EMBEDDINGS, WEIGHTS, network
 from torch.nn.functional import normalize
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -21,25 +21,13 @@ from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
 from t2l.lora import LoraTensors
 from t2l.text_to_lora import TextToLora
 
-REFERENCE = Path(__file__).parent / "reference" / "published.safetensors"
 TOLERANCE = 1e-5
 """Largest difference of a number of A or B; the largest of them is about 5. Measured: 1.4e-6."""
 
 
-def reference() -> tuple[dict[str, Any], dict[str, list[str]], dict[str, torch.Tensor]]:
-    """Settings of each network, the order of its tensors, and all tensors."""
-    with safe_open(REFERENCE, framework="pt") as file:
-        facts = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    return json.loads(facts["cases"]), json.loads(facts["order"]), tensors
-
-
-CASES, ORDER, TENSORS = reference()
-
-
 def weights(case: str) -> dict[str, torch.Tensor]:
     """A network's weights in the order of its file."""
-    return {name: TENSORS[f"{case}/weights/{name}"] for name in ORDER[case]}
+    return dict(WEIGHTS[case])
 
 
 @pytest.fixture
@@ -78,13 +66,12 @@ def test_adapters_are_those_of_the_published_network(case: str, make_folder: Any
     assert spec.scaling == pytest.approx(4 / 2**0.5)
     hypernet = load_checkpoint(tmp_path / "checkpoint").hypernet
     with torch.no_grad():
-        lora = hypernet(normalize(TENSORS["embeddings"], dim=-1))
-    error = 0.0
+        lora = hypernet(normalize(EMBEDDINGS, dim=-1))
+    written, error = [network(WEIGHTS[case], CASES[case], embedding) for embedding in EMBEDDINGS], 0.0
     for m, target in enumerate(spec.targets):
         for n in range(2):
             for layer in range(3):
-                for part, found in (("A", lora.a), ("B", lora.b)):
-                    wanted = TENSORS[f"{case}/{n}/{target.name}.{layer}.{part}"]
+                for found, wanted in zip((lora.a, lora.b), written[n][f"{target.name}.{layer}"], strict=True):
                     error = max(error, float((found[m][n, layer] - wanted).abs().max()))
     print(f"{case}: numbers differ by at most {error:.1e}")
     assert error <= TOLERANCE
@@ -102,9 +89,10 @@ def test_the_order_of_the_modules_is_the_files(make_folder: Any, tmp_path: Path)
     assert [t.name for t in spec.targets] == names
     hypernet = load_checkpoint(tmp_path / "checkpoint").hypernet
     with torch.no_grad():
-        lora = hypernet(normalize(TENSORS["embeddings"], dim=-1))
+        lora = hypernet(normalize(EMBEDDINGS, dim=-1))
     # The first number is now q_proj's: its adapter is another than where v_proj was first.
-    assert not torch.allclose(lora.a[0][0, 0], TENSORS["L/0/q_proj.0.A"], atol=1e-2)
+    was, _ = network(WEIGHTS["L"], CASES["L"], EMBEDDINGS[0])["q_proj.0"]
+    assert not torch.allclose(lora.a[0][0, 0], was, atol=1e-2)
 
 
 def test_the_command_makes_a_checkpoint_that_generates(make_folder: Any, tmp_path: Path) -> None:

@@ -1,25 +1,18 @@
-"""Writes `published.safetensors`: tiny published networks with fixed weights, and what they write.
-
-    python tests/reference/published_network.py
+"""Tiny published networks with fixed weights, and what they write: what `t2l.sakana` is compared with.
 
 The network is written here from its description (the paper's appendix, and the facts about the authors' checkpoints in
 the docstring of `t2l.sakana`), one layer and one module at a time, in plain functions that share no code with the
 library. Names and shapes of the weights are those of a published `hypermod.pt`.
 """
 
-import json
-from pathlib import Path
-
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, silu
 
-OUTPUT = Path(__file__).with_name("published.safetensors")
 LAYERS, RANK, LATENT, HEAD, EMBEDDING = 3, 2, 16, 12, 32
 SIZES = {"v_proj": (32, 16), "q_proj": (32, 32), "down_proj": (48, 32)}
 """In and out features, in the order of the heads, which is nobody's alphabet."""
-CASES = {
+CASES: dict[str, dict[str, object]] = {
     "L": {},
     "M": {"shared_AB_head": True},
     "S": {"shared_AB_head": True, "autoreg_gen": True},
@@ -157,21 +150,7 @@ def raw(state: State, case: dict[str, object], module: str, layer: int, a: Tenso
     return a, b * (constant("std_recon_target", "B") + 1e-10) + constant("mean_recon_target", "B")
 
 
-def main() -> None:
-    generator = torch.Generator().manual_seed(11)
-    tensors: State = {"embeddings": torch.randn(2, EMBEDDING, generator=generator)}
-    for name, case in CASES.items():
-        state = make_state(case, generator)
-        tensors |= {f"{name}/weights/{key}": value for key, value in state.items()}
-        for n, embedding in enumerate(tensors["embeddings"]):
-            for place, (a, b) in network(state, case, embedding).items():
-                tensors[f"{name}/{n}/{place}.A"] = a.contiguous()
-                tensors[f"{name}/{n}/{place}.B"] = b.contiguous()
-    order = {name: [key.split("/")[2] for key in tensors if key.startswith(f"{name}/weights/")] for name in CASES}
-    # safetensors sorts names; the order of a file's heads means something, so it stands beside them.
-    save_file(tensors, OUTPUT, metadata={"cases": json.dumps(CASES), "order": json.dumps(order)})
-    print(f"{OUTPUT}: {OUTPUT.stat().st_size / 1e6:.2f} MB")
-
-
-if __name__ == "__main__":
-    main()
+_generator = torch.Generator().manual_seed(11)
+EMBEDDINGS = torch.randn(2, EMBEDDING, generator=_generator)
+WEIGHTS = {name: make_state(case, _generator) for name, case in CASES.items()}
+"""Of each network, in the order of its file, which is the order of its heads."""
