@@ -3,10 +3,9 @@
     python research/default_jobs.py jobs.json --far ../shared/data/far_dev.jsonl
     python research/run_jobs.py jobs.json
 
-Run from the repository's root, with T2L_DATA set. For each seed, all on the same data and steps: the multi-task LoRA
-whose prompts show the description in half of the rows, the one whose prompts always do, and T2L that is trained along
-with its shared LoRA (`--recipe joint`) or with the shared LoRA frozen (`--recipe frozen`): at the first of these,
-or, with `--shared-steps 1500`, at one of so few steps, which leaves more for reading to learn.
+Run from the repository's root, with T2L_DATA set. For each seed, all on the same data: the multi-task LoRA whose
+prompts show the description in half of the rows, the one whose prompts always do, and T2L on top of the first, which
+stays as it is; or, with `--shared-steps 1500`, on top of one of so few steps, which leaves more for reading to learn.
 Answers come to runs/NAME-far.jsonl, -choosing.jsonl and -seen.jsonl, for default_rule.py.
 """
 
@@ -18,14 +17,8 @@ from typing import Any
 CONFIGS = "configs/smollm2-135m"
 T2L = ",".join(f"t2l{which}{form}" for which in ("", "-wrong", "-random") for form in ("", "+description"))
 MULTITASK = "multitask,multitask+description"
-MEMORY = {"t2l": 50, "multitask": 24, "evaluation": 12}
+MEMORY = {"t2l": 45, "multitask": 24, "evaluation": 12}
 """GB that a job may take."""
-DATA = ("data.extra_weights=[0.2,0.06]", "data.label_remap_prob=0.25", "data.auxiliary_task_prob=0.2")
-"""Entry 51's shares, where configs/smollm2-135m/default.yaml has others."""
-RECIPES = {
-    "joint": ("train.conditioning_dropout=0.3",),
-    "frozen": ("hypernet.train_shared_lora=false", "train.conditioning_dropout=0"),
-}
 EVALUATIONS = {
     "choosing": "--suite validation --suite held-back --seeds 0,1,2 --per-task 8",
     "seen": "--suite seen --seeds 0 --per-task 2",
@@ -56,24 +49,21 @@ def evaluations(name: str, kind: str, far: str) -> list[dict[str, Any]]:
     ]
 
 
-def jobs(
-    far: str, seeds: tuple[int, ...], recipe: str, steps: int, shared_steps: int | None = None
-) -> list[dict[str, Any]]:
-    """All jobs, trainings first; with `shared_steps` the frozen shared LoRA is a shorter run's."""
+def jobs(far: str, seeds: tuple[int, ...], steps: int, shared_steps: int | None = None) -> list[dict[str, Any]]:
+    """All jobs, trainings first; with `shared_steps` the shared LoRA is a shorter run's than the baseline."""
     trainings, evaluated = [], []
     for seed in seeds:
-        multitask, shown, made = f"multitask-{seed}", f"shown-{seed}", f"{recipe}{shared_steps or ''}-{seed}"
-        common = (f"seed={seed}", f"train.max_steps={steps}", *DATA)
-        frozen = recipe == "frozen"
+        multitask, shown, made = f"multitask-{seed}", f"shown-{seed}", f"frozen{shared_steps or ''}-{seed}"
+        common = (f"seed={seed}", f"train.max_steps={steps}")
         shared = f"multitask{shared_steps or ''}-{seed}"
-        if frozen and shared_steps:
+        if shared_steps:
             short = (*common, f"train.max_steps={shared_steps}")
             trainings.append(training(shared, "default-multitask", "multitask", *short))
-        start = (f"train.init_from=runs/{shared}/checkpoint",) if frozen else ()
+        start = f"train.init_from=runs/{shared}/checkpoint"
         trainings += [
             training(multitask, "default-multitask", "multitask", *common),
             training(shown, "default-multitask", "multitask", *common, "train.description_in_prompt_prob=1"),
-            training(made, "default", "t2l", *common, *RECIPES[recipe], *start, after=(shared,) if frozen else ()),
+            training(made, "default", "t2l", *common, start, after=(shared,)),
         ]
         evaluated += [
             *evaluations(multitask, "multitask", far),
@@ -89,11 +79,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--far", required=True, help="far_dev.jsonl")
     parser.add_argument("--seeds", default="0", help="with commas")
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="joint")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--shared-steps", type=int, help="of the frozen shared LoRA; by default it has all steps")
     given = parser.parse_args()
-    made = jobs(given.far, tuple(map(int, given.seeds.split(","))), given.recipe, given.steps, given.shared_steps)
+    made = jobs(given.far, tuple(map(int, given.seeds.split(","))), given.steps, given.shared_steps)
     given.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(f"{len(made)} jobs: {', '.join(job['name'] for job in made)}")
 

@@ -102,6 +102,7 @@ def tiny(
     starts = {
         ("baselines", "runs/multitask/checkpoint"): "baselines/multitask.yaml",
         ("smollm2-135m", "runs/sft/checkpoint"): "smollm2-135m/1-sft.yaml",
+        ("smollm2-135m", "runs/default-multitask/checkpoint"): "smollm2-135m/default-multitask.yaml",
     }
 
     def shrink(path: Path) -> SftConfig:
@@ -271,7 +272,7 @@ def test_settings_that_do_not_go_together(changes: dict[str, Any], match: str) -
         *((f"train.{name}", value) for name in ("max_grad_norm",) for value in (0.0, -1.0, NAN)),
         *((f"train.{name}", 0) for name in ("max_steps", "tasks_per_batch", "eval_batches")),
         *((f"train.{name}", -1) for name in ("max_seq_length", "max_target_length", "logging_steps", "save_steps")),
-        *((f"train.{name}", 1.5) for name in ("warmup_ratio", "label_smoothing_factor", "conditioning_dropout")),
+        *((f"train.{name}", 1.5) for name in ("warmup_ratio", "label_smoothing_factor")),
         *(
             (f"train.{name}", -1.0)
             for name in ("margin_loss_weight", "l2_weight", "neftune_noise_alpha", "weight_decay")

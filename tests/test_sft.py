@@ -23,7 +23,7 @@ from t2l.prompt import render, token_ids
 from t2l.spec import AdapterSpec
 from t2l.text_to_lora import LoraAdapter
 from t2l.train import sft, sft_step
-from t2l.train.batches import DROPPED, TOLD, UNTOLD, Batch
+from t2l.train.batches import Batch
 from t2l.train.config import SftConfig
 from t2l.train.dataset import RunData, prepare_data
 from t2l.train.embeddings import EmbeddingCache
@@ -294,29 +294,7 @@ def test_neftune_disturbs_training_alone(
     assert not torch.equal(one, other) and not torch.equal(one, expected)
 
 
-def test_dropped_conditioning_leaves_the_shared_lora(
-    make_trainer: MakeTrainer, still: SftConfig, own_base: LlamaForCausalLM
-) -> None:
-    dropping = shorter(still, conditioning_dropout=0.5)
-    data, _ = prepared(dropping)
-    trainer = make_trainer(dropping, own_base, data)
-    offset = trainer.hypernet.shared_lora.b[0]
-    seen = set()
-    for step in range(8):
-        batch = data.train[step]
-        written = trainer.adapters(batch.read, learning=True, kept=batch.told != DROPPED).b[0]
-        whole = trainer.adapters(batch.read, learning=False).b[0]
-        for row in range(4):
-            kept, dropped = torch.allclose(written[row], whole[row]), torch.equal(written[row], offset)
-            assert kept is not dropped
-            assert dropped is bool(batch.told[row] == DROPPED)
-            seen.add(kept)
-    assert seen == {True, False}
-
-
-@pytest.mark.parametrize("kind", [DROPPED, UNTOLD])
 def test_rows_whose_own_text_says_nothing_have_no_margin(
-    kind: int,
     make_trainer: MakeTrainer,
     still: SftConfig,
     own_base: LlamaForCausalLM,
@@ -328,8 +306,8 @@ def test_rows_whose_own_text_says_nothing_have_no_margin(
     data, batch = prepared(comparing)
     trainer = make_trainer(comparing, own_base, data)
     right, wrong, _ = trainer.compare(*trainer.parts(batch), learning=False)
-    told = torch.full_like(batch.told, TOLD)
-    told[0] = kind
+    told = torch.ones_like(batch.told)
+    told[0] = False
     some = batch._replace(told=told)
     rest = batch._replace(
         rows=batch.rows.part(1, 4), read=batch.read[1:], in_prompt=batch.in_prompt[1:], told=batch.told[1:]

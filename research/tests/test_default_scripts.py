@@ -20,11 +20,11 @@ from t2l.train.config import SftConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("recipe", "short"), [("joint", None), ("frozen", None), ("frozen", 1500)])
+@pytest.mark.parametrize("short", [None, 1500])
 def test_every_job_comes_after_jobs_of_the_list_and_every_training_has_settings_that_are_accepted(
-    recipe: str, short: int | None
+    short: int | None,
 ) -> None:
-    made = default_jobs.jobs("far.jsonl", (0, 1), recipe, 6000, short)
+    made = default_jobs.jobs("far.jsonl", (0, 1), 6000, short)
     names = [job["name"] for job in made]
     assert len(set(names)) == len(names)
     for job in made:

@@ -25,9 +25,6 @@ from t2l.train.packing import Documents, PackedRows, answer_text, pack, require_
 
 CANDIDATES = 12
 """Examples that are drawn for a row at a time; those that do not fit any more are left out."""
-DROPPED, UNTOLD, TOLD = 0, 1, 2
-"""What the adapter of a row is written from: nothing, so that it is the shared LoRA alone; a text that does not say
-what to answer; a description that does."""
 PATTERN = 200
 """Rows over which the tasks of each source come as often as the source's weight says."""
 
@@ -44,7 +41,7 @@ class Batch(NamedTuple):
     in_prompt: Tensor
     """(B,) whether the prompts of the row show the description."""
     told: Tensor
-    """(B,) one of `DROPPED`, `UNTOLD` and `TOLD`."""
+    """(B,) whether the text that the row's adapter is written from says what to answer."""
     skipped: Tensor
     """() number of examples that were drawn and are too long for any row."""
 
@@ -115,7 +112,7 @@ class _Row:
     """Which description the prompt shows, if it shows one."""
     prompt: PromptConfig
     negative: int
-    told: int = TOLD
+    told: bool = True
     read: int = -1
     """The text that its adapter is written from; -1 until one is chosen."""
     listing: Listing | None = None
@@ -159,7 +156,6 @@ class Batches(Dataset):
         random_texts: Positions of texts that describe nothing.
         random_text_prob: Share of rows that read one of them, while their prompts and answers stay as they are.
         terse_prob: Share of rows that read, and may show, a text that says next to nothing of their task.
-        dropout: Share of rows whose adapter is the shared LoRA alone.
         option_placement_prob: Share of the rows of tasks with few answers whose inputs list these as options.
         source_weights: How often tasks of each source come; the weights sum to 1. Without them all tasks come alike.
         share_beginnings: Whether the tokens that all prompts of a row begin with stand there once, or in each document.
@@ -186,7 +182,6 @@ class Batches(Dataset):
         random_texts: Sequence[int] = (),
         random_text_prob: float = 0.0,
         terse_prob: float = 0.0,
-        dropout: float = 0.0,
         option_placement_prob: float = 0.0,
         source_weights: Sequence[float] = (),
         share_beginnings: bool = True,
@@ -198,7 +193,7 @@ class Batches(Dataset):
         self.in_prompt, self.seed, self.one_example = in_prompt, seed, one_example
         self.augment_unsaid, self.prompt = augment_unsaid, prompt or PromptConfig()
         self.random_texts, self.random_text_prob = random_texts, random_text_prob
-        self.terse_prob, self.dropout, self.option_placement_prob = terse_prob, dropout, option_placement_prob
+        self.terse_prob, self.option_placement_prob = terse_prob, option_placement_prob
         self.share_beginnings, self.gap = share_beginnings and not one_example and not gap, gap
         self.candidates = 2 if one_example else CANDIDATES
         self.eos = require_end_of_sequence(tokenizer)
@@ -297,7 +292,7 @@ class Batches(Dataset):
         """
         for row in rows:
             own, terse = row.pool, row.description in row.pool.terse
-            said = (self.augment_unsaid and row.told == TOLD) or (row.prompt.description_in_prompt and not terse)
+            said = (self.augment_unsaid and row.told) or (row.prompt.description_in_prompt and not terse)
             auxiliary = own.auxiliary if said else tuple(pool for pool in own.auxiliary if pool.self_contained)
             if auxiliary and rng.random() < own.auxiliary_prob * len(auxiliary) / len(own.auxiliary):
                 changed, near = auxiliary, (own, *(pool for pool in own.auxiliary if not pool.self_contained))
@@ -315,15 +310,12 @@ class Batches(Dataset):
                 row.negative = int(rng.choice(unlike[int(rng.integers(len(unlike)))].descriptions))
 
     def _choose_told(self, rows: list[_Row], random: np.random.Generator, rng: np.random.Generator) -> None:
-        """Which rows read random words or a terse text, and which read nothing."""
+        """Which rows read random words or a terse text."""
         for row in rows:
             if self.random_texts and random.random() < self.random_text_prob:
-                row.told, row.read = UNTOLD, int(random.choice(self.random_texts))
-            draw = rng.random()
-            if draw < self.dropout:
-                row.told, row.read = DROPPED, -1
-            elif draw < self.dropout + self.terse_prob and row.pool.terse:
-                row.told, row.read, row.description = UNTOLD, -1, int(rng.choice(row.pool.terse))
+                row.told, row.read = False, int(random.choice(self.random_texts))
+            if rng.random() < self.terse_prob and row.pool.terse:
+                row.told, row.read, row.description = False, -1, int(rng.choice(row.pool.terse))
 
     def _fill(self, rows: list[_Row], rng: np.random.Generator, listings: np.random.Generator) -> int:
         """Draws examples for all rows until each has one that fits; returns how many are too long for any row."""

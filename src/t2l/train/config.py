@@ -129,8 +129,6 @@ class TrainConfig:
     neftune_noise_alpha: NotNegative = 0.0
     """Uniform noise on the base's input embeddings, at most alpha / sqrt(T·E) in each of the E numbers of each of a
     document's T tokens (arXiv 2310.05914, where it is 5). T counts one document's tokens, not those of a packed row."""
-    conditioning_dropout: Share = 0.0
-    """Share of rows that are trained with the shared LoRA alone, as if there were no description."""
     init_from: str | None = None
     """Checkpoint to start from: of a multi-task LoRA (variant `none`) the shared LoRA is taken, of a hypernetwork all
     weights."""
@@ -198,11 +196,6 @@ class SftConfig:
             what = "freeze_a" if self.hypernet.freeze_a else "variant 'basis'"
             raise ConfigError(f"hypernet.{what} is for `t2l train reconstruction`; leave it out here")
         train = self.train
-        if train.conditioning_dropout + self.data.terse_description_prob > 1:
-            raise ConfigError(
-                f"train.conditioning_dropout {train.conditioning_dropout:g} and data.terse_description_prob "
-                f"{self.data.terse_description_prob:g} are shares of the same rows and must not exceed 1 together"
-            )
         if train.margin_loss_weight and train.description_in_prompt_prob == 1:
             raise ConfigError(
                 "train.margin_loss_weight compares only rows whose prompt does not show the description; "
@@ -233,7 +226,7 @@ class SftConfig:
             )
 
     def _check_unconditional(self) -> None:
-        idle = [f"train.{name}" for name in ("margin_loss_weight", "conditioning_dropout") if getattr(self.train, name)]
+        idle = ["train.margin_loss_weight"] * (self.train.margin_loss_weight > 0)
         idle += ["data.random_description_prob"] * (self.data.random_description_prob > 0)
         if idle:
             raise ConfigError(f"No hypernetwork reads a description here, so {', '.join(idle)} would do nothing")

@@ -437,7 +437,6 @@ def _batches(
     data = config.data
     training: dict[str, Any] = {
         "terse_prob": data.terse_description_prob,
-        "dropout": config.train.conditioning_dropout,
         "option_placement_prob": data.option_placement_prob,
         "source_weights": data.source_weights,
     }

@@ -17,7 +17,7 @@ from t2l.apply import AdapterHooks
 from t2l.encoder import Encoded
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
-from t2l.train.batches import DROPPED, TOLD, Batch
+from t2l.train.batches import Batch
 from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.loop import schedule
@@ -74,18 +74,14 @@ class Trainer:
         # The attribute that torch's GradScaler sets and fused optimisers look for; there is no argument for it.
         self.optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
 
-    def adapters(self, read: Tensor, *, learning: bool, kept: Tensor | None = None) -> LoraTensors:
-        """Adapters (N of them) from the texts at `read` (N,); the shared LoRA alone where `kept` (N,) is false."""
+    def adapters(self, read: Tensor, *, learning: bool) -> LoraTensors:
+        """Adapters (N of them) from the texts at `read` (N,)."""
         encoded = Encoded(read[:, None]) if self.cache is None else self.cache[read]
-        # Without dropout there is no scale at all, so that a compiled hypernetwork need not multiply by ones.
-        scale = kept.float() if kept is not None and self.config.train.conditioning_dropout else None
         # Evaluation runs the hypernetwork uncompiled: its evaluation mode would be compiled for a few batches only.
         write = self.write if learning else self.hypernet
-        return write(encoded.states, encoded.mask, scale).map(Tensor.contiguous)
+        return write(encoded.states, encoded.mask).map(Tensor.contiguous)
 
-    def forward(
-        self, rows: PackedRows, read: Tensor, *, learning: bool, kept: Tensor | None = None
-    ) -> tuple[AnswerLosses, LoraTensors]:
+    def forward(self, rows: PackedRows, read: Tensor, *, learning: bool) -> tuple[AnswerLosses, LoraTensors]:
         """Losses of the answers of rows under the adapters written from `read` (B,); and these adapters."""
         train, noise, smoothing = self.config.train, None, None
         if train.neftune_noise_alpha:  # zeros in evaluation, so that there is one compiled function
@@ -95,7 +91,7 @@ class Trainer:
             smoothing = torch.full((), train.label_smoothing_factor if learning else 0.0, device=self.device)
         enabled = self.device.type == "cuda" if train.bf16 is None else train.bf16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            lora = self.adapters(read, learning=learning, kept=kept)
+            lora = self.adapters(read, learning=learning)
             answers = self.losses(rows, lora, noise, smoothing)
         if not learning:  # or what a backward pass would need stayed in memory, of several batches at a time
             answers, lora = answers._replace(losses=answers.losses.detach()), lora.map(Tensor.detach)
@@ -122,9 +118,8 @@ class Trainer:
         """
         batch, again, number = part.batch, part.compared, len(part.batch.read)
         rows = batch.rows.followed_by(batch.rows.part(0, again))
-        kept = torch.cat([batch.told, batch.told[:again]]) != DROPPED if learning else None
         read = torch.cat([batch.read, batch.negatives[:again]])
-        answers, lora = self.forward(rows, read, learning=learning, kept=kept)
+        answers, lora = self.forward(rows, read, learning=learning)
         right, wrong = (AnswerLosses(*(x[rows] for x in answers)) for rows in (slice(number), slice(number, None)))
         # As many passes in every process: a sharded base gathers its layers in each.
         if not learning and part.all_compared < len(part.whole.read):
@@ -140,7 +135,7 @@ class Trainer:
         """
         train, batch, weights = self.config.train, part.batch, part.batch.rows.weights
         if not train.margin_loss_weight:
-            answers, lora = self.forward(batch.rows, batch.read, learning=True, kept=batch.told != DROPPED)
+            answers, lora = self.forward(batch.rows, batch.read, learning=True)
             loss = (answers.losses * weights).sum()
         else:
             right, wrong, lora = self.compare(part, learning=True)
@@ -157,7 +152,7 @@ class Trainer:
         The prompt of such a row shows no description, and its adapter is written from one: where a row's own text says
         nothing of its task, another text need cost nothing more.
         """
-        others = batch.in_prompt[:number] | (batch.told[:number] != TOLD)
+        others = batch.in_prompt[:number] | ~batch.told[:number]
         return batch.rows.weights[:number].sum(1).masked_fill(others, 0.0)
 
     def _hinge(self, part: Part, right: Tensor, wrong: Tensor) -> Tensor:
