@@ -132,6 +132,45 @@ def test_malformed_bodies_get_400_and_the_next_request_is_served(path: str, body
 
 
 @pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
+        ({"stop": [1]}, "stop", "valid string"),
+        ({"tools": [{}]}, "tools", "at most 0 items"),
+        ({"top_k": 20}, "top_k", "no such setting"),
+        ({"TextPart": 1}, "TextPart", "no such setting"),
+        ({"top_logprobs": 2}, None, "top_logprobs needs logprobs to be true"),
+    ],
+)
+def test_what_is_wrong_is_named_as_the_request_had_it(
+    change: dict[str, Any], param: str | None, message: str, http: httpx.Client
+) -> None:
+    error = http.post("/v1/chat/completions", json=CHAT | change).json()["error"]
+    assert error["param"] == param and error["message"].startswith(f"{param}: " if param else message)
+    assert message in error["message"]
+
+
+def test_settings_that_change_nothing_are_taken(http: httpx.Client) -> None:
+    nothing: dict[str, Any] = {
+        "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "modalities": ["text"], "service_tier": "auto",
+        "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"},
+    }  # fmt: skip
+    for change in (nothing, dict.fromkeys(nothing)):
+        answer = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 2} | change)
+        assert answer.status_code == 200, answer.text
+
+
+def test_common_mistakes_are_told_apart(http: httpx.Client) -> None:
+    untyped = http.post("/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": "text/plain"})
+    assert untyped.status_code == 400 and "Content-Type: application/json" in untyped.json()["error"]["message"]
+    unknown = http.post("/v1/embeddings", json={})
+    assert unknown.status_code == 404 and "POST /v1/embeddings" in unknown.json()["error"]["message"]
+    wrong = http.get("/v1/chat/completions")
+    assert wrong.status_code == 405 and "GET /v1/chat/completions" in wrong.json()["error"]["message"]
+    assert [http.head(path).status_code for path in ("/", "/healthz")] == [200, 200]
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "gpt-4",
@@ -176,6 +215,27 @@ def test_a_description_is_data(http: httpx.Client) -> None:
         assert made.status_code in (200, 201) and made.json()["description"] == text
 
 
+def test_a_description_is_answered_though_another_client_deletes_its_adapter(
+    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = server.service.store
+    body = {"model": "t2l:Gone at once.", "messages": USER, "max_tokens": 12, "temperature": 0}
+    expected = http.post("/v1/chat/completions", json=body).json()
+    add, count = store.add, len(store)
+    store.delete(expected["model"])
+
+    def added_and_deleted(*args: Any, **options: Any) -> Any:
+        found = add(*args, **options)
+        store.delete(found[0].id)
+        return found
+
+    monkeypatch.setattr(store, "add", added_and_deleted)
+    for _ in range(2):
+        answer = http.post("/v1/chat/completions", json=body).json()
+        assert (answer["choices"], answer["model"]) == (expected["choices"], expected["model"])
+    assert len(store) == count - 1
+
+
 # --------------------------------------------------------------------------------------------------------- the guard
 
 
@@ -186,6 +246,10 @@ def test_foreign_hosts_and_origins_are_refused(http: httpx.Client) -> None:
         assert http.get("/v1/models", headers={"host": f"{name}:8000"}).status_code == 200
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         assert http.post("/v1/chat/completions", json=CHAT, headers={"origin": origin}).status_code == 403
+    asked = {"origin": "http://localhost:3000", "access-control-request-method": "POST"}
+    preflight = http.request("OPTIONS", "/v1/chat/completions", headers=asked)
+    assert preflight.status_code == 403 and "access-control-allow-origin" not in preflight.headers
+    assert "Pages of http://localhost:3000 may not use this server" in preflight.json()["error"]["message"]
     own = str(http.base_url).rstrip("/")
     assert http.get("/v1/models", headers={"origin": own}).status_code == 200
 

@@ -6,6 +6,7 @@ Knows routes. What they do is in `service`, how answers look in `openai`, and wh
 import asyncio
 import io
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Awaitable
@@ -37,6 +38,8 @@ STATIC = Path(__file__).parent / "static"
 Value = TypeVar("Value")
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Format = Literal["peft", "gguf"]
+_ALTERNATIVE = re.compile(r"str|int|TextPart|.*\[.*")
+"""What Pydantic calls a field's alternatives, which stand in an error's place and not in the request."""
 
 
 def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics | None = None) -> FastAPI:
@@ -64,7 +67,7 @@ def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics
     _serve_adapters(app, service, token=guard.token is not None)
     _serve_files(app)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def health() -> Json:
         status = "closing" if app.state.closing else "ok" if service.engine.alive else "down"
         return Json({"status": status, **service.engine.state}, 200 if status == "ok" else 503)
@@ -108,22 +111,26 @@ def _serve_completions(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Json:
-        entries = await asyncio.to_thread(service.store.entries, limit=1000)
-        return Json({"object": "list", "data": [_model(service, None), *(_model(service, entry) for entry in entries)]})
+        listed = await asyncio.to_thread(service.store.listed)
+        return Json({"object": "list", "data": [_model(service), *(_model(service, *one) for one in listed)]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Json:
         if name.startswith("t2l:"):
             raise RequestError("A description is no name until its adapter is made; POST it to /v1/adapters")
         adapter = await service.resolve(name)
-        return Json(_model(service, None if adapter is None else adapter.entry))
+        known = None if adapter is None else adapter.entry
+        return Json(_model(service, *(() if known is None else (known.id, known.created, known.description))))
 
 
-def _model(service: Service, entry: Entry | None) -> dict[str, Any]:
-    name, created = (service.base_model, service.started) if entry is None else (entry.id, entry.created)
-    parent = None if entry is None else service.base_model
-    owner = {"id": name, "object": "model", "created": created, "owned_by": "t2l", "root": name, "parent": parent}
-    return owner | ({} if entry is None else {"description": entry.description})
+def _model(service: Service, name: str = "", created: int = 0, description: str = "") -> dict[str, Any]:
+    """An adapter as OpenAI lists models; without a name the base model."""
+    if not name:
+        name, created, parent = service.base_model, service.started, None
+    else:
+        parent = service.base_model
+    found = {"id": name, "object": "model", "created": created, "owned_by": "t2l", "root": name, "parent": parent}
+    return found | ({"description": description} if parent else {})
 
 
 async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
@@ -235,7 +242,7 @@ def _gguf(service: Service, name: str) -> bytes:
 def _serve_files(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
 
@@ -251,11 +258,24 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Json:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])[:200] or None
-        message = f"{place}: {first['msg']}" if place else str(first["msg"])
-        return Json(error_object(message, "invalid_request_error", param=place), 400)
+        unknown, loc = first["type"] == "extra_forbidden", [str(part) for part in first["loc"][1:]]
+        named = loc if unknown else [part for part in loc if not _ALTERNATIVE.fullmatch(part)]
+        place = ".".join(named)[:200] or None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        if not loc and "json" not in request.headers.get("content-type", "json"):
+            message = "The body is to be JSON, sent with the header Content-Type: application/json"
+        elif unknown:
+            message = "this server has no such setting"
+        return Json(
+            error_object(f"{place}: {message}" if place else message, "invalid_request_error", param=place), 400
+        )
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Json:
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return Json(error_object(str(error.detail), kind), error.status_code, headers=error.headers)
+        message = str(error.detail)
+        if error.status_code in (404, 405):  # Starlette's own; clients of other servers should see what is missing here
+            message = (
+                f"{request.method} {request.url.path[:200]}: {message}; docs/serving.md lists this server's routes"
+            )
+        return Json(error_object(message, kind), error.status_code, headers=error.headers)

@@ -98,7 +98,10 @@ class GuardMiddleware:
             return Json(error_object(message, "invalid_request_error", code="host_not_allowed"), 421)
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}"):
-            message = "Pages of other sites may not use this server"
+            message = (
+                f"Pages of {origin.decode('latin-1')[:100]} may not use this server, only its own page may; "
+                "ask from a program instead, such as that site's server"
+            )
             return Json(error_object(message, "invalid_request_error", code="origin_not_allowed"), 403)
         free = scope["path"] in OPEN or scope["path"].startswith("/static/")
         if self._guard.token is not None and not free:

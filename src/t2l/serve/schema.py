@@ -117,6 +117,11 @@ class ChatRequest(Sampled):
     of the base model and of other adapters comparable: all see the same prompt."""
     response_format: ResponseFormat | None = None
     store: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, str] | None = None
 
     @model_validator(mode="after")

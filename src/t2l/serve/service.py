@@ -55,6 +55,11 @@ class Service:
             DescriptionError: if the description is blank or too long.
             BusyError: if too much is going on, or as many adapters are stored as may be.
         """
+        stored, new = await self._written(description, strength)
+        return stored.entry, new
+
+    async def _written(self, description: str, strength: float) -> tuple[StoredAdapter, bool]:
+        """The adapter itself, which serves whoever asked for it even if it is deleted in the same moment."""
         description = check_description(description)
         size = len(description.encode())
         if size > self.limits.description_bytes:
@@ -74,7 +79,7 @@ class Service:
             self._remembered.move_to_end(description)
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
-        return entry, new
+        return StoredAdapter(entry, adapter.lora), new
 
     async def resolve(self, model: str) -> StoredAdapter | None:
         """The adapter that a `model` field names; None for the base model.
@@ -95,10 +100,9 @@ class Service:
                 try:
                     return await asyncio.to_thread(self.store.get, name)
                 except AdapterNotFoundError:
-                    del self._remembered[description]  # deleted since
-            name = (await self.create(description))[0].id
-        else:
-            name = model.removeprefix(f"{self.base_model}:").removeprefix(f"{BASE}:")
+                    self._remembered.pop(description, None)  # deleted since
+            return (await self._written(description, 1.0))[0]
+        name = model.removeprefix(f"{self.base_model}:").removeprefix(f"{BASE}:")
         return await asyncio.to_thread(self.store.get, name)
 
     async def chat(self, request: ChatRequest) -> tuple[list[Generation], StoredAdapter | None]:

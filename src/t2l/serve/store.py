@@ -137,6 +137,7 @@ class AdapterStore:
         self._lock = threading.RLock()
         self._cached: OrderedDict[str, StoredAdapter] = OrderedDict()
         self.cached_bytes = 0
+        self._specs: dict[str, AdapterSpec] = {}  # the newest row's: nearly always all rows have the same
         try:
             folder.mkdir(parents=True, exist_ok=True)
             regular_file(folder / DATABASE)
@@ -265,6 +266,13 @@ class AdapterStore:
                     log.error("%s", error)
             return found
 
+    def listed(self) -> list[tuple[str, int, str]]:
+        """Name, time and description of every adapter, the newest first; much faster than all that is known of each."""
+        with self._lock:
+            rows = self._execute("select id, created, description from adapters order by number desc")
+        kinds = (str, int, str)  # `entries` reports the rows that another program has damaged
+        return [row for row in rows if all(map(isinstance, row, kinds))]
+
     def weights(self, name: str) -> bytes:
         """The tensors' file as it stands, for a download.
 
@@ -327,7 +335,10 @@ class AdapterStore:
         kinds = (str, str, str, float, int, float, int, str, str, str)
         if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
             raise CheckpointError(f"{where} is damaged: it holds values of other types; delete the adapter")
-        spec = AdapterSpec.from_json(fields["spec"], where=where)
+        spec = self._specs.get(fields["spec"])
+        if spec is None:
+            spec = AdapterSpec.from_json(fields["spec"], where=where)
+            self._specs = {fields["spec"]: spec}
         norms = parse_json(fields["norms"], where)
         shapes = {target.name: len(spec.layers) for target in spec.targets}
         if not isinstance(norms, dict) or {key: _count(value) for key, value in norms.items()} != shapes:
