@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import t2l
 from t2l import hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +141,13 @@ def test_the_log_s_entries_are_named_in_the_laboratory_alone() -> None:
     files += [path for path in ROOT.glob("*") if path.suffix in TEXTS]
     assert len(files) > 200
     assert [str(path) for path in files if named.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_every_public_name_stands_in_the_python_reference() -> None:
+    entries = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    public = [getattr(t2l, name) for name in t2l.__all__]
+    assert {f"{item.__module__}.{item.__qualname__}" for item in public if item.__module__ != "t2l.errors"} <= entries
+    assert "t2l.errors" in entries
 
 
 def test_every_page_stands_in_the_navigation() -> None:

@@ -101,6 +101,11 @@ def test_inspect_knows_shipped_checkpoints_and_libraries(base: Path, tmp_path: P
     save_library(tmp_path / "library", LoraTensors.stack([random_lora(spec, n) for n in range(2)]), spec, facts)
     found = json.loads(t2l("inspect", tmp_path / "library", "--json").stdout)
     assert (found["kind"], found["adapters"], found["with_descriptions"]) == ("library", 2, 1)
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({"description": text}) + "\n" for text in TASKS))
+    where = ("-o", tmp_path / "shards", "--checkpoint", write_checkpoint(tmp_path / "checkpoint", base))
+    assert t2l("library", "generate", tmp_path / "tasks.jsonl", *where).exit_code == 0
+    found = json.loads(t2l("inspect", tmp_path / "shards", "--json").stdout)
+    assert (found["kind"], found["adapters"], found["dtype"]) == ("library of shards", 3, "float16")
     failed(t2l("inspect", tmp_path / "nothing"), "nothing")
     failed(t2l("inspect", "t2l:nothing"), "there is: t2l:smollm2-135m")
 

@@ -35,7 +35,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Say what is in a checkpoint, a PEFT adapter or a library of adapters."""
-    from t2l import checkpoint, library, peft_io
+    from t2l import checkpoint, library, peft_io, shards
     from t2l.text_to_lora import checkpoint_folder
 
     folder = checkpoint_folder(reference)
@@ -43,12 +43,14 @@ def inspect(
         report = _inspect_adapter(folder)
     elif (folder / library.INDEX).is_file():
         report = _inspect_library(folder)
+    elif (folder / shards.LIBRARY).is_file():
+        report = _inspect_shards(folder)
     elif (folder / checkpoint.WEIGHTS).is_file() or (folder / checkpoint.SPEC).is_file():
         report = _inspect_checkpoint(folder)
     else:
         raise CheckpointError(
             f"{folder} is no checkpoint (it has no {checkpoint.WEIGHTS}), PEFT adapter (no {peft_io.CONFIG}) or "
-            f"library (no {library.INDEX})"
+            f"library (no {library.INDEX} or {shards.LIBRARY})"
         )
     if as_json:
         print_json(report)
@@ -97,6 +99,21 @@ def _inspect_library(folder: Path) -> dict[str, Any]:
         "with_descriptions": sum(bool(about.get("descriptions")) for about in found.index.values()),
         **_shape(found.spec),
         "sha256": found.checksum,
+    }
+
+
+def _inspect_shards(folder: Path) -> dict[str, Any]:
+    from t2l.shards import ShardedLibrary
+
+    found = ShardedLibrary.open(folder)
+    return {
+        "kind": "library of shards",
+        "path": str(folder),
+        "adapters": len(found),
+        "strength": found.origin.strength,
+        "dtype": found.origin.dtype,
+        **_shape(found.spec),
+        "checkpoint_sha256": found.origin.checkpoint_sha256,
     }
 
 
