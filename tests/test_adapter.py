@@ -259,6 +259,21 @@ def test_merged_weights_compute_what_the_adapter_does() -> None:
         empty.merge_into(model)
 
 
+def test_sums_that_the_type_cannot_hold_are_not_merged() -> None:
+    """Otherwise the folder would be a model of its own that says nothing but NaN."""
+    adapter = make_adapter()
+    huge = replace(adapter, lora=adapter.lora.map(lambda x: x * 1e4))
+    with pytest.raises(AdapterNotAppliedError, match=r"q_proj.weight in torch.float16 .*too large for this type"):
+        huge.merge_into(fresh().half())
+    broken = fresh()
+    broken.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(AdapterNotAppliedError, match=r"layers.1.self_attn.v_proj.weight .*the base's own were not"):
+        adapter.merge_into(broken)
+    for size, said in ((0.0, "changes nothing"), (1e30, "its numbers are too large")):
+        with pytest.raises(AdapterNotAppliedError, match=said):
+            replace(adapter, lora=adapter.lora.map(lambda x, size=size: x * size)).require_effect()
+
+
 def test_weights_that_two_modules_share_are_not_merged_into() -> None:
     """PEFT#2018: the other module would change too; nothing is changed before this is known."""
     adapter, model = make_adapter(), fresh()

@@ -9,7 +9,7 @@ from conftest import make_base, make_config, make_tokenizer
 
 import t2l
 from t2l import functions, hub
-from t2l.apply import apply_adapters
+from t2l.apply import apply_adapters, largest_change
 from t2l.errors import AdapterNotAppliedError, ConfigError, DataError, DescriptionError
 from t2l.prompt import render, token_ids
 from t2l.text_to_lora import LoraAdapter, TextToLora
@@ -81,6 +81,14 @@ def test_an_adapter_that_does_nothing_is_no_function(checkpoint: str, monkeypatc
     monkeypatch.setattr(TextToLora, "generate", nothing)
     with pytest.raises(AdapterNotAppliedError, match=r"in nothing.*is the checkpoint trained"):
         t2l.function(TEXT, checkpoint=checkpoint)
+
+
+def test_a_base_with_broken_weights_is_named_as_that(checkpoint: str) -> None:
+    broken = make_base(make_config())
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    (adapter,) = TextToLora.from_pretrained(checkpoint, device="cpu").generate([TEXT])
+    with pytest.raises(AdapterNotAppliedError, match=r"or the base's own, are not finite"):
+        largest_change(broken, adapter, {"input_ids": torch.tensor([[5, 6, 7]])})
 
 
 def test_bad_input_is_refused(checkpoint: str) -> None:

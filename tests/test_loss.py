@@ -93,6 +93,13 @@ def test_masks_of_truth_values_only_where_attention_reads_them() -> None:
     assert (full & near).sum() == near.sum() < full.sum()
 
 
+def test_a_base_with_broken_weights_is_refused_as_that() -> None:
+    base = make("llama")
+    base.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ConfigError, match=r"its own losses are not finite, without any adapter"):
+        require_packable(base, "broken")
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_base_that_cannot_keep_documents_apart_is_refused(kind: str) -> None:
     base = make(kind)

@@ -3,6 +3,7 @@
 Knows adapters, their files and models. Knows no hypernetwork.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,13 +61,15 @@ class LoraAdapter(HubFolder):
         """Checks that the adapter does anything.
 
         Raises:
-            AdapterNotAppliedError: if its weight update is zero or no number, as an untrained hypernetwork writes it.
+            AdapterNotAppliedError: if its weight update is zero or not finite, as an untrained hypernetwork writes it.
         """
-        if not self.norm > 0:
-            raise AdapterNotAppliedError(
-                f"The adapter changes nothing (norm of its update: {self.norm:g}): the hypernetwork that wrote it is "
-                "not trained. `t2l doctor --checkpoint REF` measures what a checkpoint does"
-            )
+        if self.norm > 0 and math.isfinite(self.norm):
+            return
+        what = "changes nothing" if self.norm == 0 else "is no adapter: its numbers are too large"
+        raise AdapterNotAppliedError(
+            f"The adapter {what} (norm of its update: {self.norm:g}): the hypernetwork that wrote it is not trained. "
+            "`t2l doctor --checkpoint REF` measures what a checkpoint does"
+        )
 
     # ------------------------------------------------------------------------------------------- files and the Hub
 
@@ -227,7 +230,7 @@ class LoraAdapter(HubFolder):
         Raises:
             SpecMismatchError: if the adapter does not fit the model, or one of its targets shares its weights with
                 another module, which would change with it.
-            AdapterNotAppliedError: if no weight has changed.
+            AdapterNotAppliedError: if no weight has changed, or one would not be finite.
         """
         changed = add_into(model, self)
         if not changed:

@@ -5,6 +5,7 @@ Knows modules and tensors. Knows no tasks and no training.
 """
 
 import itertools
+import math
 import sys
 import threading
 import warnings
@@ -187,12 +188,17 @@ def largest_change(model: Any, adapter: HasLora, tokens: Mapping[str, Tensor]) -
         tokens: What the model is given, such as `input_ids`.
 
     Raises:
-        AdapterNotAppliedError: if it moves none.
+        AdapterNotAppliedError: if it moves none, or the logits are not finite.
     """
     plain = model(**tokens).logits
     with apply_adapters(model, adapter):
         change = float((model(**tokens).logits - plain).abs().max())
-    if not change > 0:  # also a NaN
+    if not math.isfinite(change):
+        raise AdapterNotAppliedError(
+            f"The logits under the adapter, or the base's own, are not finite (largest change: {change}); is the base "
+            "damaged, or its type too small for its numbers?"
+        )
+    if change == 0:
         raise AdapterNotAppliedError(
             f"The adapter changes the base model's answers in nothing (largest change of a logit: {change}); "
             "is the checkpoint trained, and the adapter not all zeros?"
@@ -301,6 +307,7 @@ def add_into(model: nn.Module, adapter: HasLora) -> int:
     Raises:
         SpecMismatchError: if the model lacks a target module, its weights are not plain numbers, or another module
             shares them, such as embeddings that are tied to the head.
+        AdapterNotAppliedError: if a sum is not finite; some of the weights are then changed, others are not.
     """
     modules, lora, changed = target_modules(model, adapter.spec), adapter.lora, 0
     owners: dict[int, list[str]] = {}
@@ -328,6 +335,12 @@ def add_into(model: nn.Module, adapter: HasLora) -> int:
         a, b = (part[m][position].to(weight.device, torch.float32) for part in (lora.a, lora.b))
         change = lora.scaling * (b @ a)
         merged = (weight.float() + (change.mT if is_transposed(module) else change)).to(weight.dtype)
+        if not merged.isfinite().all():
+            whose = "the sums are too large for this type" if weight.isfinite().all() else "the base's own were not"
+            raise AdapterNotAppliedError(
+                f"{owners[id(weight)][0]} in {weight.dtype} would hold values that are not finite once the adapter is "
+                f"merged: {whose}. Load the base anew, as it is or in another type"
+            )
         changed += not torch.equal(merged, weight)
         weight.copy_(merged)
     return changed

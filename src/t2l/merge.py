@@ -33,7 +33,7 @@ def merge_into_folder(
 
     Raises:
         SpecMismatchError: if the base lacks a module that the adapter changes, or has another size of it.
-        AdapterNotAppliedError: if the merged weights are the base's own, bit for bit.
+        AdapterNotAppliedError: if the merged weights are the base's own, bit for bit, or not finite.
         OutputError: if the folder exists or cannot be written.
         T2LError: if the base cannot be loaded, as in `hub.load_causal_lm`.
     """

@@ -148,7 +148,8 @@ def require_packable(base: Any, name: str) -> None:
         name: The base's name, for messages.
 
     Raises:
-        ConfigError: if it does not: it has no attention, takes no mask of its own, or knows no positions.
+        ConfigError: if it does not: it has no attention, takes no mask of its own, or knows no positions; or if its
+            losses are not finite.
     """
     device = base.get_input_embeddings().weight.device
     vocabulary, gap = base.config.get_text_config().vocab_size, document_gap(base.config)
@@ -165,6 +166,11 @@ def require_packable(base: Any, name: str) -> None:
             f"{name} ({type(base).__name__}) cannot be trained on: its forward pass does not take packed rows, with an "
             f"attention mask and positions of their own ({type(error).__name__}: {error})"
         ) from error
+    if not alone.isfinite().all():
+        raise ConfigError(
+            f"{name} ({type(base).__name__}) cannot be trained on: its own losses are not finite, without any adapter; "
+            "its weights are damaged, or too large for the type that they are computed in"
+        )
     difference = float((packed - alone).abs().mean() / alone.mean())
     # Far above what rounding does (TF32 too), far below what a mask that hides nothing does.
     limit = 0.01 if base.dtype == torch.float32 else 0.02
