@@ -149,7 +149,7 @@ def test_token_batch_equals_single_calls_in_any_order(tokens: TokenEncoder) -> N
         assert together.mask[n].sum() == len(alone) == len(text.encode()) + 1
         assert (together.states[n, : len(alone)] - alone).abs().max() <= 2e-5
         assert not together.states[n, len(alone) :].any()
-        assert (shuffled.states[order.index(n), : len(alone)] - alone).abs().max() <= 1e-5
+        assert (shuffled.states[order.index(n), : len(alone)] - alone).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("layers", [(), (4,), (1, -1)])

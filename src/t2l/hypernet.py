@@ -182,7 +182,7 @@ class SharedLora(nn.Module):
 
     def forward(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A (L, R, I) and B (L, O, R) for each target."""
-        return tuple(self.a), tuple(self.b)
+        return tuple(self.a.parameters()), tuple(self.b.parameters())
 
 
 class OutputStd(nn.Module):

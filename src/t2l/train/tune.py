@@ -221,7 +221,9 @@ def _state(model: Any) -> dict[str, Tensor]:
     """PEFT's tensors as they are now, under the names of an adapter's file."""
     from peft import get_peft_model_state_dict
 
-    return {name: value.detach().float().cpu().clone() for name, value in get_peft_model_state_dict(model).items()}
+    # By default PEFT asks the Hub whether the base's vocabulary has grown.
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().float().cpu().clone() for name, value in found.items()}
 
 
 @torch.no_grad()
