@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,20 @@ def test_errors_are_shown_and_go_away(page: Any) -> None:
     page.get_by_role("button", name="Write the adapter").click()
     alert.wait_for()
     assert "cannot be reached" in alert.inner_text()
+
+
+def test_an_answer_that_breaks_off_keeps_what_was_said(page: Any) -> None:
+    """A connection that is lost, and a server that says that it stops, are told beside the text so far."""
+    describe(page, "Break off.")
+    said = 'data: {"choices": [{"index": 0, "delta": {"content": "Half an"}, "finish_reason": null}]}\n\n'
+    stopping = 'data: {"error": {"message": "the server is shutting down"}}\n\ndata: [DONE]\n\n'
+    for rest, told in (("", "was lost"), (stopping, "shutting down")):
+        broken = {"content_type": "text/event-stream", "body": said + rest}
+        page.route("**/v1/chat/completions", partial(lambda route, answer: route.fulfill(**answer), answer=broken))
+        assert ask(page, "Well?") == ["Half an", "Half an"]
+        assert told in page.get_by_role("alert").inner_text()
+        assert ", failed" in page.locator(".answer small").first.inner_text()
+        page.unroute("**/v1/chat/completions")
 
 
 def test_a_long_answer_is_stopped(page: Any, server: Server) -> None:

@@ -97,7 +97,7 @@ def _llama_cpp(entry: Entry, url: str, shown: list[dict[str, str]], base_model: 
     body = json.dumps({"messages": shown, "temperature": 0, "max_tokens": 64}, ensure_ascii=False)
     base = re.sub(r"\W+", "-", base_model).strip("-") + ".gguf"
     return (
-        "# Needs llama.cpp's source in ./llama.cpp and llama-server on the PATH; its converter needs sentencepiece.\n"
+        "# Needs llama-server on the PATH, llama.cpp's source in ./llama.cpp,\n# and sentencepiece for its converter.\n"
         f"test -f {base} || python llama.cpp/convert_hf_to_gguf.py {_folder(base_model)} --outfile {base}\n"
         f"curl -sfo {entry.id}.gguf{header} '{url}/v1/adapters/{entry.id}/download?format=gguf'\n"
         f"llama-server -m {base} --lora {entry.id}.gguf --port 8002 &\n" + _asked(8002, body)

@@ -45,20 +45,29 @@ async function send(method, path, body, signal) {
 export const call = async (method, path, body) => (await send(method, path, body)).json();
 export const blob = async (path) => (await send("GET", path)).blob();
 
+async function read(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    return { done: true }; // the connection broke
+  }
+}
+
 // Calls onText with each new piece of a chat's answer, and returns why it ended.
 export async function chat(body, { signal, onText }) {
   const answer = await send("POST", "/v1/chat/completions", { ...body, stream: true }, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "", end = null;
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return end;
+    const { done, value } = await read(reader);
+    if (done) throw new ServerError("The connection to the server was lost before the answer ended.", 0);
     held += value;
     const events = held.split("\n\n");
     held = events.pop();
     for (const event of events) {
       const data = event.replace(/^data: /, "");
-      if (data === "[DONE]") continue;
+      if (data === "[DONE]") return end;
       const news = JSON.parse(data);
       if (news.error) throw new ServerError(news.error.message, 0);
       for (const choice of news.choices) {

@@ -220,28 +220,26 @@ async function column(answers, title, kind, body, signal) {
   const box = make("article", { className: `answer busy ${kind}` }, make("h3", { textContent: title }), text, note);
   answers.append(box);
   const started = performance.now();
-  let first = 0, pieces = 0, end = "stopped";
+  let first = 0, end = "stopped", problem = "";
   try {
     end = await chat(body, {
       signal,
       onText(piece) {
         first ||= performance.now();
-        pieces += 1;
         text.append(piece);
       },
     });
   } catch (error) {
     if (error.name !== "AbortError") {
-      text.classList.add("failed");
-      text.textContent = error.message;
       end = "failed";
+      problem = error.message;
     }
     throw error;
   } finally {
     box.classList.remove("busy");
     if (!text.textContent) {
-      text.classList.add("nothing");
-      text.textContent = end === "stopped" ? "stopped before the first word" : "an empty answer";
+      text.classList.add(problem ? "failed" : "nothing");
+      text.textContent = problem || (end === "stopped" ? "stopped before the first word" : "an empty answer");
     }
     const spent = (performance.now() - started) / 1000;
     const begin = first ? `first word after ${seconds((first - started) / 1000)}, ` : "";
