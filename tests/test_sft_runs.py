@@ -149,6 +149,10 @@ def test_init_from_is_refused_where_the_checkpoint_is_of_another_kind(
             r"hypernet\.attention_heads is 4, here 2",
         ),
         (replace(start, hypernet=replace(config.hypernet, variant="none")), r"hypernet\.variant is 'L', here 'none'"),
+        (
+            shorter(config, init_from=str(tmp_path / "gone")),
+            r"train\.init_from: there is no checkpoint .*gone; this run",
+        ),
     ):
         with pytest.raises(ConfigError, match=match):
             train(other, tmp_path / "run", device="cpu", log=quiet)

@@ -203,7 +203,8 @@ def doctor(
         say(f"error: {problem}")
     if problems:
         raise typer.Exit(1)
-    say("all is there")
+    waiting = [name for name, state in report["cache"].items() if str(state).startswith("not there")]
+    say(f"nothing is wrong; {' and '.join(waiting)} will be fetched at first use" if waiting else "all is there")
 
 
 def _packages(problems: list[str]) -> dict[str, str]:

@@ -18,9 +18,13 @@ def require_origin(config: SftConfig, spec: AdapterSpec) -> None:
     """Checks that the checkpoint of `train.init_from` fits a run, from its settings alone.
 
     Raises:
-        ConfigError: if its weights would mean something else in this run, naming every difference.
+        ConfigError: if it is not there, or its weights would mean something else in this run, naming every difference.
     """
     folder = Path(config.train.init_from or "")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"train.init_from: there is no checkpoint {folder}; this run starts from it, so train it first"
+        )
     their_spec, loaded = read_config(folder)
     before, now = _shape(their_spec), _shape(spec)
     if loaded.hypernet.variant != "none":
