@@ -185,7 +185,7 @@ def doctor(
 ) -> None:
     """Say what is installed, what is in the cache and what is missing; exit code 1 if something essential is."""
     problems: list[str] = []
-    report = {
+    report: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": _packages(problems),
         "hardware": _hardware(),
