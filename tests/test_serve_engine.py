@@ -1,5 +1,6 @@
 """The engine: whatever else is in the batch, an answer is the one that its adapter gives alone."""
 
+import gc
 import importlib.util
 import json
 import random
@@ -92,8 +93,6 @@ def test_base_rows_beside_adapters_get_the_bits_of_the_base(
     # From q, k, v, o to q, v alone: nothing of k and o stays.
     rows.set(0, adapters[0])
     rows.select(0, 1)
-    with apply_adapters(base, adapters[0]):
-        pass
     only = RowAdapters(base)
     after = base(tokens[:1]).logits
     rows.release()
@@ -121,6 +120,28 @@ def test_a_row_forgets_the_adapter_before(base: LlamaForCausalLM, adapters: list
         else:
             assert not a[..., adapters[1].spec.rank :].any() and a[..., : adapters[1].spec.rank].any()
     rows.release()
+
+
+def test_adapters_are_kept_ready_as_long_as_they_live(base: LlamaForCausalLM) -> None:
+    """As on a GPU: the same numbers in the rows, nothing made twice, and nothing left of an adapter that has gone."""
+    from t2l.serve.rows import RowAdapters
+
+    kept, plain = RowAdapters(base, keep=True), RowAdapters(base)
+    living, gone = make_adapter(base, 1), make_adapter(base, 2, targets=("down_proj",), rank=7, layers=(1,))
+    for adapters in ((living, gone), (gone, living)):
+        for row, adapter in enumerate(adapters):
+            kept.set(row, adapter)
+            plain.set(row, adapter)
+        for one, other in zip(kept._stacks.values(), plain._stacks.values(), strict=True):
+            assert torch.equal(one._a, other._a) and torch.equal(one._b, other._b)
+    both, alone = kept.kept_nbytes, sum(x.nbytes for x in (*living.lora.a, *living.lora.b))
+    assert both > alone > 0 == plain.kept_nbytes
+    assert kept._ready.get(living.lora) is kept._ready.get(living.lora)
+    del gone, adapter, adapters
+    gc.collect()
+    assert kept.kept_nbytes == alone
+    kept.release()
+    plain.release()
 
 
 def test_clients_with_an_adapter_each_and_constant_churn(

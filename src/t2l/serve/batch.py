@@ -138,8 +138,9 @@ class Batch:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that the rows take."""
-        return {"cache_bytes": self._cache.nbytes, "row_adapter_bytes": self._adapters.nbytes}
+        """Bytes that the rows take, and on a GPU adapters that are ready for rows to come."""
+        rows = {"cache_bytes": self._cache.nbytes, "row_adapter_bytes": self._adapters.nbytes}
+        return rows | {"device_adapter_bytes": self._adapters.kept_nbytes}
 
     def join(self, answers: Sequence[Answer]) -> None:
         """Gives answers rows of their own; one whose adapter does not fit the model ends."""

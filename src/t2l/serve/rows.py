@@ -2,11 +2,13 @@
 
 Adapters in one batch may have different targets, layers, ranks and scalings. All A of one target lie in one tensor, a
 row each, padded with zeros up to the largest rank; what an adapter does not have is zero there, so it adds exactly
-nothing. Rows hold copies: once a row is set, nobody needs to keep the adapter alive for it.
+nothing. Rows hold copies: once a row is set, nobody needs to keep the adapter alive for it. On a GPU adapters are kept
+there beside the rows as long as somebody else keeps them alive, so that only the first row with one waits for the bus.
 
 Knows modules and tensors. Knows no tokens, no requests and no files. Shape letters as in `t2l.spec`.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from t2l.apply import HasLora, target_modules
 from t2l.errors import AdapterNotAppliedError
+from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec, Target
 
 
@@ -44,31 +47,29 @@ class _Stack:
         self.rows: set[int] = set()
         self._a = self._b = like.new_zeros(0, 0, 0, 0)
 
-    def put(self, row: int, layers: tuple[int, ...], a_LRI: Tensor, b_LOR: Tensor, scaling: float) -> None:
-        """Writes a row; its rank and layers beyond the adapter's become zero."""
-        self._grow(max(layers) + 1, row + 1, a_LRI.shape[1])
-        self.clear(row)
-        device, rank = self._like.device, a_LRI.shape[1]
+    def put(self, row: int, layers: tuple[int, ...], a_LIR: Tensor, b_LRO: Tensor) -> None:
+        """Writes a row that is empty; its rank and layers beyond the adapter's stay zero."""
+        assert row not in self.rows, "rows are cleared before they are written"
+        rank = a_LIR.shape[2]
+        self._grow(max(layers) + 1, row + 1, rank)
+        self.rows.add(row)  # before the first write: if one fails, the row is cleared
         # All layers from the first one, as most adapters have them, are a slice: nothing else goes to the device.
         whole = layers == tuple(range(len(layers)))
-        at = slice(len(layers)) if whole else torch.tensor(layers, device=device)
-        # Moved first: the device changes types faster. B is scaled before the model's type takes digits away, and once.
-        self._a[at, row, :, :rank] = a_LRI.to(device).to(self._like.dtype).mT
-        self._b[at, row, :rank] = (b_LOR.to(device) * scaling).to(self._like.dtype).mT
-        self.rows.add(row)
+        at = slice(len(layers)) if whole else torch.tensor(layers, device=self._like.device)
+        self._a[at, row, :, :rank], self._b[at, row, :rank] = a_LIR, b_LRO
 
     def clear(self, row: int) -> None:
         """Makes a row's adapter zero: what the next adapter in it lacks must not be the last one's."""
-        if row < self._a.shape[1]:
+        if row in self.rows:
             self._a[:, row], self._b[:, row] = 0, 0
-        self.rows.discard(row)
+            self.rows.discard(row)
 
     def move(self, source: int, to: int) -> None:
         """Row `source` becomes row `to` and is empty itself."""
         if source in self.rows:
             self._a[:, to], self._b[:, to] = self._a[:, source], self._b[:, source]
             self.rows.add(to)
-        elif to in self.rows:
+        else:
             self.clear(to)
         self.clear(source)
 
@@ -100,15 +101,51 @@ class _Stack:
         return self._a.nbytes + self._b.nbytes
 
 
+class _Ready:
+    """Adapters as rows take them: on the model's device, in its type, B scaled.
+
+    Args:
+        like: A parameter of the model.
+        keep: Whether they are kept for the next row, until nobody else has the adapter any more.
+    """
+
+    def __init__(self, like: Tensor, *, keep: bool) -> None:
+        self._like, self._keep = like, keep
+        self._kept: dict[int, tuple[Any, list[tuple[Tensor, Tensor]]]] = {}
+
+    def get(self, lora: LoraTensors) -> list[tuple[Tensor, Tensor]]:
+        """A (L, I, R) and B (L, R, O) of each target."""
+        key = id(lora)
+        if key in self._kept:
+            return self._kept[key][1]
+        made = [self._made(a_LRI, b_LOR, lora.scaling) for a_LRI, b_LOR in zip(lora.a, lora.b, strict=True)]
+        if self._keep:
+            made = [(a_LIR.contiguous(), b_LRO.contiguous()) for a_LIR, b_LRO in made]
+            self._kept[key] = weakref.ref(lora, lambda _: self._kept.pop(key, None)), made
+        return made
+
+    def _made(self, a_LRI: Tensor, b_LOR: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        device, dtype = self._like.device, self._like.dtype
+        # Moved first: the device changes types faster. B is scaled before the model's type takes digits away, and once.
+        return a_LRI.to(device).to(dtype).mT, (b_LOR.to(device) * scaling).to(dtype).mT
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return sum(x.nbytes for _, made in list(self._kept.values()) for pair in made for x in pair)
+
+
 class RowAdapters:
     """The adapters of a batch's rows on one model.
 
     Args:
         model: The base model; hooks are put on a module when the first adapter needs it.
+        keep: Whether adapters stay on the model's device while they live; where it is a GPU, if absent.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, keep: bool | None = None) -> None:
         self._model, self._like = model, next(model.parameters())
+        self._ready = _Ready(self._like, keep=self._like.device.type != "cpu" if keep is None else keep)
         self._stacks: dict[tuple[str, int, int], _Stack] = {}
         self._handles: list[Any] = []
         self._selected: tuple[int, int] | None = None
@@ -125,9 +162,8 @@ class RowAdapters:
             return
         if adapter.spec != self._fits:
             self._hook(adapter.spec)
-        lora = adapter.lora
-        for m, target in enumerate(adapter.spec.targets):
-            self._stack(target).put(row, adapter.spec.layers, lora.a[m], lora.b[m], lora.scaling)
+        for target, (a_LIR, b_LRO) in zip(adapter.spec.targets, self._ready.get(adapter.lora), strict=True):
+            self._stack(target).put(row, adapter.spec.layers, a_LIR, b_LRO)
 
     def _hook(self, spec: AdapterSpec) -> None:
         for m, position, module in target_modules(self._model, spec):
@@ -141,8 +177,7 @@ class RowAdapters:
         """The row has no adapter."""
         self._selected = None
         for stack in self._stacks.values():
-            if row in stack.rows:
-                stack.clear(row)
+            stack.clear(row)
 
     def move(self, source: int, to: int) -> None:
         """The adapter of row `source` becomes that of row `to`; `source` has none then."""
@@ -169,6 +204,11 @@ class RowAdapters:
     def nbytes(self) -> int:
         """Memory that the rows' adapters take."""
         return sum(stack.nbytes for stack in self._stacks.values())
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Memory on the device of adapters that are kept ready for rows to come."""
+        return self._ready.nbytes
 
     def _stack(self, target: Target) -> _Stack:
         # Two adapters may call modules of one path by different names, and cover different layers of it.
