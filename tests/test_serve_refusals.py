@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from conftest import make_base, make_config, make_tokenizer
 from serve_helpers import Server, running, wait_for
 
 from t2l.config import PromptConfig
+from t2l.errors import CheckpointError
 from t2l.serve.guard import LOCAL, Guard
 from t2l.serve.limits import Limits
 
@@ -236,6 +238,24 @@ def test_a_description_is_answered_though_another_client_deletes_its_adapter(
     assert len(store) == count - 1
 
 
+def test_the_log_has_a_failure_under_the_requests_own_id(
+    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault of ours with its traceback; a client's own deadline without one."""
+
+    for error in (RuntimeError("our fault"), CheckpointError("our file's fault")):
+        caplog.clear()
+        monkeypatch.setattr(server.service.generator, "generate", Mock(side_effect=error))
+        failed = http.post("/v1/adapters", json={"description": "fails"})
+        monkeypatch.undo()
+        assert failed.status_code == 500
+        (told,) = (record for record in caplog.records if record.exc_info)
+        assert told.__dict__["fields"] == {"request": failed.headers["x-request-id"]}
+    caplog.clear()
+    late = http.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 400, "timeout": 0.001})
+    assert late.status_code == 504 and not any(record.exc_info for record in caplog.records)
+
+
 # --------------------------------------------------------------------------------------------------------- the guard
 
 
@@ -277,11 +297,14 @@ def test_token_rate_and_queue(checkpoint: Path, tmp_path: Path) -> None:
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
         assert http.get("/healthz").status_code == 200 and http.get("/").status_code == 200
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer s3cret!"}):
-            assert http.get("/v1/models", headers=headers).status_code == 401
+        for given in ("", "Bearer wrong", "Bearer s3cret!", "s3cret", "Basic s3cret", "Bearer", "Bearer  s3cret"):
+            headers = {"authorization": given} if given else {}
+            refused = http.get("/v1/models", headers=headers)
+            assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
             assert http.get("/metrics", headers=headers).status_code == 401
-        http.headers["authorization"] = "Bearer s3cret"
-        assert http.get("/v1/models").status_code == 200
+        for scheme in ("bearer", "Bearer"):  # its case does not matter, see RFC 9110
+            http.headers["authorization"] = f"{scheme} s3cret"
+            assert http.get("/v1/models").status_code == 200
         gate = threading.Event()
         server.service.engine.run(gate.wait)
         body = {"model": "base", "prompt": "x", "max_tokens": 2, "n": 2}

@@ -251,8 +251,8 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(T2LError)
     async def refuse(request: Request, error: T2LError) -> Json:
         status = status_of(error)
-        if status >= 500:
-            log.error("request failed", exc_info=error)
+        if status == 500:  # others are no fault of ours
+            log.error("a request failed", exc_info=error, extra={"fields": {"request": request.state.request_id}})
         return Json(error_body(error), status, headers=error_headers(status))
 
     @app.exception_handler(RequestValidationError)

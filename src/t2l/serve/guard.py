@@ -67,6 +67,8 @@ class GuardMiddleware:
             return
         name, started, status = uuid.uuid4().hex[:12], time.perf_counter(), 499  # nobody waited for an answer
 
+        scope.setdefault("state", {})["request_id"] = name
+
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -105,10 +107,11 @@ class GuardMiddleware:
             return Json(error_object(message, "invalid_request_error", code="origin_not_allowed"), 403)
         free = scope["path"] in OPEN or scope["path"].startswith("/static/")
         if self._guard.token is not None and not free:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self._guard.token.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._guard.token.encode()):
                 message = "The token is missing or wrong; send it as Authorization: Bearer TOKEN"
-                return Json(error_object(message, "authentication_error", code="invalid_api_key"), 401)
+                refusal = error_object(message, "authentication_error", code="invalid_api_key")
+                return Json(refusal, 401, headers={"www-authenticate": "Bearer"})
         if scope["app"].state.closing and scope["path"] not in WATCHED:
             closing = ClosingError("The server is shutting down; try again later")
             return Json(error_body(closing), 503, headers=error_headers(503) | {"connection": "close"})
@@ -159,7 +162,7 @@ class GuardMiddleware:
         try:
             await self._app(scope, counted, sent)
         except Exception as error:  # a fault of ours: the log has it whole, the client hears that it was one
-            log.exception("a request failed")
+            log.exception("a request failed", extra={"fields": {"request": scope["state"]["request_id"]}})
             if not begun:
                 await Json(error_body(error), 500)(scope, receive, sent)
 

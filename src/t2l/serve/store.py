@@ -258,13 +258,14 @@ class AdapterStore:
             if after is not None:
                 self.entry(after)
                 number = self._execute("select number from adapters where id = ?", after)[0][0]
-            found = []
-            for row in self._execute(query, number, limit):
-                try:
-                    found.append(self._entry(row))
-                except T2LError as error:  # the others are to be had as before
-                    log.error("%s", error)
-            return found
+            rows = self._execute(query, number, limit)
+        found = []
+        for row in rows:
+            try:
+                found.append(self._entry(row))
+            except T2LError as error:  # the others are to be had as before
+                log.error("%s", error)
+        return found
 
     def listed(self) -> list[tuple[str, int, str]]:
         """Name, time and description of every adapter, the newest first; much faster than all that is known of each."""
