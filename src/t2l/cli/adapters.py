@@ -81,10 +81,11 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it holds adapters.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a LoRA adapter for each description, all in one forward pass.
+    """Write a LoRA adapter for each description.
 
-    One description: DIR is its PEFT folder. Several: DIR/000-..., DIR/001-..., all of them or none. A description that
-    is longer than what the checkpoint reads (128 tokens, some 90 words, for the shipped one) is refused, never cut.
+    All are written in one forward pass. One description: DIR is its PEFT folder. Several: DIR/000-..., DIR/001-..., all
+    of them or none. A description that is longer than what the checkpoint reads (128 tokens, some 90 words, for the
+    shipped one) is refused, never cut.
     """
     if sum(given is not None for given in (description, from_file, description_files)) != 1:
         some = description or from_file or description_files
@@ -208,7 +209,8 @@ def _require_adapters(folder: Path, *, single: bool) -> None:
 @app.command()
 def run(
     description: Annotated[
-        str | None, typer.Argument(show_default=False, help="What the task is; - is standard input.")
+        str | None,
+        typer.Argument(metavar="DESCRIPTION", show_default=False, help="What the task is; - is standard input."),
     ] = None,
     inputs: Annotated[
         list[str] | None, typer.Option("--input", metavar="TEXT", help="May be repeated; - is standard input.")
@@ -225,7 +227,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer inputs with the base model and with the adapter, given the same prompt."""
+    """Answer inputs with the base model and with the adapter. Both get the same prompt."""
     if not inputs and input_file is None:
         raise typer.BadParameter("no input is given: give --input TEXT or --input-file FILE")
     _require_description(description, adapter)

@@ -57,7 +57,9 @@ BaseOption = Annotated[
         "--base", metavar="REF", help="The base model, if not by the name in the adapter.", show_default=False
     ),
 ]
-DeviceOption = Annotated[Device | None, typer.Option(help="The GPU, if there is one.", show_default=False)]
+DeviceOption = Annotated[
+    Device | None, typer.Option(help="Where to compute; the GPU, if there is one, by default.", show_default=False)
+]
 InPromptOption = Annotated[
     bool | None,
     typer.Option(

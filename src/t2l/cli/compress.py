@@ -60,9 +60,9 @@ def compress_library(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a library of adapters into one checkpoint, with a report of sizes, errors and scores.
+    """Turn a library of adapters into one checkpoint.
 
-    Called again after it was stopped, it goes on where it was.
+    A report has sizes, errors and scores. Called again after it was stopped, it goes on where it was.
     """
     kinds = _kinds(reads)
     if not dry_run:
@@ -120,7 +120,7 @@ def evaluate_library(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Report on networks that exist: errors, and scores beside the base and the library's own adapters."""
+    """Compare networks for one library. Errors, and scores beside the base and the library's own adapters."""
     kinds = _kinds(reads)
     try_writing(out.absolute())
     from t2l.compress.networks import evaluate_networks

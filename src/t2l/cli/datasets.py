@@ -27,7 +27,7 @@ def data_build(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the packed data files from the Hugging Face Hub; prints the folder."""
+    """Make the packed data files from the Hugging Face Hub. Prints the folder."""
     if tasks is None and not benchmarks:
         raise typer.BadParameter("nothing is asked for: give --tasks or --benchmarks")
     from t2l.data import build
@@ -56,7 +56,7 @@ def data_check(
     manifest: Annotated[bool, typer.Option("--manifest", help="Compare a packed folder's checksums too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look for leaks, blank answers, empty tasks and repeats; exit code 1 if training would go wrong."""
+    """Look for leaks, blank answers, empty tasks and repeats. Exit code 1 if training would go wrong."""
     from t2l.data.check import check
     from t2l.tasks import data_dir
 
@@ -95,7 +95,7 @@ def data_describe(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 120.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a chat endpoint for more descriptions of each task; its key, if any, comes from OPENAI_API_KEY."""
+    """Ask a chat endpoint for more descriptions of each task. Its key, if any, comes from OPENAI_API_KEY."""
     from t2l.data.describe import describe
     from t2l.endpoint import open_endpoint
     from t2l.io import only_writer

@@ -103,7 +103,7 @@ def eval_run(
     skip_floor_check: FloorOption = False,
     workers: WorkersOption = 0,
 ) -> None:
-    """Ask every instance under every condition; prints the file of answers."""
+    """Ask every input under every condition. Prints the file of answers."""
     if full and per_task is not None:
         raise typer.BadParameter("--full and --per-task are two numbers of items: give one")
     named = checkpoint or multitask or hyperdecoders or libraries or base
@@ -166,7 +166,7 @@ def eval_report(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the table of one or more files of answers; prints Markdown, or the files that it wrote."""
+    """Make the table of one or more files of answers. Prints Markdown, or the files that it wrote."""
     pairs = []
     for text in compare or ():
         one, colon, other = text.partition(":")

@@ -122,7 +122,7 @@ def export_peft(
     ] = None,
     for_vllm: Annotated[bool, typer.Option("--vllm", help="Pad to the next rank that vLLM takes.")] = False,
 ) -> None:
-    """Write a PEFT folder under another name of its base, or at a higher rank."""
+    """Write a PEFT folder, with another base name or a higher rank."""
     if output.exists():
         raise OutputError(f"{output} exists already; choose another folder")
     if rank is not None and for_vllm:
@@ -147,7 +147,7 @@ def merge(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a whole model: the base with an adapter added into its weights.
+    """Write a whole model, the base with an adapter in its weights.
 
     Transformers, vLLM and llama.cpp's converter read DIR as any model; it needs no PEFT.
     """

@@ -35,7 +35,7 @@ def import_sakana(
         typer.Option(metavar="REF", help="The encoder; for gte, what `t2l import gte` wrote.", show_default=False),
     ] = None,
 ) -> None:
-    """Write a checkpoint from a published Text-to-LoRA folder (args.yaml, adapter_config.json, hypermod.pt)."""
+    """Make a checkpoint of a published Text-to-LoRA folder. It holds args.yaml, adapter_config.json, hypermod.pt."""
     _check(folder, output)
     from t2l.sakana import import_published
 
@@ -46,7 +46,7 @@ def import_sakana(
 
 @importing.command(name="gte")
 def import_gte(folder: FolderArgument, output: OutputOption) -> None:
-    """Write gte-large-en-v1.5 as Transformers' own class reads it, without code from its repository."""
+    """Make gte-large-en-v1.5 readable by Transformers' own class. No code from its repository is run."""
     _check(folder, output)
     from t2l.gte import convert_gte
 

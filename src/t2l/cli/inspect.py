@@ -34,7 +34,7 @@ def inspect(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is in a checkpoint, a PEFT adapter or a library of adapters."""
+    """Say what is in a checkpoint, an adapter or a library."""
     from t2l import checkpoint, library, peft_io, shards
     from t2l.text_to_lora import checkpoint_folder
 
@@ -183,7 +183,7 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is installed, what is in the cache and what is missing; exit code 1 if something essential is."""
+    """Say what is installed, cached and missing. Exit code 1 if something essential is missing."""
     problems: list[str] = []
     report: dict[str, Any] = {
         "python": platform.python_version(),

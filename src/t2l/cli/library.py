@@ -52,9 +52,10 @@ def generate_library(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an adapter for every description of a file into a library of shards.
+    """Write an adapter for every description of a file.
 
-    What is done stays done: the same command goes on after an interruption, and writes only what is new.
+    They become a library of shards. What is done stays done: the same command goes on after an interruption, and writes
+    only what is new.
     """
     from t2l.mass import Settings
     from t2l.mass import generate_library as generate
@@ -123,7 +124,7 @@ def import_library(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a library of existing PEFT LoRA folders; what does not fit is named."""
+    """Make a library of PEFT LoRA folders. What does not fit is named."""
     from t2l import hub
     from t2l.library import from_peft_folders
     from t2l.tasks import load_descriptions

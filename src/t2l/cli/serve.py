@@ -33,10 +33,10 @@ def serve(
         int, typer.Option(min=0, metavar="SECONDS", help="How long requests under way may go on when it is stopped.")
     ] = 25,
 ) -> None:
-    """Serve adapters over HTTP, a different one for every request, with a page to try them on.
+    """Serve adapters over HTTP, with a page to try them on.
 
-    OpenAI's clients can talk to it: the model is an adapter's id, or t2l: and a description. Clients of other machines
-    send what the environment variable T2L_TOKEN holds.
+    Every request may have another adapter. OpenAI's clients can talk to it: the model is an adapter's id, or t2l: and a
+    description. Clients of other machines send what the environment variable T2L_TOKEN holds.
     """
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
         raise ConfigError("The server needs packages that are not installed: run `pip install 'text-to-lora[serve]'`")

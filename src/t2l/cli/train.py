@@ -67,7 +67,7 @@ def shown_to_people(watch: Callable[..., None]) -> dict[str, Any]:
 
 
 def _sft() -> Trainer:
-    """Train through the base model's loss on the tasks' answers; prints the checkpoint's folder."""
+    """Train by the base's loss on the tasks' answers. Prints the checkpoint's folder."""
     from t2l.train.dry_run import dry_run_sft
     from t2l.train.sft import SftConfig, train
     from t2l.watching import watch_sft
@@ -76,7 +76,7 @@ def _sft() -> Trainer:
 
 
 def _task_loras() -> Trainer:
-    """Train one LoRA for every task of a suite, many at once; prints the library's folder."""
+    """Train one LoRA for every task, many at once. Prints the library's folder."""
     from t2l.train.dry_run import dry_run_task_loras
     from t2l.train.task_loras import TaskLorasConfig, train_task_loras
     from t2l.watching import watch_task_loras
@@ -86,7 +86,7 @@ def _task_loras() -> Trainer:
 
 
 def _reconstruction() -> Trainer:
-    """Train a hypernetwork to write a library's adapters from their descriptions; prints the checkpoint's folder."""
+    """Train a hypernetwork to write a library's adapters. Prints the checkpoint's folder."""
     from t2l.train.dry_run import dry_run_reconstruction
     from t2l.train.reconstruction import ReconstructionConfig, train_reconstruction
     from t2l.watching import watch_reconstruction
