@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which torch 2.7 would import with its optimiser, and write a file of its own then
 
 from t2l.config import build
 from t2l.errors import TrainingError
