@@ -174,9 +174,13 @@ def test_every_module_has_a_name_in_llamacpp(kind: str) -> None:
 @pytest.mark.skipif(
     not CONVERTER.is_file(), reason=f"llama.cpp's converter is not there ({CONVERTER}): make test-llamacpp"
 )
-@pytest.mark.parametrize("kind", [kind for kind in BASES if kind in gguf_export.ARCHITECTURES])
+@pytest.mark.parametrize("kind", [kind for kind in BASES if kind in gguf_export.ARCHITECTURES and kind != "gpt2"])
 def test_llamacpps_own_converter_writes_the_same(kind: str, tmp_path: Path) -> None:
-    """From the PEFT folder, to the bit; it reads no rsLoRA, so the adapter has none."""
+    """From the PEFT folder, to the bit; it reads no rsLoRA, so the adapter has none.
+
+    For GPT-2 it transposes A and B like the base's weights, which are the other way round, and llama.cpp refuses the
+    file; what we write for GPT-2 is compared with Transformers in `test_gguf_export`.
+    """
     gguf = pytest.importorskip("gguf")
     model = make_base(kind)
     adapter = make_adapter(model, BASES[kind][1])

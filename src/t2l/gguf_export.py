@@ -40,6 +40,7 @@ _AS_THEY_ARE = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
     "lfm2": "lfm2",
     "olmo2": "olmo2",
     "phi3": "phi3",
