@@ -17,10 +17,12 @@ from test_loss import packed_rows
 from transformers import AutoModelForCausalLM
 
 from t2l.apply import apply_adapters, hooked
+from t2l.config import PromptConfig
 from t2l.text_to_lora import TextToLora
 from t2l.train import sft
 from t2l.train.config import SftConfig
 from t2l.train.loss import answer_losses
+from t2l.train.tune import TuneConfig, tune
 
 HALVES = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Types, and how far apart two ways to compute the same may be: some steps of rounding, of the largest logit."""
@@ -61,6 +63,22 @@ def test_a_hypernetwork_learns_on_the_frozen_base(
     assert (logits(wrapped) - expected).abs().max() <= close
     adapter.merge_into(base)
     assert (logits(base) - expected).abs().max() <= close
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "lfm2-conv", "gemma3", "phi3"])
+def test_an_adapter_is_tuned_on_the_frozen_base(kind: str, tiny_tokenizer: Any) -> None:
+    """What is tuned once more begins with the loss at which it ended."""
+    base = make_base(kind)
+    before = {name: x.clone() for name, x in base.state_dict().items()}
+    examples = [(f"number {n}", "even" if n % 2 == 0 else "odd") for n in range(8)]
+    config = TuneConfig(learning_rate=3e-2, max_epochs=4, held_out=0.5)
+    adapter, both = make_adapter(base, BASES[kind][1]), (base, tiny_tokenizer)
+    tuned = tune(adapter, both, examples, prompt=PromptConfig(), config=config)
+    again = tune(tuned.adapter, both, examples, prompt=PromptConfig(), config=config)
+    assert min(tuned.held_out_losses) < 0.9 * tuned.held_out_losses[0]
+    assert again.held_out_losses[0] == pytest.approx(min(tuned.held_out_losses), rel=1e-4)
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in base.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

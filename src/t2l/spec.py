@@ -191,10 +191,11 @@ def _linears(config: "PretrainedConfig") -> dict[str, tuple[int, int]]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    text = _text_model(model)
     return {
         name: matrix_size(module)
         for name, module in model.named_modules()
-        if (isinstance(module, torch.nn.Linear) or is_transposed(module)) and name.startswith(_text_model(model))
+        if (isinstance(module, torch.nn.Linear) or is_transposed(module)) and name.startswith(text)
     }
 
 
