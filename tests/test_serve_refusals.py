@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -236,6 +237,26 @@ def test_a_description_is_answered_though_another_client_deletes_its_adapter(
         answer = http.post("/v1/chat/completions", json=body).json()
         assert (answer["choices"], answer["model"]) == (expected["choices"], expected["model"])
     assert len(store) == count - 1
+
+
+def test_an_adapter_of_another_base_is_kept_and_not_served(http: httpx.Client, server: Server) -> None:
+    """A server may be started with another checkpoint and the folder of the last: shapes that fit prove nothing."""
+    (adapter,) = server.service.generator.generate(["Of another base."])
+    other = replace(adapter, spec=replace(adapter.spec, base_model="another/base"))
+    name = server.service.store.add(other)[0].id
+    body = {"model": name, "prompt": "x", "max_tokens": 1}
+    for answer in (
+        http.post("/v1/completions", json=body),
+        http.get(f"/v1/adapters/{name}/download?format=gguf"),
+        http.get(f"/v1/models/{name}"),
+    ):
+        assert answer.status_code == 400 and "is for the base another/base" in answer.json()["error"]["message"]
+    assert name not in [model["id"] for model in http.get("/v1/models").json()["data"]]
+    assert http.get(f"/v1/adapters/{name}").json()["parent"] == "another/base"
+    snippets = http.get(f"/v1/adapters/{name}/snippets", params={"text": "x"}).json()["data"]
+    assert "another/base" in next(snippet["code"] for snippet in snippets if snippet["title"] == "vLLM")
+    assert http.get(f"/v1/adapters/{name}/download").status_code == 200
+    assert http.delete(f"/v1/adapters/{name}").status_code == 200
 
 
 def test_the_log_has_a_failure_under_the_requests_own_id(

@@ -49,7 +49,10 @@ def test_what_is_added_is_there_and_the_same_after_a_restart(tmp_path: Path, ada
     store.close()
     store = AdapterStore(tmp_path)
     assert store.entries() == entries[::-1]
-    assert store.listed() == [(entry.id, entry.created, entry.description) for entry in entries[::-1]]
+    assert store.listed("another/base") == []
+    assert store.listed(entries[0].spec.base_model) == [
+        (entry.id, entry.created, entry.description) for entry in entries[::-1]
+    ]
     assert store.entries(limit=2, after=entries[3].id) == [entries[2], entries[1]]
     for entry, adapter in zip(entries, adapters, strict=True):
         stored = store.get(entry.id)

@@ -111,7 +111,7 @@ def _serve_completions(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Json:
-        listed = await asyncio.to_thread(service.store.listed)
+        listed = await asyncio.to_thread(service.store.listed, service.base_model)
         return Json({"object": "list", "data": [_model(service), *(_model(service, *one) for one in listed)]})
 
     @app.get("/v1/models/{name:path}")
@@ -158,17 +158,17 @@ def _serve_adapters(app: FastAPI, service: Service, *, token: bool) -> None:
     @app.post("/v1/adapters")
     async def create(body: AdapterRequest) -> Json:
         entry, new = await service.create(body.description, body.strength)
-        return Json(_about(service, entry), 201 if new else 200, headers={"location": f"/v1/adapters/{entry.id}"})
+        return Json(_about(entry), 201 if new else 200, headers={"location": f"/v1/adapters/{entry.id}"})
 
     @app.get("/v1/adapters")
     async def listed(limit: Limit = 100, after: Annotated[str | None, Query(max_length=64)] = None) -> Json:
         entries = await asyncio.to_thread(service.store.entries, limit=limit + 1, after=after)
-        data = [_about(service, entry) for entry in entries[:limit]]
+        data = [_about(entry) for entry in entries[:limit]]
         return Json({"object": "list", "data": data, "has_more": len(entries) > limit})
 
     @app.get("/v1/adapters/{name}")
     async def about(name: str) -> Json:
-        return Json(_about(service, await asyncio.to_thread(service.store.entry, name), norms=True))
+        return Json(_about(await asyncio.to_thread(service.store.entry, name), norms=True))
 
     @app.get("/v1/adapters/{name}/snippets")
     async def programs(name: str, request: Request, text: Annotated[str, Query(max_length=20_000)]) -> Json:
@@ -178,7 +178,7 @@ def _serve_adapters(app: FastAPI, service: Service, *, token: bool) -> None:
             url=str(request.base_url).rstrip("/"),
             text=text,
             in_prompt=service.generator.prompt.description_in_prompt,
-            base_model=service.base_model,
+            base_model=entry.spec.base_model,
             token=token,
         )
         return Json({"object": "list", "data": [asdict(snippet) for snippet in found]})
@@ -196,13 +196,13 @@ def _serve_adapters(app: FastAPI, service: Service, *, token: bool) -> None:
         return Response(data, media_type="application/octet-stream", headers=headers)
 
 
-def _about(service: Service, entry: Entry, *, norms: bool = False) -> dict[str, Any]:
+def _about(entry: Entry, *, norms: bool = False) -> dict[str, Any]:
     spec = entry.spec
     return {
         "id": entry.id,
         "object": "adapter",
         "created": entry.created,
-        "parent": service.base_model,
+        "parent": entry.spec.base_model,
         "description": entry.description,
         "strength": entry.strength,
         "sha256": entry.sha256,
@@ -229,7 +229,7 @@ def _peft_zip(service: Service, name: str) -> bytes:
 
 
 def _gguf(service: Service, name: str) -> bytes:
-    stored = service.store.get(name)
+    stored = service.stored(name)
     with tempfile.TemporaryDirectory(prefix="t2l-") as folder:
         path = Path(folder) / "adapter.gguf"
         save_gguf(path, stored.lora, stored.spec, service.engine.config, description=stored.entry.description)

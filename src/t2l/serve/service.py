@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from t2l.encoder import check_description
-from t2l.errors import AdapterNotFoundError, RequestError
+from t2l.errors import AdapterNotFoundError, RequestError, SpecMismatchError
 from t2l.prompt import render_turns, token_ids, with_description
 from t2l.serve.answers import Generation
 from t2l.serve.engine import Engine
@@ -90,6 +90,7 @@ class Service:
 
         Raises:
             AdapterNotFoundError: if there is no such adapter.
+            SpecMismatchError: if it is for another base.
         """
         if model in (BASE, self.base_model):
             return None
@@ -98,12 +99,27 @@ class Service:
             name = self._remembered.get(description)
             if name is not None:
                 try:
-                    return await asyncio.to_thread(self.store.get, name)
+                    return await asyncio.to_thread(self.stored, name)
                 except AdapterNotFoundError:
                     self._remembered.pop(description, None)  # deleted since
             return (await self._written(description, 1.0))[0]
         name = model.removeprefix(f"{self.base_model}:").removeprefix(f"{BASE}:")
-        return await asyncio.to_thread(self.store.get, name)
+        return await asyncio.to_thread(self.stored, name)
+
+    def stored(self, name: str) -> StoredAdapter:
+        """A stored adapter of this base; the folder may hold others, of a server with another checkpoint.
+
+        Raises:
+            AdapterNotFoundError: if there is none of this name.
+            SpecMismatchError: if it is for another base.
+        """
+        found = self.store.get(name)
+        if found.spec.base_model != self.base_model:
+            raise SpecMismatchError(
+                f"Adapter {name} is for the base {found.spec.base_model}, and this server runs {self.base_model}; "
+                "start one with that base's checkpoint"
+            )
+        return found
 
     async def chat(self, request: ChatRequest) -> tuple[list[Generation], StoredAdapter | None]:
         """What a chat request asks the engine for, a generation a choice, and its adapter."""

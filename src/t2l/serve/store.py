@@ -267,10 +267,12 @@ class AdapterStore:
                 log.error("%s", error)
         return found
 
-    def listed(self) -> list[tuple[str, int, str]]:
-        """Name, time and description of every adapter, the newest first; much faster than all that is known of each."""
+    def listed(self, base_model: str) -> list[tuple[str, int, str]]:
+        """Name, time and description of a base's adapters, the newest first; faster than all that is known of each."""
+        base = "case when json_valid(spec) then json_extract(spec, '$.base_model') end"
+        query = f"select id, created, description from adapters where {base} = ? order by number desc"
         with self._lock:
-            rows = self._execute("select id, created, description from adapters order by number desc")
+            rows = self._execute(query, base_model)
         kinds = (str, int, str)  # `entries` reports the rows that another program has damaged
         return [row for row in rows if all(map(isinstance, row, kinds))]
 
