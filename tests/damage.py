@@ -3,6 +3,7 @@
 Knows bytes, JSON and safetensors' layout. Knows nothing of the library but that it refuses by `T2LError`.
 """
 
+import ctypes
 import json
 import os
 import pickle
@@ -86,6 +87,7 @@ def _other_kinds(inside: bool) -> Iterator[Damage]:
         os.mkfifo(path)
 
     yield "absent", Path.unlink
+    yield "not to be read", lambda path: path.chmod(0)
     yield "a folder", folder
     yield "a link to nothing", link("nowhere")
     yield "a link to itself", lambda path: link(path.name)(path)
@@ -217,10 +219,25 @@ def bounded(seconds: float = 10, memory: int = 3 << 30) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+@contextmanager
+def held_to_permissions() -> Iterator[None]:
+    """Root may read everything; a thread that lays its capabilities 1 and 2 down may not."""
+    libc, header, rights = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, rights)
+    before = rights[0]
+    rights[0] &= ~0b110
+    libc.capset(header, rights)
+    try:
+        yield
+    finally:
+        rights[0] = before
+        libc.capset(header, rights)
+
+
 def outcome(read: Callable[[], Any]) -> tuple[str, Any]:
     """(`value`, what was read), (`refused`, the message), or (`raw`, what is no error of ours)."""
     try:
-        with bounded():
+        with bounded(), held_to_permissions():
             return "value", read()
     except T2LError as error:
         message = str(error)

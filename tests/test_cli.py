@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 from cli_helpers import t2l
+from damage import held_to_permissions
 
 from t2l import cli, hub, text_to_lora
 from t2l.config import load_yaml
+from t2l.errors import OutputError
+from t2l.io import new_folder
 from t2l.tasks import load_sni, load_splits
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +124,19 @@ def test_a_full_disk_under_standard_output_is_one_line(held: str) -> None:
     with os.fdopen(writing, "w") as pipe:
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, env=environment)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "shut").mkdir(mode=0)
+    with held_to_permissions():
+        with pytest.raises(PermissionError):
+            list((tmp_path / "shut").iterdir())
+        for command in (["inspect"], ["merge", "-o", str(tmp_path / "out")], ["library", "export", "-o", "out"]):
+            result = t2l(*command, str(tmp_path / "shut" / "adapter"))
+            assert result.exit_code == 1 and result.stderr.startswith("error: "), result.output
+            assert result.stderr.count("\n") == 1 and "shut" in result.stderr
+        with pytest.raises(OutputError, match="Cannot write"), new_folder(tmp_path / "shut" / "new"):
+            pass
 
 
 # ----------------------------------------------------------------------------------------------------- doctor

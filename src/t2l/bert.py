@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2l.io import only_shapes, read_json, read_tensors
+from t2l.io import read_json, read_tensors
+from t2l.shapes import only_shapes
 
 PLAIN = {
     "model_type": "bert",

@@ -14,7 +14,8 @@ import torch
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, Size, build, check_ranges, to_plain
 from t2l.errors import CheckpointError
 from t2l.hypernet import Hypernet
-from t2l.io import new_folder, only_shapes, read_json, read_tensors, read_whole, sha256
+from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
+from t2l.shapes import only_shapes
 from t2l.spec import AdapterSpec
 
 FORMAT_VERSION = 2
@@ -148,4 +149,4 @@ def _new_hypernet(spec: AdapterSpec, config: CheckpointConfig) -> Hypernet:
 def read_card(folder: Path) -> str:
     """Text of a checkpoint's model card; empty if it has none."""
     card = folder / CARD
-    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return read_whole(card).decode("utf-8", errors="replace") if card.is_file() else ""

@@ -63,11 +63,11 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: if `path` exists (and `overwrite` is off), is no folder or cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already; choose another folder or pass --overwrite")
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; an output folder cannot take its place")
     with writing(path):
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists already; choose another folder or pass --overwrite")
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; an output folder cannot take its place")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as temporary:
             yield temporary
@@ -246,9 +246,18 @@ def _umask() -> int:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def readable(path: Path, error: type[T2LError] = CheckpointError) -> Iterator[None]:
+    """Turns what the file system says of a file that may not be read into one error that names it, of class `error`."""
+    try:
+        yield
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+
+
 def sha256(path: Path) -> str:
-    """Checksum of a file's bytes."""
-    with path.open("rb") as file:
+    """Checksum of a file's bytes; a CheckpointError if they cannot be read."""
+    with readable(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -323,11 +332,8 @@ def read_whole(path: Path, error: type[T2LError] = CheckpointError, *, limit: in
     """
     if not os.path.isfile(path):
         raise error(f"{path} cannot be read: it is no regular file" if os.path.lexists(path) else f"{path} is missing")
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+    with readable(path, error), path.open("rb") as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise error(f"{path} is larger than the {limit >> 20} MiB that are read of such a file")
     return content
@@ -428,25 +434,6 @@ def read_tensors(
     return tensors
 
 
-@contextmanager
-def only_shapes() -> Iterator[None]:
-    """Modules that are made inside have shapes and no numbers: they take no memory and no time.
-
-    On the device `meta` alone, torch draws first numbers by a way that imports its compiler, which takes seconds.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class NoFirstNumbers(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__module__", "") == "torch.nn.init":
-                return args[0] if args else kwargs["tensor"]
-            return func(*args, **(kwargs or {}))
-
-    with torch.device("meta"), NoFirstNumbers():
-        yield
-
-
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file's tensors, from its header alone.
 
@@ -466,9 +453,10 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    _refuse_pickle(path)
+    with readable(path):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        _refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from t2l.errors import CheckpointError
-from t2l.io import read_json
+from t2l.io import read_json, read_whole, readable
 
 TEXT_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
 MOST_LAYERS = 1 << 16
@@ -89,11 +89,11 @@ def folder_fingerprint(folder: Path, ref: str) -> str:
     # A sentence encoder's modules each have a folder with a config.json of their own.
     texts = [path for pattern in (*TEXT_PATTERNS, "*/config.json") for path in folder.glob(pattern)]
     for path in sorted(texts):
-        content = path.read_bytes()
+        content = read_whole(path)
         digest.update(f"\0{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             digest.update(_safetensors_sample(file, path.stat().st_size, ref))
     return f"sha256:{digest.hexdigest()}"
 

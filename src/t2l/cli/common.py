@@ -27,10 +27,13 @@ class Commands(typer.core.TyperGroup):
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except T2LError as error:
+        except (T2LError, PermissionError) as error:
             if os.environ.get("T2L_DEBUG") == "1":
                 raise
-            say(f"error: {error}")
+            if isinstance(error, T2LError):
+                say(f"error: {error}")
+            else:  # of a folder that nobody may look into, by whoever looked for something in it first
+                say(f"error: {error.filename} cannot be reached: {error.strerror}")
             raise typer.Exit(1) from error
 
 
