@@ -316,13 +316,14 @@ def test_threads_have_adapters_of_their_own() -> None:
 
 def test_a_backward_pass_runs_checkpointed_layers_under_the_adapter() -> None:
     model = fresh().train()
-    model.gradient_checkpointing_enable()
+    named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its name before
+    getattr(model, f"{named}_checkpointing_enable")()
     adapter = make_adapter()
     lora = adapter.lora.map(lambda x: x.clone().requires_grad_())
     grads = []
     for checkpointed in (True, False):
         if not checkpointed:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{named}_checkpointing_disable")()
         with apply_adapters(model, replace(adapter, lora=lora)):
             loss = model(TOKENS, use_cache=False).logits.square().mean()
             grads.append(torch.autograd.grad(loss, lora.b))
