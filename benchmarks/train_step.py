@@ -36,7 +36,7 @@ from t2l.encoder import Encoded
 from t2l.hypernet import Hypernet
 from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
-from t2l.train.batches import TOLD, Batch
+from t2l.train.batches import Batch
 from t2l.train.config import SftConfig, TrainConfig
 from t2l.train.embeddings import EmbeddingCache
 from t2l.train.loss import AnswerLosses, LossFunction, answer_losses, checkpoint_layers
@@ -150,9 +150,7 @@ def packed_batch(shape: Shape, descriptions: int, device: torch.device) -> Batch
     read = torch.arange(shape.rows) % descriptions
     rows = PackedRows(tokens, positions, documents, label_positions, labels, label_documents, weights)
     shown = torch.zeros(shape.rows, dtype=torch.bool)
-    return Batch(rows, read, (read + 1) % descriptions, shown, torch.full((shape.rows,), TOLD), torch.tensor(0)).to(
-        device
-    )
+    return Batch(rows, read, (read + 1) % descriptions, shown, ~shown, torch.tensor(0)).to(device)
 
 
 def padded_batch(packed: Batch) -> Batch:
