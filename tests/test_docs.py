@@ -143,6 +143,14 @@ def test_the_log_s_entries_are_named_in_the_laboratory_alone() -> None:
     assert [str(path) for path in files if named.search(path.read_text(encoding="utf-8"))] == []
 
 
+def test_lists_stand_apart_from_the_text_above() -> None:
+    """Without a blank line the site shows a list as one paragraph; in the repository nobody sees it."""
+    for page in (ROOT / "docs").glob("*.md"):
+        text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        found = re.search(r"^(?![-*|#] |\d+\. | |$).*\n(?:[-*] |\d+\. ).*", text, re.MULTILINE)
+        assert found is None, f"{page.name}: {found[0]}"
+
+
 def test_every_public_name_stands_in_the_python_reference() -> None:
     entries = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
     public = [getattr(t2l, name) for name in t2l.__all__]
