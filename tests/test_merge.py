@@ -84,6 +84,12 @@ def test_the_base_keeps_its_type_and_sums_are_rounded_once(dtype: torch.dtype, m
     expected = (weight.float() + adapter.lora.delta(1)[2]).to(dtype)
     assert torch.equal(merged.model.layers[2].self_attn.v_proj.weight, expected)
     assert torch.equal(merged.model.layers[2].mlp.up_proj.weight, plain.model.layers[2].mlp.up_proj.weight)
+    merge_into_folder(adapter, tmp_path / "exact", dtype=torch.float32)
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype="auto")
+    assert torch.equal(
+        exact.model.layers[2].self_attn.v_proj.weight,
+        plain.float().model.layers[2].self_attn.v_proj.weight + adapter.lora.delta(1)[2],
+    )
 
 
 def test_tokenizer_and_generation_settings_come_along(make_model: Any, tmp_path: Path) -> None:
@@ -187,12 +193,16 @@ def test_merge_and_export_take_folders_and_descriptions(
         arguments = (source, "--checkpoint", checkpoint, "--json")
         done = run("merge", *arguments, "-o", str(tmp_path / f"model{number}"))
         assert done.exit_code == 0, done.output
+        half = run("merge", *arguments, "--dtype", "bfloat16", "-o", str(tmp_path / f"half{number}"))
+        assert half.exit_code == 0, half.output
         assert json.loads(done.stdout)["changed_matrices"] == 6
         done = run("export", "gguf", *arguments, "-o", str(tmp_path / f"{number}.gguf"))
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["description"] == text
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / f"model{n}") for n in range(2)]
     assert torch.equal(logits(models[0]), logits(models[1]))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half0", dtype="auto")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     readers = [gguf.GGUFReader(tmp_path / f"{n}.gguf") for n in range(2)]
     for one, other in zip(readers[0].tensors, readers[1].tensors, strict=True):
         assert one.name == other.name and bool((one.data == other.data).all())

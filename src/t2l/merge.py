@@ -14,17 +14,26 @@ from t2l.io import new_folder, require_only
 
 
 def merge_into_folder(
-    adapter: LoraAdapter, folder: Path, *, base_model: str | None = None, card: str = "", overwrite: bool = False
+    adapter: LoraAdapter,
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    dtype: torch.dtype | None = None,
+    card: str = "",
+    overwrite: bool = False,
 ) -> int:
-    """Writes a whole model: the adapter's base, in its own type, with ΔW added to the weights it adapts.
+    """Writes a whole model: the adapter's base with ΔW added to the weights it adapts.
 
-    Sums are computed in float32 and rounded once, to the base's type. The tokenizer and the generation settings are
-    the base's. Weights that the adapter does not change keep their bytes; embeddings tied to the head stay tied.
+    Sums are computed in float32 and rounded once, to the type that is written. The tokenizer and the generation
+    settings are the base's. In the base's own type, weights that the adapter does not change keep their bytes;
+    embeddings tied to the head stay tied.
 
     Args:
         adapter: A single adapter.
         folder: Where to.
         base_model: Reference of the base, where it is not to be had by the name in the adapter's spec.
+        dtype: Type of the weights that are written; None means the base's own. The base is read in it, so a narrower
+            one rounds the base first. A small change is lost in bfloat16, which keeps three digits; float32 keeps it.
         card: Text of the model card.
         overwrite: Whether an existing folder is replaced.
 
@@ -39,7 +48,7 @@ def merge_into_folder(
     """
     reference = base_model or adapter.spec.base_model
     config = hub.load_config(reference)
-    dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     model = hub.load_causal_lm(reference, dtype=dtype)
     tokenizer = hub.load_tokenizer(reference)
     changed = adapter.merge_into(model)

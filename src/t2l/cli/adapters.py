@@ -4,7 +4,6 @@ import os
 import re
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from t2l.cli.common import (
     DeviceOption,
     InPromptOption,
     JsonOption,
+    SavedType,
     StrengthOption,
     app,
     checked_device,
@@ -47,14 +47,6 @@ AdapterOption = Annotated[
 ]
 ANSWERS_AT_ONCE = 8
 """Inputs that `run` answers in one batch where it does not stream."""
-
-
-class SavedType(StrEnum):
-    """Types that adapters are saved in."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 # -------------------------------------------------------------------------------------------------- generate

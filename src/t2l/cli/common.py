@@ -37,6 +37,14 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(1) from error
 
 
+class SavedType(StrEnum):
+    """Types that weights are saved in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 class Device(StrEnum):
     """Where training runs."""
 

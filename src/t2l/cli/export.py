@@ -15,6 +15,7 @@ from t2l.cli.common import (
     CheckpointOption,
     Device,
     JsonOption,
+    SavedType,
     app,
     checked_device,
     print_json,
@@ -144,6 +145,9 @@ def merge(
     checkpoint: CheckpointOption = DEFAULT,
     base: BaseOption = None,
     device: WritingDeviceOption = None,
+    dtype: Annotated[
+        SavedType | None, typer.Option(help="Type of the weights; the base's own, if absent.", show_default=False)
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -156,11 +160,20 @@ def merge(
             raise OutputError(f"{output} exists already; choose another folder or pass --overwrite")
         if not (output / "config.json").is_file():
             raise OutputError(f"{output} holds no model; --overwrite would delete what it holds. Choose another folder")
+    import torch
+
     from t2l.merge import merge_into_folder
 
     adapter = find_adapter(source, checkpoint, base, device)
     card = adapter.card(library="transformers")
-    changed = merge_into_folder(adapter, output, base_model=base, card=card, overwrite=overwrite)
+    changed = merge_into_folder(
+        adapter,
+        output,
+        base_model=base,
+        dtype=getattr(torch, dtype) if dtype else None,
+        card=card,
+        overwrite=overwrite,
+    )
     if as_json:
         print_json({"path": str(output), "base_model": adapter.spec.base_model, "changed_matrices": changed})
         return

@@ -28,6 +28,7 @@ def serve(
     device: DeviceOption = None,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Answer in bfloat16: faster on a GPU.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers that are written at the same time.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens that a request may ask for.")] = 1024,
     memory: Annotated[int, typer.Option(min=1, metavar="MIB", help="Memory for adapters that are kept ready.")] = 256,
     grace: Annotated[
         int, typer.Option(min=0, metavar="SECONDS", help="How long requests under way may go on when it is stopped.")
@@ -58,6 +59,6 @@ def serve(
         dtype="bfloat16" if bfloat16 else "float32",
         memory=memory * 2**20,
         grace=grace,
-        limits=Limits(rows=rows),
+        limits=Limits(rows=rows, max_tokens=max_tokens),
     )
     run(settings, say)

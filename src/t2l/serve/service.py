@@ -175,7 +175,9 @@ class Service:
                 f"The request asks for {n} answers to {len(prompts)} prompts; at most {self.limits.choices} are given"
             )
         if max_tokens > self.limits.max_tokens:
-            raise RequestError(f"max_tokens is {max_tokens:,}; at most {self.limits.max_tokens:,} are written")
+            raise RequestError(
+                f"max_tokens is {max_tokens:,}; at most {self.limits.max_tokens:,} are written (t2l serve --max-tokens)"
+            )
         sampling = Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
