@@ -345,7 +345,7 @@ def test_html_needs_no_other_file_and_escapes(save: Any) -> None:
     assert "<script" not in page and "<i>it" not in page
     assert "<title>a&lt;b on tiny</title>" in page
     assert all(mark not in page for mark in ("<img", "<link", "src=", "@import", "url("))
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == 5
     assert page.count('class="span"') + page.count("class=span") == len(MINIMUM) + 2 * 5
 
 
@@ -384,6 +384,27 @@ def test_html_fits_a_telephone(save: Any, scheme: str, tmp_path: Path) -> None:
         browser.close()
     assert widest <= 390 and smallest >= 12
     assert (background == "rgb(23, 24, 27)") == (scheme == "dark")
+
+
+def test_few_tasks_of_ones_own_are_shown_each_by_itself(save: Any) -> None:
+    lines = made(suite="own", tasks=("mood", "city"))
+    text = markdown([save(lines)])
+    assert "**2 tasks are too few to speak of others**" in text
+    *_, table = text.split("### Suite own: each task, plain prompt")[1].split("###")[0].strip().split("\n\n")
+    head, _, *rows = table.splitlines()
+    assert head == (
+        "|  | items | base model | multi-task LoRA | T2L, the task's description | T2L, another task's description "
+        "| T2L, random text |"
+    )
+    for row, task in zip(rows, ("city", "mood"), strict=True):
+        means = [
+            np.mean([line["scores"]["exact_match"] for line in lines if (line["task"], line["condition"]) == (task, c)])
+            for c in RATES
+        ]
+        assert row == f"| {task} | 5 | {' | '.join(f'{mean:.2f}' for mean in means)} |"
+    assert "each task" not in markdown([save(made())]), "tasks of the packed data stand for others of their kind"
+    many = made(suite="own", tasks=[f"task{n}" for n in range(31)])
+    assert "each task" not in markdown([save(many)]) and "too few" not in markdown([save(many)])
 
 
 def test_a_report_is_named_for_what_it_is_about(save: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,32 @@ def test_conditions_of_one_form_see_the_same_prompts(finished: answers.AnswerFil
         assert sorted(prompts) == ["description", "plain", "shots", "shots+description"]
         assert all(len(hashes) == 1 for hashes in prompts.values())
         assert len({next(iter(hashes)) for hashes in prompts.values()}) == 4
+
+
+def test_no_prompt_is_said_to_show_examples_that_there_are_none_of(
+    tasks_file: Path, checkpoint: str, tmp_path: Path
+) -> None:
+    """A prompt without its examples would be the plain one under another name."""
+    lines = tasks_file.read_text().splitlines()
+    tests = [line for line in lines if json.loads(line).get("split") == "test"]
+    assert 0 < len(tests) < len(lines)
+    found = {}
+    for name, kept in (("none", tests), ("one", [*tests, *(x for x in lines if json.loads(x)["task"] == "upper")])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(dict.fromkeys(kept)))
+        settings = SETTINGS | {"conditions": "base,base+shots,base+shots+description", "seeds": (0,)}
+        run(
+            Settings(suites=(str(tmp_path / f"{name}.jsonl"),), checkpoint=checkpoint, **settings),
+            tmp_path / f"{name}.answers",
+            log=lambda text: None,
+        )
+        found[name] = answers.read(tmp_path / f"{name}.answers")
+    assert {line["condition"] for line in found["none"].lines} == {"base"}
+    why = "no training examples to show"
+    assert found["none"].header["left_out"] == {"base+shots": why, "base+shots+description": why}
+    assert found["none"].header["conditions"] == ["base"]
+    assert conditions.reasons(found["none"].header["left_out"]) == [f"base+shots ({why})"]
+    assert {line["task"] for line in found["one"].lines if line["condition"] == "base+shots"} == {"upper"}
+    assert {line["task"] for line in found["one"].lines if line["condition"] == "base"} == set(TASKS)
 
 
 def test_answers_are_those_of_each_instance_alone(

@@ -12,7 +12,7 @@ from typing import Any
 
 from t2l.config import PromptConfig
 from t2l.errors import ConfigError
-from t2l.eval.suites import EvalInstance
+from t2l.eval.suites import EvalInstance, EvalTask
 from t2l.prompt import render
 
 ADAPTERS = {
@@ -43,10 +43,10 @@ WITH_SHOTS = ("base", "multitask", "t2l", "t2l-wrong", "t2l-random")
 
 
 def reasons(left_out: Mapping[str, str]) -> list[str]:
-    """Conditions that are left out, by why: one text for each reason, which names the adapters that lack it."""
+    """Conditions that are left out, by why: one text for each reason; with and without the description is one name."""
     adapters: dict[str, list[str]] = {}
     for name, why in left_out.items():
-        adapters.setdefault(str(why), []).append(name.split("+")[0])
+        adapters.setdefault(str(why), []).append(name.removesuffix("+description"))
     return [f"{', '.join(dict.fromkeys(names))} ({why})" for why, names in adapters.items()]
 
 
@@ -123,6 +123,11 @@ def prompt_of(condition: Condition, instance: EvalInstance, tokenizer: Any) -> s
     examples = instance.shots if condition.shots else ()
     start = render(tokenizer, instance.description, instance.item.text, config, examples=examples)
     return start + instance.task.prefill
+
+
+def can_show(condition: Condition, task: EvalTask) -> bool:
+    """Whether a prompt can show what its condition says. Code is asked without examples, as in the paper."""
+    return not condition.shots or bool(task.shots) or task.kind == "code"
 
 
 def text_of(condition: Condition, instance: EvalInstance) -> str:

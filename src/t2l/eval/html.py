@@ -78,7 +78,9 @@ def _plots(suite: Suite, options: Options) -> str:
     """Conditions with their intervals, and paired differences with theirs."""
     means = [(name, estimate(scores, fixed_tasks=suite.fixed_tasks)) for name, scores in suite.conditions.items()]
     gaps = [(f"{one} − {other}", value) for one, other, value in compared(suite, options.compare)]
-    return _plot(f"{suite.score}, 95 % intervals", means) + (_plot("Paired differences", gaps) if gaps else "")
+    return _plot(f"{suite.score.capitalize()}, 95 % intervals", means) + (
+        _plot("Paired differences", gaps) if gaps else ""
+    )
 
 
 def _plot(title: str, points: Sequence[tuple[str, Estimate]]) -> str:

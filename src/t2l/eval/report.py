@@ -22,6 +22,10 @@ from t2l.eval.stats import Difference, Estimate, estimate, p_text
 
 LOW_PARSED = 0.5
 """Share of answers that could be read below which a condition is flagged."""
+FEW_TASKS = 6
+"""With fewer tasks even a difference that all of them show has a p of 2 / 2**tasks > 0.05."""
+MOST_TASKS = 30
+"""Up to so many tasks of one's own, a report shows each of them by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,7 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
     for suite in suites:
         notes = _notes(suite, missing.get(suite.name, []))
         found += _benchmarks_tables(suite, notes) if suite.fixed_tasks else [_tasks_table(suite, notes)]
+        found += _each_task(suite) if suite.name not in TITLES and len(suite.tasks) <= MOST_TASKS else []
         pairs = compared(suite, options.compare)
         if differences := _differences_table(suite, pairs):
             found.append(differences)
@@ -98,6 +103,11 @@ def _notes(suite: Suite, missing: Sequence[str]) -> list[str]:
         f"{tasks} tasks, n = {n:,} answers a condition, seeds {seeds}; {suite.score} of {how}, with 95 % intervals "
         f"from {stats.DRAWS:,} bootstrap draws over {drawn}."
     ]
+    if not suite.fixed_tasks and 1 < tasks < FEW_TASKS:
+        notes.append(
+            f"**{tasks} tasks are too few to speak of others**: with fewer than {FEW_TASKS} no p is below 0.05. Read "
+            "the tables of each task."
+        )
     if controls := [condition for condition in missing if condition != "multitask"]:
         notes.append(
             "**Controls are missing: " + "; ".join(f"{CONTROLS[name]} ({name})" for name in controls) + ".** Without "
@@ -128,17 +138,20 @@ def _notes(suite: Suite, missing: Sequence[str]) -> list[str]:
     return notes
 
 
+TITLES = {
+    "seen": "Tasks of training, new instances and descriptions",
+    "held-back": "Tasks held back from training, to choose settings",
+    "validation": "Validation tasks, not trained on",
+    "test": "Test tasks, not trained on",
+    "benchmarks": "Benchmarks, answered in words",
+    "likelihood": "Benchmarks, by the likelihood of the choices",
+}
+"""Headings of the tables of suites that need packed data."""
+
+
 def suite_title(suite: Suite) -> str:
     """The heading of a suite's table."""
-    titles = {
-        "seen": "Tasks of training, new instances and descriptions",
-        "held-back": "Tasks held back from training, to choose settings",
-        "validation": "Validation tasks, not trained on",
-        "test": "Test tasks, not trained on",
-        "benchmarks": "Benchmarks, answered in words",
-        "likelihood": "Benchmarks, by the likelihood of the choices",
-    }
-    return titles.get(suite.name, f"Suite {suite.name}")
+    return TITLES.get(suite.name, f"Suite {suite.name}")
 
 
 FORMS = {
@@ -153,6 +166,24 @@ FORMS = {
 def _tasks_table(suite: Suite, notes: list[str]) -> Table:
     """A row for each adapter, a column for each form of the prompt."""
     return Table(suite_title(suite), notes, _by_form(suite, lambda name: _cell(suite, name)))
+
+
+def _each_task(suite: Suite) -> list[Table]:
+    """For each form of the prompt that can be compared, a row for each task and a column for each adapter."""
+    found = []
+    for form, title in FORMS.items():
+        names = [name for adapter in ADAPTERS if (name := Condition(adapter, *form).name) in suite.conditions]
+        cells = [["", "items", *(ADAPTERS[CONDITIONS[name].adapter] for name in names)]]
+        for task in suite.tasks:
+            scores = [suite.conditions[name].get(task, {}) for name in names]
+            means = (f"{stats.mean({task: items}):.2f}" if items else "" for items in scores)
+            cells.append([task, str(max(map(len, scores), default=0)), *means])
+        if len(names) > 1:
+            notes = [
+                "With twenty items a difference must be some 0.45 to be told from chance, with two hundred some 0.14."
+            ]
+            found.append(Table(f"{suite_title(suite)}: each task, {title}", notes, cells))
+    return found
 
 
 def _by_form(suite: Suite, cell: Callable[[str], str]) -> list[list[str]]:

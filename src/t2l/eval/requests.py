@@ -12,7 +12,7 @@ from t2l.eval import decode, suites
 from t2l.eval.adapters import AdapterCache, UsedAdapter
 from t2l.eval.answers import Key
 from t2l.eval.backends import Backend
-from t2l.eval.conditions import Condition, prompt_of, short_hash
+from t2l.eval.conditions import Condition, can_show, prompt_of, short_hash
 from t2l.eval.suites import EvalInstance
 from t2l.prompt import spaced, token_ids
 
@@ -51,7 +51,7 @@ def make_requests(
         Request(condition, instance, prompt_of(condition, instance, adapters.tokenizer), [])
         for instance in instances
         for condition in conditions
-        if adapters.has(condition, instance)
+        if can_show(condition, instance.task) and adapters.has(condition, instance)
     ]
 
 

@@ -18,7 +18,7 @@ from t2l.eval.adapters import AdapterCache
 from t2l.eval.answers import Key, key_of
 from t2l.eval.arrow import arrow
 from t2l.eval.backends import Backend
-from t2l.eval.conditions import Condition, choose_conditions, reasons
+from t2l.eval.conditions import Condition, can_show, choose_conditions, reasons
 from t2l.eval.report import below_floor, gather
 from t2l.eval.requests import Line, Request
 from t2l.eval.sources import BaseModels, MultitaskLora, Sources, base_model_of, load_sources, shipped_multitask
@@ -115,7 +115,8 @@ def opened(settings: Settings, *, log: Log) -> Iterator[Ready]:
     bases, sources = _load(settings)
     adapters = AdapterCache(bases.pair, sources, log=log)
     tasks = _load_tasks(settings, sources, log)
-    left_out = sources.left_out(chosen)
+    unshown = [condition.name for condition in chosen if not any(can_show(condition, task) for task in tasks)]
+    left_out = dict.fromkeys(unshown, "no training examples to show") | sources.left_out(chosen)
     if settings.backend != "transformers":
         needs = "it needs the base model's weights here, so --backend transformers"
         left_out |= {condition.name: needs for condition in chosen if condition.adapter == "arrow"}
