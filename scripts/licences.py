@@ -23,21 +23,26 @@ def requirements(name: str, extras: tuple[str, ...] = (), seen: dict[str, str] |
         key = re.sub(r"[-_.]+", "-", found[0]).lower()
         inner = re.search(r"\[([\w,\s-]+)\]", needed)
         try:
-            about = metadata.metadata(key)
+            distribution = metadata.distribution(key)
         except metadata.PackageNotFoundError:
             continue
         if key in seen:
             continue
-        seen[key] = licence(about)
+        seen[key] = licence(distribution)
         requirements(key, tuple(re.split(r"\s*,\s*", inner[1])) if inner else (), seen)
     return seen
 
 
-def licence(about: metadata.PackageMetadata) -> str:
-    """What a distribution says: an SPDX expression, else its classifiers, else the first line of its text."""
+def licence(distribution: metadata.Distribution) -> str:
+    """What one says: an SPDX expression, else its classifiers, else the first line of its text."""
+    about = distribution.metadata
     classifiers = [x.split(" :: ")[-1] for x in about.get_all("Classifier") or () if x.startswith("License ::")]
     text = (about.get("License") or "").strip().splitlines()
-    return about.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "not said")
+    # `cuda-toolkit` says nothing: its requirements, which are judged themselves, are all that it is.
+    files = distribution.files or ()
+    empty = bool(files) and all(file.parts[0].endswith(".dist-info") for file in files)
+    said = about.get("License-Expression") or ", ".join(classifiers) or (text[0] if text else "")
+    return said or ("nothing of its own" if empty else "not said")
 
 
 def unfit(found: dict[str, str]) -> dict[str, str]:

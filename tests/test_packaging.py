@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import PathDistribution
 from pathlib import Path
 from types import ModuleType
 
@@ -90,6 +91,18 @@ def test_licences_are_said_and_go_with_our_own() -> None:
     assert not licences.unfit(found)
     bad = {"a": "AGPL-3.0-only", "b": "GNU General Public License v3 (GPLv3)", "c": "not said", "d": "GPL-2.0"}
     assert licences.unfit(bad | {"e": "LGPL-2.1", "f": "MPL-2.0", "g": "MIT"}) == bad
+
+
+@pytest.mark.parametrize(("held", "said"), [([], "nothing of its own"), (["toolkit.py"], "not said")])
+def test_who_says_no_licence_may_hold_nothing_that_needs_one(tmp_path: Path, held: list[str], said: str) -> None:
+    """NVIDIA's `cuda-toolkit`, which a plain torch brings, is a list of requirements."""
+    folder = tmp_path / "toolkit-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.4\nName: toolkit\nVersion: 1\n")
+    for name in held:
+        (tmp_path / name).write_text("")
+    (folder / "RECORD").write_text("".join(f"{name},,\n" for name in ("toolkit-1.dist-info/METADATA", *held)))
+    assert script("licences").licence(PathDistribution(folder)) == said
 
 
 def test_the_workflow_tries_every_extra_and_calls_targets_that_there_are() -> None:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,6 +147,18 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(OutputError, match="cannot hold adapters"):
         AdapterStore(blocked)
+
+
+def test_a_folder_that_is_refused_is_let_go(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as other:
+        other.execute("create table adapters (id text)")
+    with pytest.raises(OutputError, match="another server or version") as refused:
+        AdapterStore(tmp_path)
+    # While the error is kept, and with it all that its frames held.
+    with closing(sqlite3.connect(tmp_path / DATABASE, timeout=0)) as other:
+        other.execute("drop table adapters")
+    AdapterStore(tmp_path).close()
+    assert refused.traceback
 
 
 def test_a_damaged_file_is_refused_and_a_lost_one_forgotten(tmp_path: Path, adapters: list[Described]) -> None:

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,22 +138,26 @@ class AdapterStore:
         self._cached: OrderedDict[str, StoredAdapter] = OrderedDict()
         self.cached_bytes = 0
         self._specs: dict[str, AdapterSpec] = {}  # the newest row's: nearly always all rows have the same
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            regular_file(folder / DATABASE)
-            self._database = sqlite3.connect(folder / DATABASE, check_same_thread=False, isolation_level=None)
-            # Every commit reaches the disk before it returns, and the lock is kept until the end.
-            for line in ("locking_mode=exclusive", "journal_mode=wal", "synchronous=full"):
-                self._database.execute(f"pragma {line}")
-            self._database.execute("begin exclusive")
-            self._database.execute(_SCHEMA)
-            self._database.execute("commit")
-            self._database.execute(f"select {_COLUMNS} from adapters limit 0")  # those of another version lack some
-        except (OSError, sqlite3.Error) as error:
-            raise OutputError(
-                f"{folder} cannot hold adapters ({error}); if another server or version uses it, give this one its own"
-            ) from error
-        self._tidy()
+        with ExitStack() as refused:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                regular_file(folder / DATABASE)
+                self._database = sqlite3.connect(folder / DATABASE, check_same_thread=False, isolation_level=None)
+                refused.callback(self._database.close)
+                # Every commit reaches the disk before it returns, and the lock is kept until the end.
+                for line in ("locking_mode=exclusive", "journal_mode=wal", "synchronous=full"):
+                    self._database.execute(f"pragma {line}")
+                self._database.execute("begin exclusive")
+                self._database.execute(_SCHEMA)
+                self._database.execute("commit")
+                self._database.execute(f"select {_COLUMNS} from adapters limit 0")  # those of another version lack some
+            except (OSError, sqlite3.Error) as error:
+                raise OutputError(
+                    f"{folder} cannot hold adapters ({error}); if another server or version uses it, give this one its "
+                    "own"
+                ) from error
+            self._tidy()
+            refused.pop_all()  # nothing was: it stays open
 
     def close(self) -> None:
         """Lets the folder go."""
