@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,8 +44,40 @@ def test_waiting_threads_sleep_unless_told_otherwise(
         monkeypatch.delenv("OMP_WAIT_POLICY")
     found = []
     monkeypatch.setattr(cli, "app", lambda prog_name: found.append(os.environ["OMP_WAIT_POLICY"]))
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert found == [expected]
+
+
+PRESSED = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)"
+
+
+@pytest.mark.parametrize(
+    ("before", "command", "code", "printed"),
+    [
+        ("", "import deaf", 130, ""),
+        ("", PRESSED, 130, "tidied\n"),
+        ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)", PRESSED, 0, "went on\ntidied\n"),
+    ],
+    ids=["while a module is imported that catches everything", "an exception elsewhere", "ignored by who called"],
+)
+def test_ctrl_c_ends_a_command(before: str, command: str, code: int, printed: str, tmp_path: Path) -> None:
+    (tmp_path / "deaf.py").write_text(f"try:\n    {PRESSED}\nexcept:\n    pass\n")
+    program = f"""{before}
+from t2l import cli
+def app(prog_name):
+    try:
+        {command}
+        print("went on")
+    finally:
+        print("tidied")
+cli.app = app
+cli.main()
+"""
+    done = python("-c", program, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert (done.returncode, done.stdout, done.stderr) == (code, printed, "")
 
 
 def test_help_and_import_load_nothing_heavy(record_property: Callable[[str, object], None]) -> None:

@@ -215,7 +215,7 @@ def setup(config: SftConfig, processes: Processes, begin: int, log: Callable[[st
     encoder = encoder or OneHotEncoder(data.texts, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bool(config.train.bf16)):
         cache = None if config.unconditional else EmbeddingCache(encoder, data.texts, log=log)
-    log(f"ready after {time.monotonic() - started:.0f} s: {len(data.texts)} texts to read")
+    log(f"ready after {time.monotonic() - started:.0f} s")
 
     if device.type == "cuda" and config.train.fsdp == "off":
         to_bfloat16(base)
