@@ -277,6 +277,7 @@ def test_one_a_of_all_is_counted_once(
     assert network["library_size_one_a"] == 2 * (4 * own + 3 * 2 * (32 + 32))
     assert network["share_one_a"] == pytest.approx(network["size"] / network["library_size_one_a"])
     text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# 4 adapters in one network: out\n")
     assert "The 4 adapters of “out” have one A" in text and f"the network is {network['share_one_a']:.0%}" in text
     assert f"| {network['share']:.0%} |" in text
     scorer = prepare_scores(shared, tasks[:1], (tiny_base, tiny_tokenizer), limit=1)

@@ -81,7 +81,7 @@ def markdown(plain: Mapping[str, Any]) -> str:
     """Writes the report for people."""
     about = plain["library"]
     parts = [
-        "# A library of adapters as one network\n",
+        f"# {about['adapters']} adapters in one network: {', '.join(one['label'] for one in plain['networks'])}\n",
         f"The library holds {about['adapters']} adapters for {about['base']}, {about['parameters_each']:,} parameters "
         f"each, {about['bytes_fp16'] / 1e6:.1f} MB in fp16 (sha256 `{about['sha256']}`).\n",
         "A network's size is that of its weights in fp16, without the encoder, which is a model of its own. Errors are "
