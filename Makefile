@@ -18,7 +18,7 @@ endif
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup models demo serve package-test audit test test-full research-test lint docs clean
+.PHONY: help setup models demo serve package-test audit test test-full test-llamacpp research-test lint docs clean
 
 help:
 	@echo "make demo       three descriptions become three adapters; answers with and without them"
