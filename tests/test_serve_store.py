@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,7 @@ class Described:
     lora: LoraTensors
     spec: AdapterSpec
     description: str = "Add the two numbers."
-
-    def card(self) -> str:
-        return f"# {self.description}\n"
+    provenance: dict[str, str] = field(default_factory=lambda: {"checkpoint": "tiny"})
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +84,7 @@ def test_delete_means_gone(tmp_path: Path, adapters: list[Described]) -> None:
     entry, _ = store.add(adapters[0])
     kept, _ = store.add(adapters[1])
     store.delete(entry.id)
-    for attempt in (store.get, store.entry, store.weights, store.delete):
+    for attempt in (store.get, store.entry, store.delete):
         with pytest.raises(AdapterNotFoundError, match=entry.id):
             attempt(entry.id)
     assert store.cached_bytes == kept.bytes
@@ -117,7 +115,7 @@ def test_memory_keeps_the_most_recently_used(tmp_path: Path, adapters: list[Desc
 def test_a_name_is_never_a_path(name: str, tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store")
     (tmp_path / "x.safetensors").write_bytes(b"secret")
-    for attempt in (store.get, store.weights, store.delete):
+    for attempt in (store.get, store.delete):
         with pytest.raises(AdapterNotFoundError):
             attempt(name)
     assert (tmp_path / "x.safetensors").exists()

@@ -17,6 +17,7 @@ from torch import Tensor
 from t2l.errors import ConfigError, OutputError, SpecMismatchError
 from t2l.io import new_file
 from t2l.lora import LoraTensors
+from t2l.pypi import public_name
 from t2l.spec import AdapterSpec, Target
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _write(
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, spec.scaling * spec.rank)
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, spec.base_model)
+        writer.add_base_model_name(0, public_name(spec.base_model))
         if description:
             writer.add_description(description)
         for name, tensor in tensors.items():

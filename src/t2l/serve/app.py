@@ -5,7 +5,6 @@ Knows routes. What they do is in `service`, how answers look in `openai`, and wh
 
 import asyncio
 import io
-import json
 import re
 import tempfile
 import zipfile
@@ -22,7 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-from t2l import __version__, peft_io
+from t2l import __version__
+from t2l.adapter import LoraAdapter
 from t2l.errors import RequestError, T2LError
 from t2l.gguf_export import save_gguf
 from t2l.serve.answers import log
@@ -218,13 +218,15 @@ def _about(entry: Entry, *, norms: bool = False) -> dict[str, Any]:
 
 
 def _peft_zip(service: Service, name: str) -> bytes:
-    """A PEFT folder as a zip file, the tensors byte for byte as they are stored."""
-    entry, weights = service.store.entry(name), service.store.weights(name)
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:  # weights do not get smaller by compression
-        archive.writestr(f"{name}/{peft_io.WEIGHTS}", weights)
-        archive.writestr(f"{name}/{peft_io.CONFIG}", json.dumps(peft_io.adapter_config(entry.spec), indent=2) + "\n")
-        archive.writestr(f"{name}/{peft_io.CARD}", entry.card)
+    """The folder that the library saves, as a zip file: an adapter is the same one wherever it comes from."""
+    stored, file = service.store.get(name), io.BytesIO()
+    entry = stored.entry
+    adapter = LoraAdapter(stored.lora, stored.spec, entry.description, entry.provenance)
+    with tempfile.TemporaryDirectory(prefix="t2l-") as place:
+        folder = adapter.save_pretrained(Path(place) / name)
+        with zipfile.ZipFile(file, "w") as archive:  # weights do not get smaller by compression
+            for path in sorted(folder.iterdir()):
+                archive.write(path, f"{name}/{path.name}")
     return file.getvalue()
 
 

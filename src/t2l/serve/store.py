@@ -29,7 +29,7 @@ import torch
 
 from t2l import peft_io
 from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError, T2LError
-from t2l.io import parse_json, read_tensors, read_whole, regular_file
+from t2l.io import parse_json, read_tensors, regular_file
 from t2l.lora import LoraTensors
 from t2l.serve.answers import log
 from t2l.spec import AdapterSpec
@@ -37,8 +37,6 @@ from t2l.spec import AdapterSpec
 ID = re.compile(r"[a-z0-9-]{1,64}")
 """What an identifier may look like; nothing else ever becomes part of a path."""
 DATABASE = "adapters.sqlite3"
-MAX_BYTES = 1 << 33
-"""Of one adapter's file; no adapter is near it."""
 _SCHEMA = """
 create table if not exists adapters (
     number integer primary key autoincrement,
@@ -50,10 +48,10 @@ create table if not exists adapters (
     seconds real not null,
     bytes integer not null,
     spec text not null,
-    card text not null,
-    norms text not null
+    norms text not null,
+    provenance text not null
 )"""
-_COLUMNS = "id, sha256, description, strength, created, seconds, bytes, spec, card, norms"
+_COLUMNS = "id, sha256, description, strength, created, seconds, bytes, spec, norms, provenance"
 
 
 class NewAdapter(Protocol):
@@ -71,8 +69,9 @@ class NewAdapter(Protocol):
     def description(self) -> str:
         """What it was written from."""
 
-    def card(self) -> str:
-        """The text of its model card."""
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What wrote it; see `t2l.LoraAdapter`."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,10 @@ class Entry:
     bytes: int
     """Size of its tensors in memory."""
     spec: AdapterSpec
-    card: str
     norms: dict[str, list[float]]
     """For each target the size of its change (Frobenius norm of ΔW) in each adapted layer."""
+    provenance: dict[str, str]
+    """What wrote it: checkpoint, hash of the hypernetwork and versions."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ class AdapterStore:
                 raise BusyError(f"{self._most} adapters are stored, which is the limit; delete some")
             norms = {t.name: norm.tolist() for t, norm in zip(adapter.spec.targets, lora.norms(), strict=True)}
             size = sum(x.nbytes for x in (*lora.a, *lora.b))
-            now, card = int(time.time()), adapter.card()
-            entry = Entry(name, sha256, adapter.description, strength, now, seconds, size, adapter.spec, card, norms)
+            now, facts = int(time.time()), dict(adapter.provenance)
+            entry = Entry(name, sha256, adapter.description, strength, now, seconds, size, adapter.spec, norms, facts)
             self._write(entry, lora)
             self._keep(StoredAdapter(entry, lora))
         return entry, True
@@ -280,16 +280,6 @@ class AdapterStore:
         kinds = (str, int, str)  # `entries` reports the rows that another program has damaged
         return [row for row in rows if all(map(isinstance, row, kinds))]
 
-    def weights(self, name: str) -> bytes:
-        """The tensors' file as it stands, for a download.
-
-        Raises:
-            AdapterNotFoundError: if there is no adapter of this name.
-        """
-        with self._lock:
-            self.entry(name)
-            return read_whole(self._path(name), limit=MAX_BYTES)
-
     def delete(self, name: str) -> None:
         """Removes an adapter from disk and memory. Answers under way with it end as they began.
 
@@ -346,15 +336,17 @@ class AdapterStore:
         if spec is None:
             spec = AdapterSpec.from_json(fields["spec"], where=where)
             self._specs = {fields["spec"]: spec}
-        norms = parse_json(fields["norms"], where)
+        norms, provenance = (parse_json(fields[key], where) for key in ("norms", "provenance"))
         shapes = {target.name: len(spec.layers) for target in spec.targets}
         if not isinstance(norms, dict) or {key: _count(value) for key, value in norms.items()} != shapes:
             raise CheckpointError(f"{where} is damaged: its norms are not those of its targets; delete the adapter")
+        if not isinstance(provenance, dict) or not all(isinstance(value, str) for value in provenance.values()):
+            raise CheckpointError(f"{where} is damaged: its provenance is no mapping of texts; delete the adapter")
         if name != _name(fields["sha256"]) or fields["bytes"] != 4 * spec.num_parameters:
             raise CheckpointError(f"{where} is damaged: its facts do not go together; delete the adapter")
         if not math.isfinite(fields["strength"]) or not math.isfinite(fields["seconds"]):
             raise CheckpointError(f"{where} is damaged: it holds numbers that are none; delete the adapter")
-        return Entry(**fields | {"spec": spec, "norms": norms})
+        return Entry(**fields | {"spec": spec, "norms": norms, "provenance": provenance})
 
     def _write(self, entry: Entry, lora: LoraTensors) -> None:
         from safetensors.torch import save
@@ -362,7 +354,7 @@ class AdapterStore:
         data = save(peft_io.to_state_dict(lora, entry.spec), metadata={"format": "pt"})
         values = (
             entry.id, entry.sha256, entry.description, entry.strength, entry.created, entry.seconds, entry.bytes,
-            entry.spec.to_json(), entry.card, json.dumps(entry.norms),
+            entry.spec.to_json(), json.dumps(entry.norms), json.dumps(entry.provenance),
         )  # fmt: skip
         try:
             _write_durably(self._path(entry.id), data)
