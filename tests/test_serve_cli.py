@@ -139,6 +139,20 @@ def test_other_addresses_demand_a_token(host: str, tmp_path: Path, monkeypatch: 
     assert done.exit_code == 1 and "T2L_TOKEN" in done.output
 
 
+@pytest.mark.parametrize(
+    "origin", ["*", "null", "app.example", "https://*.example", "https://app.example/chat", "https://App.example",
+               "http://localhost:80", "https://app.example:443", "https://a.example,https://b.example", "", "a://b c"],
+)  # fmt: skip
+def test_only_an_origin_that_a_browser_names_is_allowed(origin: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no origin as browsers name one"):
+        Settings(folder=tmp_path, allow_origins=("https://app.example", origin))
+
+
+def test_origins_are_taken(tmp_path: Path) -> None:
+    named = ("https://app.example", "http://localhost:3000", "http://[::1]:8080", "chrome-extension://abc", "tauri://x")
+    assert Settings(folder=tmp_path, allow_origins=named).allow_origins == named
+
+
 def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

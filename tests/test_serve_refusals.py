@@ -295,6 +295,33 @@ def test_foreign_hosts_and_origins_are_refused(http: httpx.Client) -> None:
     assert http.get("/v1/models", headers={"origin": own}).status_code == 200
 
 
+def test_pages_of_named_sites_may_ask(checkpoint: Path, tmp_path: Path) -> None:
+    """What browsers ask first is answered without a token, and refusals can be read; other sites stay outside."""
+    base, site = (make_base(make_config()), make_tokenizer()), "https://app.example"
+    guard = Guard(origins=(site, "http://localhost:3000"), token="s3cret")
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-stainless-os"}
+    with running(checkpoint, base, tmp_path, guard=guard) as server, httpx.Client(base_url=server.url) as http:
+        before = http.options("/v1/completions", headers=asked | {"origin": site})
+        allowed = before.headers["access-control-allow-headers"]
+        assert before.status_code == 200 and allowed == asked["access-control-request-headers"]
+        assert before.headers["access-control-allow-origin"] == site
+        assert "access-control-allow-credentials" not in before.headers
+        body, bearer = {"model": "base", "prompt": "x", "max_tokens": 1}, {"authorization": "Bearer s3cret"}
+        for headers, status in ((bearer, 200), ({}, 401)):
+            answer = http.post("/v1/completions", json=body, headers=headers | {"origin": site})
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, site)
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+        for other in ("https://evil.example", "http://app.example", f"{site}:8443", "null", "http://localhost:300"):
+            for answer in (
+                http.options("/v1/completions", headers=asked | {"origin": other}),
+                http.get("/v1/models", headers=bearer | {"origin": other}),
+            ):
+                assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+        own = http.post("/v1/completions", json=body, headers=bearer | {"origin": server.url})
+        assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
+        assert http.get("/v1/models", headers={"host": "evil.example", "origin": site}).status_code == 421
+
+
 def test_bodies_have_an_end(server: Server, http: httpx.Client) -> None:
     huge = b'{"model": "' + b"x" * 2**20 + b'"}'
     assert http.post("/v1/chat/completions", content=huge).status_code == 413

@@ -25,6 +25,10 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A name that the server goes by; may be repeated.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="A site whose pages may use it, as https://app.example; may be repeated."),
+    ] = None,
     device: DeviceOption = None,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Answer in bfloat16: faster on a GPU.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers that are written at the same time.")] = 16,
@@ -55,6 +59,7 @@ def serve(
         port=port,
         token=os.environ.get("T2L_TOKEN") or None,
         allow_hosts=tuple(name.lower() for name in allow_host or ()),
+        allow_origins=tuple(origin.lower().removesuffix("/") for origin in allow_origin or ()),
         device=hub.best_device(found),
         dtype="bfloat16" if bfloat16 else "float32",
         memory=memory * 2**20,

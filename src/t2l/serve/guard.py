@@ -2,7 +2,8 @@
 
 A browser on this machine runs other people's pages, and any of them can send requests to 127.0.0.1: so the Host header
 must be one that this server goes by (else a foreign name that leads here could read the answers), and a request with
-an Origin must come from the server's own page. Knows HTTP's envelope only, and no bodies.
+an Origin must come from the server's own page, or from a site that whoever started the server has named. Knows HTTP's
+envelope only, and no bodies.
 """
 
 import hmac
@@ -12,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from t2l.errors import ClosingError
@@ -40,6 +42,8 @@ class Guard:
 
     hosts: tuple[str, ...] = LOCAL
     """Names in the Host header, without ports."""
+    origins: tuple[str, ...] = ()
+    """Other sites whose pages may use the server, as browsers name them, such as `https://app.example`."""
     token: str | None = None
     """What clients send as `Authorization: Bearer`; None asks for nothing."""
     body_bytes: int = 2**20
@@ -59,6 +63,15 @@ class GuardMiddleware:
     def __init__(self, app: ASGIApp, guard: Guard, on_request: Callable[[str, str, int, float], None]) -> None:
         self._app, self._guard, self._on_request = app, guard, on_request
         self._spent: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._within: ASGIApp = self._guarded
+        if guard.origins:  # around the refusals too, as a page hears nothing of an answer that does not name its origin
+            self._within = CORSMiddleware(
+                self._guarded,
+                allow_origins=guard.origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),  # OpenAI's client for browsers sends many of its own
+                expose_headers=("content-disposition", "location", "retry-after", "x-request-id"),
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a connection."""
@@ -78,11 +91,7 @@ class GuardMiddleware:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
-            if refusal is None:
-                await self._limited(scope, receive, noted)
-            else:
-                await refusal(scope, receive, noted)
+            await (self._stranger(scope) or self._within)(scope, receive, noted)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
@@ -91,20 +100,28 @@ class GuardMiddleware:
             fields |= {"ms": round(1000 * seconds, 1), "client": _address(scope)}
             log.info("request", extra={"fields": fields})
 
-    def _refusal(self, scope: Scope) -> Json | None:
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self._refusal(scope) or self._limited)(scope, receive, send)
+
+    def _stranger(self, scope: Scope) -> Json | None:
+        """The refusal of a request under a foreign name, or from another site's page."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if name not in self._guard.hosts:
             message = f"This server does not go by the name {name[:100]!r}; see --allow-host"
             return Json(error_object(message, "invalid_request_error", code="host_not_allowed"), 421)
-        origin = headers.get(b"origin")
-        if origin is not None and origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}"):
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if b"origin" in headers and origin not in (f"http://{host}", f"https://{host}", *self._guard.origins):
             message = (
-                f"Pages of {origin.decode('latin-1')[:100]} may not use this server, only its own page may; "
-                "ask from a program instead, such as that site's server"
+                f"Pages of {origin[:100]} may not use this server; see --allow-origin, or ask from a program instead, "
+                "such as that site's server"
             )
             return Json(error_object(message, "invalid_request_error", code="origin_not_allowed"), 403)
+        return None
+
+    def _refusal(self, scope: Scope) -> Json | None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
         free = scope["path"] in OPEN or scope["path"].startswith("/static/")
         if self._guard.token is not None and not free:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

@@ -4,6 +4,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from t2l.serve.stopping import PatientServer
 from t2l.serve.store import AdapterStore
 from t2l.text_to_lora import DEFAULT, TextToLora, checkpoint_folder
 
+_ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]+)?")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -41,6 +44,8 @@ class Settings:
     """What clients must send; without one the server is for this machine alone."""
     allow_hosts: tuple[str, ...] = ()
     """Names that it goes by besides this machine's own."""
+    allow_origins: tuple[str, ...] = ()
+    """Other sites whose pages may use it."""
     device: str = "cpu"
     dtype: str = "float32"
     memory: int = 2**28
@@ -58,6 +63,13 @@ class Settings:
                 f"{self.host} can be reached from other machines, and whoever reaches this server can use it: set "
                 "T2L_TOKEN to what clients must send, or listen on 127.0.0.1"
             )
+        for origin in self.allow_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"{origin[:200]!r} is no origin as browsers name one: scheme, host and any port but the usual one, "
+                    "in small letters, such as https://app.example or http://localhost:3000. Name each site; with "
+                    "'*' every page that somebody opens could use the server"
+                )
 
 
 class JsonLines(logging.Formatter):
@@ -105,7 +117,8 @@ def build(settings: Settings) -> tuple[FastAPI, Engine]:
     except BaseException:
         store.close()
         raise
-    guard = Guard(hosts=(*LOCAL, spoken(settings.host), *settings.allow_hosts), token=settings.token)
+    hosts = (*LOCAL, spoken(settings.host), *settings.allow_hosts)
+    guard = Guard(hosts=hosts, origins=settings.allow_origins, token=settings.token)
     return create_app(Service(engine, store, generator), guard=guard, metrics=metrics), engine
 
 
