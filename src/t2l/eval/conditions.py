@@ -127,7 +127,7 @@ def prompt_of(condition: Condition, instance: EvalInstance, tokenizer: Any) -> s
 
 def can_show(condition: Condition, task: EvalTask) -> bool:
     """Whether a prompt can show what its condition says. Code is asked without examples, as in the paper."""
-    return not condition.shots or bool(task.shots) or task.kind == "code"
+    return not condition.shots or len(task.shots) >= 3 or task.kind == "code"
 
 
 def text_of(condition: Condition, instance: EvalInstance) -> str:

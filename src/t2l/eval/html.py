@@ -31,7 +31,7 @@ dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}thead{display:none}tr{displa
 border-bottom:1px solid var(--line);padding:.4rem 0}td{display:block;border:0;padding:.1rem 0}
 td:first-child{font-weight:600}td[data-of]:not([data-of=""]):not(:empty)::before{content:attr(data-of) ": ";
 font-weight:400;opacity:.75}}"""
-SHOWN = (*tuple(f"{who}+description" for who in ("base", "multitask", "t2l", "t2l-wrong", "t2l-random")), "t2l")
+SHOWN = (*(f"{who}+description" for who in ("base", "multitask", "t2l", "t2l-wrong", "t2l-random")), "t2l")
 """Conditions whose answers stand below a question; all there are where a file has none of these. All but the last see
 the same prompt: beside controls that do not see the description an adapter looks better than it is."""
 

@@ -116,7 +116,7 @@ def opened(settings: Settings, *, log: Log) -> Iterator[Ready]:
     adapters = AdapterCache(bases.pair, sources, log=log)
     tasks = _load_tasks(settings, sources, log)
     unshown = [condition.name for condition in chosen if not any(can_show(condition, task) for task in tasks)]
-    left_out = dict.fromkeys(unshown, "no training examples to show") | sources.left_out(chosen)
+    left_out = dict.fromkeys(unshown, "fewer than three training examples to show") | sources.left_out(chosen)
     if settings.backend != "transformers":
         needs = "it needs the base model's weights here, so --backend transformers"
         left_out |= {condition.name: needs for condition in chosen if condition.adapter == "arrow"}
