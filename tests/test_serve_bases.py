@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from t2l.errors import ConfigError
 from t2l.serve.answers import Generation
 from t2l.serve.engine import Engine
+from t2l.serve.limits import Limits
 
 MORE: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
@@ -38,10 +39,10 @@ def make(kind: str) -> Any:
     return model
 
 
-def serve(model: Any, tokenizer: Any, adapters: list[Any]) -> None:
-    asked = [(make_prompt(n, 3 + 7 * n), adapters[n % len(adapters)], 6) for n in range(4)]
+def serve(model: Any, tokenizer: Any, adapters: list[Any], *, requests: int = 4, limits: Limits | None = None) -> None:
+    asked = [(make_prompt(n, 3 + 7 * n), adapters[n % len(adapters)], 6 + n % 3) for n in range(requests)]
     expected = [reference(model, tokenizer, *request) for request in asked]
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, limits)
     try:
         answers = [engine.submit(Generation(prompt=ids, adapter=a, max_tokens=most)) for ids, a, most in asked]
         assert [answer.text() for answer in answers] == expected
@@ -54,17 +55,22 @@ def each(kinds: Iterable[str]) -> list[tuple[str, str]]:
     return [(k, way) for k in kinds for way in ("eager", "sdpa") if way == "eager" or k not in ("gemma2", "gpt_oss")]
 
 
-def test_a_base_with_convolutions_is_refused(tiny_tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="has layers of kind conv; only models whose layers all keep keys and values"):
-        Engine(make_base("lfm2-conv"), tiny_tokenizer)
-
-
-@pytest.mark.parametrize(("kind", "attention"), each(k for k in BASES if k != "lfm2-conv"))
+@pytest.mark.parametrize(("kind", "attention"), each(BASES))
 def test_rows_with_adapters_are_answered_as_alone(kind: str, attention: str, tiny_tokenizer: Any) -> None:
     model = make_base(kind)
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = 1
     serve(model, tiny_tokenizer, [None, make_adapter(model, BASES[kind][1])])
+
+
+def test_convolutions_see_the_tokens_before_a_piece_and_before_a_row_has_moved(tiny_tokenizer: Any) -> None:
+    """Prompts in pieces shorter than a convolution, of rows that start, end and move at other times."""
+    model = make_base("lfm2-conv")
+    model.generation_config.eos_token_id = 1
+    adapters = [make_adapter(model, targets) for targets in (("in_proj", "conv.out_proj"), BASES["lfm2-conv"][1])]
+    for piece in (1, 7, 40):
+        limits = Limits(rows=3, prompt_piece=piece)
+        serve(model, tiny_tokenizer, [None, *adapters], requests=8, limits=limits)
 
 
 WINDOWED = ["mistral", "phi3", "gemma2", "gemma3_text", "qwen3", "gpt_oss", "cohere2", "olmo3"]
@@ -107,5 +113,5 @@ def test_other_bases_are_served_right_or_refused(kind: str, tiny_tokenizer: Any)
     try:
         serve(model, tiny_tokenizer, [None])
     except ConfigError as error:
-        assert any(words in str(error) for words in ("keys and values", "another row is in", "masks"))
+        assert any(words in str(error) for words in ("short convolution", "another row is in", "masks"))
         print(f"refused: {error}")

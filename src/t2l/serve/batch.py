@@ -61,23 +61,23 @@ class Batch:
     """The rows of one model.
 
     Args:
-        model: A causal language model whose layers all have attention.
+        model: A causal language model whose layers all have attention or a short convolution.
         tokenizer: Its tokenizer.
         prompt_piece: Tokens of prompts that one step reads.
         on_end: Called with each answer that has ended, and the reason.
 
     Raises:
-        ConfigError: if the model keeps something other than keys and values.
+        ConfigError: if the model's layers keep something else, or a row is not answered as it would be alone.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, prompt_piece: int, on_end: Callable[[Answer, End], None]) -> None:
         config = model.config.get_text_config()
         self._kinds = set(getattr(config, "layer_types", None) or ())
-        strange = self._kinds - {"full_attention", "sliding_attention"}
+        strange = self._kinds - {"full_attention", "sliding_attention", "conv"}
         if strange:
             raise ConfigError(
                 f"{config.model_type} has layers of kind {', '.join(sorted(strange))}; only models whose layers all "
-                "keep keys and values can be served"
+                "have attention or a short convolution can be served"
             )
         self.most_tokens: int = getattr(config, "max_position_embeddings", None) or 2**31
         self._window: int | None = getattr(config, "sliding_window", None)
@@ -275,14 +275,16 @@ class Batch:
             return torch.zeros_like(mask_B1TK, dtype=self._parameter.dtype).masked_fill_(~mask_B1TK, hidden)
 
         full = as_added(seen_B1TK)
+        # Causal convolutions need no mask: padding stands after a row's own tokens.
+        masks: dict[str, Any] = {"full_attention": full, "conv": None}
         windowed = "sliding_attention" in self._kinds or not self._kinds
         if self._window is None or not windowed:
-            return full
+            return masks if "conv" in self._kinds else full
         columns_K = torch.arange(seen_B1TK.shape[-1], device=seen_B1TK.device)
         near_B1TK = columns_K > positions_BT[:, None, :, None] - self._window
         sliding = as_added(seen_B1TK & near_B1TK)
         # Models that do not tell kinds of layers apart give all of theirs the window.
-        return {"full_attention": full, "sliding_attention": sliding} if self._kinds else sliding
+        return masks | {"sliding_attention": sliding} if self._kinds else sliding
 
     def _take(self, row: Row, seen: Seen, place: int) -> None:
         """Chooses a row's next token and tells what is new."""

@@ -29,13 +29,13 @@ class Engine:
     """Answers requests on one base model, many at once.
 
     Args:
-        model: A causal language model with attention in all its layers. From now on only the engine runs it.
+        model: A causal language model, of a kind that `Batch` takes. From now on only the engine runs it.
         tokenizer: Its tokenizer.
         limits: What is taken on at once.
         on_end: Called with each answer that has ended and the reason, from the engine's thread.
 
     Raises:
-        ConfigError: if the model keeps something other than keys and values.
+        ConfigError: if it cannot be served.
     """
 
     def __init__(

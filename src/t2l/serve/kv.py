@@ -5,6 +5,9 @@ leaves: a row's next token is written at the column of its position, and a query
 position. Columns beyond hold what earlier rows left; they are masked, and must be finite all the same (0 · NaN is NaN),
 so a row that leaves is zeroed.
 
+A layer that mixes tokens by a short convolution (LFM2) keeps what its convolution reads in the place of keys: a column
+a token too, so rows come, go and read prompts piece by piece as they do with attention.
+
 Knows Transformers' cache interface. Knows no adapters, requests or text.
 """
 
@@ -42,6 +45,24 @@ class _Layer(CacheLayerMixin):
         self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2)
         self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2)
         return self.keys[start:stop, :, :columns], self.values[start:stop, :, :columns]
+
+    def convolve(self, inputs_BHT: Tensor, width: int) -> Tensor:
+        """Writes what a convolution reads of the selected rows, and returns it with earlier tokens before it.
+
+        Args:
+            inputs_BHT: What it reads.
+            width: K, how many tokens before; zeros stand before a row's first.
+
+        Returns:
+            (B, H, K + T).
+        """
+        inputs_B1TH = inputs_BHT.mT[:, None]
+        self.update(inputs_B1TH, inputs_B1TH[..., :0])
+        assert self.keys is not None
+        rows_B1, positions_BT = self.owner.places
+        before_BK = positions_BT[:, :1] + torch.arange(-width, 0, device=positions_BT.device)
+        past_BKH = self.keys[rows_B1, 0, before_BK.clamp(min=0)].masked_fill(before_BK[..., None] < 0, 0)
+        return torch.cat([past_BKH.mT, inputs_BHT], dim=-1)
 
     def grow(self, rows: int, columns: int) -> None:
         """Makes the rectangle larger; what it holds stays."""
@@ -107,6 +128,19 @@ class RowCache(Cache):
         self.window = (start, rows, columns)
         self.places = (torch.arange(start, rows, device=device)[:, None], positions_BT)
         return (torch.arange(columns, device=device) <= positions_BT[..., None])[:, None]
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int, **kwargs: Any
+    ) -> Tensor:
+        """What a layer's convolution reads, with that of earlier tokens before it."""
+        return self._layers[layer_idx].convolve(conv_states, conv_kernel_size)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """No state to write to in place, for one token either: `update_conv_state` gives all that is to be read."""
+
+    def has_previous_state(self, layer_idx: int | None = None) -> bool:
+        """No, for the same reason; Transformers 5.15 asks so."""
+        return False
 
     def move(self, source: int, to: int) -> None:
         """Row `source` becomes row `to`; `source` is empty then."""
