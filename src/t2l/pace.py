@@ -33,10 +33,9 @@ class Pace:
         if now - self.told >= self.every or self.done == self.total:
             self.told = now
             spent = max(now - self.started, 1e-9)
-            left = spent * (self.work / self.worked - 1)
-            self.log(
-                f"{self.done:,} of {self.total:,} {self.what}, {self.done / spent:.1f}/s, {left / 60:.1f} min left"
-            )
+            left = f"{spent * (self.work / self.worked - 1) / 60:.1f} min left"
+            so_far = f"{self.done:,} of {self.total:,} {self.what}, {self.done / spent:.1f}/s"
+            self.log(f"{so_far}, {left if self.done < self.total else f'in {spent / 60:.1f} min'}")
 
 
 @contextmanager

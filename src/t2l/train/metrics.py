@@ -99,7 +99,7 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
             return
         if not found:
             return
-        left = f"  {duration(60 * row['minutes_left'])} left" if "minutes_left" in row else ""
+        left = f"  {duration(60 * row['minutes_left'])} left" if row.get("minutes_left") else ""
         self.log(f"step {row['step']:,}{self.of}  {_words(found)}{left}")
 
     def step(self, done: int) -> None:
