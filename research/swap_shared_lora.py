@@ -2,8 +2,8 @@
 
     python research/swap_shared_lora.py CHECKPOINT MULTITASK OUT
 
-What is learned above a shared LoRA of few steps reads more of the description (entry 53 of research/experiments.md), and the
-shared LoRA of many steps knows more tasks. The folder says what was done.
+What is learned above a shared LoRA of few steps reads more of the description (entry 53 of research/experiments.md);
+the shared LoRA of many steps knows more tasks. The folder says what was done.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def swapped(reference: str, shared: str, out: Path) -> Path:
             parameter.copy_(theirs[name])
     facts = {"shared_lora_sha256": other.config.weights_sha256, "hypernetwork_sha256": mine.config.weights_sha256}
     card = (
-        f"# Text-to-LoRA hypernetwork for {mine.spec.base_model}\n\n"
-        f"The hypernetwork of {facts['hypernetwork_sha256']} on the shared LoRA of {facts['shared_lora_sha256']}. All settings stand in `config.json`.\n"
+        f"# Text-to-LoRA hypernetwork for {mine.spec.base_model}\n\nThe hypernetwork of {mine.config.weights_sha256} "
+        f"on the shared LoRA of {other.config.weights_sha256}. All settings stand in `config.json`.\n"
     )
     config = replace(mine.config, training=mine.config.training | facts)
     save_checkpoint(out, mine.hypernet, mine.spec, config, card=card)
