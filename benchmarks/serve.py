@@ -62,7 +62,7 @@ def draw_adapters(spec: AdapterSpec, number: int) -> list[StoredAdapter]:
             tuple(draw(target.out_features, spec.rank) for target in spec.targets),
             spec.scaling,
         )
-        made.append(StoredAdapter(Entry(f"adapter-{n}", "", "", 1.0, 0, 0.0, 0, spec, "", {}), lora))
+        made.append(StoredAdapter(Entry(f"adapter-{n}", "", "", 1.0, 0, 0.0, 0, spec, {}, {}), lora))
     return made
 
 

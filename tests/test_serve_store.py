@@ -92,6 +92,24 @@ def test_delete_means_gone(tmp_path: Path, adapters: list[Described]) -> None:
     store.close()
 
 
+def test_on_a_full_disk_adapters_can_be_deleted(
+    tmp_path: Path, adapters: list[Described], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(tmp_path)
+    name = store.add(adapters[0])[0].id
+    execute = store._execute
+
+    def full(query: str, *values: str) -> list[tuple[object, ...]]:
+        if query.startswith("delete") and list(tmp_path.glob("*.safetensors")):
+            raise OutputError("database or disk is full")
+        return execute(query, *values)
+
+    monkeypatch.setattr(store, "_execute", full)
+    store.delete(name)
+    assert len(store) == store.cached_bytes == 0
+    store.close()
+
+
 def test_memory_keeps_the_most_recently_used(tmp_path: Path, adapters: list[Described]) -> None:
     first = AdapterStore(tmp_path)
     entries = [first.add(adapter)[0] for adapter in adapters]

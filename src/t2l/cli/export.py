@@ -103,7 +103,7 @@ def export_gguf(
         return
     print(output)
     size = output.stat().st_size / 2**20
-    say(f"{size:.1f} MiB for {adapter.spec.base_model}; load it with: llama-cli --lora {output}")
+    say(f"{size:.1f} MiB for {adapter.spec.base_model}; load it with: llama-cli -m BASE.gguf --lora {output}")
 
 
 @exporting.command(name="peft")

@@ -25,6 +25,7 @@ from t2l import __version__
 from t2l.adapter import LoraAdapter
 from t2l.errors import RequestError, T2LError
 from t2l.gguf_export import save_gguf
+from t2l.pypi import public_name
 from t2l.serve.answers import log
 from t2l.serve.guard import Guard, GuardMiddleware
 from t2l.serve.metrics import Metrics
@@ -124,13 +125,13 @@ def _serve_completions(app: FastAPI, service: Service) -> None:
 
 
 def _model(service: Service, name: str = "", created: int = 0, description: str = "") -> dict[str, Any]:
-    """An adapter as OpenAI lists models; without a name the base model."""
+    """An adapter as OpenAI lists models; without a name the base model, whose `root` is its name for everybody."""
+    base = service.base_model
     if not name:
-        name, created, parent = service.base_model, service.started, None
+        found = {"id": base, "created": service.started, "root": public_name(base), "parent": None}
     else:
-        parent = service.base_model
-    found = {"id": name, "object": "model", "created": created, "owned_by": "t2l", "root": name, "parent": parent}
-    return found | ({"description": description} if parent else {})
+        found = {"id": name, "created": created, "root": name, "parent": base, "description": description}
+    return found | {"object": "model", "owned_by": "t2l"}
 
 
 async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:

@@ -1,7 +1,7 @@
 """Adapters by what is in them: on disk for good, in memory as long as there is room.
 
     adapters.sqlite3     what is known of each; an adapter is there when its row is
-    ID.safetensors       its tensors, under PEFT's names; written before the row, removed after it
+    ID.safetensors       its tensors, under PEFT's names; written before the row, and removed before it
 
 An identifier is a hash of the weights, the base and the scale, and of the description, which may stand in prompts:
 whoever asks for the same adapter twice gets the same one, and no cache that goes by the name can hold other weights.
@@ -289,9 +289,11 @@ class AdapterStore:
         with self._lock:
             if not ID.fullmatch(name) or not self._execute("select 1 from adapters where id = ?", name):
                 raise _unknown(name)
-            self._execute("delete from adapters where id = ?", name)
-            with suppress(OSError):  # without a row the file is none of an adapter's; the next start removes it
+            # The file first: on a full disk the database has no room even to forget a row. Of a row without a file, and
+            # of a file without a row, nothing is left after the next start.
+            with suppress(OSError):
                 self._path(name).unlink(missing_ok=True)
+            self._execute("delete from adapters where id = ?", name)
             cached = self._cached.pop(name, None)
             if cached is not None:
                 self.cached_bytes -= cached.entry.bytes

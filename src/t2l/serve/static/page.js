@@ -129,7 +129,9 @@ for (const format of ["peft", "gguf"]) {
 }
 
 at("delete").addEventListener("click", () => act([at("delete")], async () => {
-  await call("DELETE", `/v1/adapters/${encodeURIComponent(state.adapter.id)}`);
+  await call("DELETE", `/v1/adapters/${encodeURIComponent(state.adapter.id)}`).catch((error) => {
+    if (error.status !== 404) throw error; // another tab was faster
+  });
   forget();
   await list();
   at("describe").focus();
@@ -324,7 +326,7 @@ at("copy").addEventListener("click", async () => {
 
 async function begin() {
   await act([], async () => {
-    at("base-model").textContent = (await call("GET", "/v1/models")).data[0].id;
+    at("base-model").textContent = (await call("GET", "/v1/models")).data[0].root;
     await list();
   });
 }
