@@ -114,6 +114,9 @@ def test_a_folder_of_adapters_is_named_with_what_it_holds(checkpoint: Path, tmp_
     assert t2l("generate", *TASKS, "-o", tmp_path / "three", "--checkpoint", checkpoint).exit_code == 0
     result = t2l("run", "--adapter", tmp_path / "three", "--input", "x", "--checkpoint", checkpoint)
     failed(result, "holds 3 adapters (000-", "give one of them, such as")
+    for command in (("merge",), ("export", "peft")):
+        result = t2l(*command, tmp_path / "three", "-o", tmp_path / "out", "--checkpoint", checkpoint)
+        failed(result, "holds 3 adapters (000-", "give one of them, such as")
 
 
 def test_a_folder_and_a_description_are_not_taken_for_one_another(checkpoint: Path, tmp_path: Path) -> None:

@@ -289,7 +289,19 @@ def read_modules(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
     return modules
 
 
+def require_one(folder: Path) -> None:
+    """Raises CheckpointError if a folder holds folders of adapters and is none itself, naming some of them."""
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if inner and not (folder / CONFIG).exists():
+        more = "" if len(inner) < 4 else f" and {len(inner) - 3} more"
+        raise CheckpointError(
+            f"{folder} holds {len(inner)} adapters ({', '.join(inner[:3])}{more}); give one of them, such as "
+            f"{folder / inner[0]}"
+        )
+
+
 def _plain_lora(folder: Path) -> dict[str, Any]:
+    require_one(folder)
     config = read_json(folder / CONFIG)
     _require_plain_lora(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists() and (folder / PICKLED).exists():

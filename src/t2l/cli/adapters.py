@@ -288,15 +288,9 @@ def _require_description(description: str | None, adapter: Path | None) -> None:
     if adapter is not None and not adapter.is_dir():
         raise CheckpointError(f"There is no adapter folder {adapter}")
     if adapter is not None:
-        from t2l.peft_io import CONFIG, read_origin
+        from t2l.peft_io import read_origin, require_one
 
-        inner = sorted(path.parent.name for path in adapter.glob(f"*/{CONFIG}"))
-        if inner and not (adapter / CONFIG).exists():
-            more = "" if len(inner) < 4 else f" and {len(inner) - 3} more"
-            raise CheckpointError(
-                f"{adapter} holds {len(inner)} adapters ({', '.join(inner[:3])}{more}); give one of them, such as "
-                f"{adapter / inner[0]}"
-            )
+        require_one(adapter)
         if description is None and not read_origin(adapter).description:
             raise typer.BadParameter(f"{adapter} names no description: give DESCRIPTION")
 
