@@ -358,6 +358,7 @@ def test_html_shows_questions_with_the_answers_of_one_seed(save: Any) -> None:
     shown = f'T2L, the task&#x27;s description, description in prompt</dt><dd class="{"right" if right else "wrong"}">'
     assert page.count(shown) == 1
     assert "do not stand in its file" in as_html([save(lines, "b.jsonl")])
+    assert "t2l-random: T2L, random text; +description: description in the prompt.</p>" in page
     with pytest.raises(DataError, match="questions of suite own <script> that are no lists of texts"):
         save(lines, "c.jsonl", suites={"own <script>": {"questions": [{"task": 1}]}})
 

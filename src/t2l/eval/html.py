@@ -76,11 +76,17 @@ def _table(table: Table) -> str:
 
 
 def _plots(suite: Suite, options: Options) -> str:
-    """Conditions with their intervals, and paired differences with theirs."""
+    """Conditions with their intervals, and paired differences with theirs; first what their names stand for."""
     means = [(name, estimate(scores, fixed_tasks=suite.fixed_tasks)) for name, scores in suite.conditions.items()]
     gaps = [(f"{one} − {other}", value) for one, other, value in compared(suite, options.compare)]
-    return _plot(f"{suite.score.capitalize()}, 95 % intervals", means) + (
-        _plot("Paired differences", gaps) if gaps else ""
+    used = dict.fromkeys(CONDITIONS[name].adapter for name in suite.conditions)
+    names = [f"{adapter}: {ADAPTERS[adapter]}" for adapter in used]
+    shown = {"+description": "description in the prompt", "+shots": "three examples in the prompt"}
+    names += [f"{mark}: {what}" for mark, what in shown.items() if any(mark in name for name in suite.conditions)]
+    return (
+        f"<p class=small>Names below: {html.escape('; '.join(names))}.</p>"
+        + _plot(f"{suite.score.capitalize()}, 95 % intervals", means)
+        + (_plot("Paired differences", gaps) if gaps else "")
     )
 
 
