@@ -234,7 +234,7 @@ def test_an_adapter_that_does_nothing_is_refused(
 
     monkeypatch.setattr(TextToLora, "generate", nothing)
     assert ask(f"t2l:{TEXT}") is None
-    assert "does nothing" in caplog.text
+    assert "changes nothing" in caplog.text
 
 
 def test_places_are_bounded_and_never_taken_back(ask: Callable[..., Any], tmp_path: Path, caplog: Any) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2l.config import load_yaml
-from t2l.errors import AdapterNotAppliedError, ConfigError, OutputError, SpecMismatchError
+from t2l.errors import ConfigError, OutputError, SpecMismatchError
 
 if TYPE_CHECKING:
     from t2l.text_to_lora import TextToLora
@@ -115,7 +115,7 @@ class AdapterStore:
 
         Raises:
             SpecMismatchError: if the checkpoint's adapters are not for this base.
-            AdapterNotAppliedError: if the adapter does nothing.
+            AdapterNotAppliedError: if the adapter does nothing, or holds numbers that are none.
             OutputError: if all places are taken or the folder cannot be written.
             T2LError: if the description cannot be used or the checkpoint cannot be loaded.
         """
@@ -148,8 +148,7 @@ class AdapterStore:
                 f"they are one model, set T2L_VLLM_BASE={base_model_name}"
             )
         (adapter,) = self._generator.generate([text])
-        if not any(bool(norm.any()) for norm in adapter.lora.norms()):
-            raise AdapterNotAppliedError(f"The adapter that {self.settings.checkpoint} writes for this does nothing")
+        adapter.require_effect()
         rank = self.settings.rank or next_rank(spec.rank)
         lora, padded = pad_rank(adapter.lora, replace(spec, base_model=base_model_name), rank)
         adapter = replace(adapter, lora=lora, spec=padded)
