@@ -95,6 +95,18 @@ def test_rows_say_which_sequence_uses_which(
         assert (together[n] - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
+def test_one_order_of_targets_is_not_taken_for_another(tiny_config: Any, tiny_base: LlamaForCausalLM) -> None:
+    """As of a new adapter beside one from a folder; modules of one size would change places without a word."""
+    orders = (("q_proj", "o_proj"), ("o_proj", "q_proj"))
+    adapters = [make_adapter(tiny_config, seed, target_modules=names) for seed, names in enumerate(orders)]
+    with apply_adapters(tiny_base, adapters, rows=[0, 1, 0, 1]):
+        together = logits(tiny_base)
+    for n, adapter in enumerate(adapters * 2):
+        with apply_adapters(tiny_base, adapter):
+            alone = logits(tiny_base, TOKENS[n : n + 1])[0]
+        assert (together[n] - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
 def test_row_without_an_adapter_is_refused(adapters: list[LoraAdapter], tiny_base: LlamaForCausalLM) -> None:
     for row in (2, -1):
         with (

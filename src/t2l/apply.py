@@ -162,7 +162,7 @@ def apply_adapters(
     if len(listed) == 1 and rows is None:
         lora = listed[0].lora
     else:
-        lora = LoraTensors.stack([x.lora for x in listed])
+        lora = LoraTensors.stack([x.lora.of_targets(spec.places_in(x.spec)) for x in listed])
         if rows is not None:
             unknown = [row for row in rows if not 0 <= row < len(listed)]
             if unknown:

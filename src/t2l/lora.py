@@ -35,6 +35,10 @@ class LoraTensors:
         """The same adapter with every tensor passed through `function`."""
         return LoraTensors(tuple(map(function, self.a)), tuple(map(function, self.b)), self.scaling)
 
+    def of_targets(self, places: Sequence[int]) -> "LoraTensors":
+        """The same with the targets at `places`, in that order."""
+        return LoraTensors(tuple(self.a[m] for m in places), tuple(self.b[m] for m in places), self.scaling)
+
     def unbind(self) -> list["LoraTensors"]:
         """A batch as N single adapters (views)."""
         assert self.batch_size is not None, "only a batch of adapters can be unbound"

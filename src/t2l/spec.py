@@ -147,7 +147,7 @@ class AdapterSpec:
         return build(cls, parse_json(text, where), where=where)
 
     def require_same_shape(self, other: "AdapterSpec", *, this: str, that: str) -> None:
-        """Raises if two specs describe adapters that cannot stand in for each other.
+        """Raises if two specs describe adapters that cannot stand in for each other, whatever order their targets have.
 
         Raises:
             SpecMismatchError: naming the first difference, with both values.
@@ -169,6 +169,11 @@ class AdapterSpec:
                     f"{this} is for {self.base_model} with {key} {value}; {that} is {other.base_model} with "
                     f"{theirs[key]}. Generate the adapter with a checkpoint trained for {other.base_model}."
                 )
+
+    def places_in(self, other: "AdapterSpec") -> list[int]:
+        """Where another spec of the same shape has this one's targets: a folder's order need not be a checkpoint's."""
+        names = [target.name for target in other.targets]
+        return [names.index(target.name) for target in self.targets]
 
 
 def base_reference(reference: str) -> str:

@@ -481,4 +481,4 @@ def _origin(folder: Path, spec: AdapterSpec) -> LoraTensors:
             "start from a multi-task LoRA, a checkpoint of variant 'none'"
         )
     spec.require_same_shape(loaded.spec, this="This run", that=f"train.init_from {folder}")
-    return loaded.hypernet.shared_adapter()
+    return loaded.hypernet.shared_adapter().of_targets(spec.places_in(loaded.spec))
