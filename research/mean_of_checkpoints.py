@@ -9,13 +9,12 @@ so the networks' kinds are compared and the card names both. The folder says wha
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import exit_code
+from common import exit_code, save_derived
 
-from t2l.checkpoint import load_checkpoint, save_checkpoint
+from t2l.checkpoint import load_checkpoint
 from t2l.errors import ConfigError
 from t2l.text_to_lora import checkpoint_folder
 
@@ -49,13 +48,8 @@ def mean(before: str, after: str, out: Path, share: float = 0.5) -> Path:
         for name, weight in other.hypernet.state_dict().items():
             weight.copy_(torch.lerp(first[name], weight, share))
     sums = [checkpoint.config.weights_sha256 for checkpoint in (one, other)]
-    card = (
-        f"# Text-to-LoRA hypernetwork for {one.spec.base_model}\n\n{1 - share:g} of the weights {sums[0]} and "
-        f"{share:g} of {sums[1]}, which went on from them. All settings stand in `config.json`.\n"
-    )
-    training = other.config.training | {"mean_of_sha256": sums, "share_of_second": share}
-    save_checkpoint(out, other.hypernet, other.spec, replace(other.config, training=training), card=card)
-    return out
+    what = f"{1 - share:g} of the weights {sums[0]} and {share:g} of {sums[1]}, which went on from them."
+    return save_derived(out, other, what, {"mean_of_sha256": sums, "share_of_second": share})
 
 
 def main() -> int:

@@ -9,13 +9,12 @@ what was done.
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import exit_code
+from common import exit_code, save_derived
 
-from t2l.checkpoint import load_checkpoint, save_checkpoint
+from t2l.checkpoint import load_checkpoint
 from t2l.errors import ConfigError
 from t2l.text_to_lora import checkpoint_folder
 
@@ -42,17 +41,11 @@ def scaled(reference: str, factor: float, out: Path) -> Path:
         for part in (loaded.hypernet.head.write, *gains):
             for parameter in part.parameters():
                 parameter.mul_(factor)
-    before = loaded.config.training.get("change_scaled_by", 1.0)
-    training = loaded.config.training | {
-        "change_scaled_by": before * factor,
-        "unscaled_sha256": loaded.config.training.get("unscaled_sha256", loaded.config.weights_sha256),
-    }
-    card = (
-        f"# Text-to-LoRA hypernetwork for {loaded.spec.base_model}\n\nWhat a description changes in the checkpoint "
-        f"{training['unscaled_sha256']}, times {training['change_scaled_by']:g}. All settings stand in `config.json`.\n"
-    )
-    save_checkpoint(out, loaded.hypernet, loaded.spec, replace(loaded.config, training=training), card=card)
-    return out
+    training = loaded.config.training
+    by = training.get("change_scaled_by", 1.0) * factor
+    unscaled = training.get("unscaled_sha256", loaded.config.weights_sha256)
+    what = f"What a description changes in the checkpoint {unscaled}, times {by:g}."
+    return save_derived(out, loaded, what, {"change_scaled_by": by, "unscaled_sha256": unscaled})
 
 
 def main() -> int:

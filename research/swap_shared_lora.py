@@ -8,13 +8,11 @@ the shared LoRA of many steps knows more tasks. The folder says what was done.
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from common import exit_code
+from common import exit_code, save_derived
 
-from t2l.checkpoint import load_checkpoint, save_checkpoint
+from t2l.checkpoint import load_checkpoint
 from t2l.errors import ConfigError
 from t2l.text_to_lora import checkpoint_folder
 
@@ -34,18 +32,10 @@ def swapped(reference: str, shared: str, out: Path) -> Path:
     mine, other = (load_checkpoint(checkpoint_folder(given)) for given in (reference, shared))
     if mine.spec != other.spec:
         raise ConfigError(f"{reference} and {shared} differ in base, targets or rank:\n{mine.spec}\n{other.spec}")
-    with torch.no_grad():
-        theirs = dict(other.hypernet.shared_lora.named_parameters())
-        for name, parameter in mine.hypernet.shared_lora.named_parameters():
-            parameter.copy_(theirs[name])
-    facts = {"shared_lora_sha256": other.config.weights_sha256, "hypernetwork_sha256": mine.config.weights_sha256}
-    card = (
-        f"# Text-to-LoRA hypernetwork for {mine.spec.base_model}\n\nThe hypernetwork of {mine.config.weights_sha256} "
-        f"on the shared LoRA of {other.config.weights_sha256}. All settings stand in `config.json`.\n"
-    )
-    config = replace(mine.config, training=mine.config.training | facts)
-    save_checkpoint(out, mine.hypernet, mine.spec, config, card=card)
-    return out
+    mine.hypernet.load_shared_lora(other.hypernet.shared_adapter())
+    sums = [checkpoint.config.weights_sha256 for checkpoint in (mine, other)]
+    what = f"The hypernetwork of {sums[0]} on the shared LoRA of {sums[1]}."
+    return save_derived(out, mine, what, {"hypernetwork_sha256": sums[0], "shared_lora_sha256": sums[1]})
 
 
 def main() -> int:
