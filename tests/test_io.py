@@ -57,9 +57,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     io.write_text(path, "new\r\nline\u2028")
     assert path.read_bytes() == "new\r\nline\u2028".encode()
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OutputError, match="--overwrite"), io.new_file(path):
+    with pytest.raises(OutputError, match="another file or pass overwrite=True"), io.new_file(path, overwrite=False):
         pass
-    with pytest.raises(OutputError, match="--overwrite"), io.new_file(tmp_path / "other") as temporary:
+    with pytest.raises(OutputError, match=r"another file$"), io.new_file(tmp_path / "other") as temporary:
         temporary.write_text("mine")
         (tmp_path / "other").write_text("theirs")
     assert (tmp_path / "other").read_text() == "theirs"

@@ -61,6 +61,21 @@ def test_overwrite_deletes_no_file_of_the_users_and_no_other_kind(checkpoint: Pa
 # ------------------------------------------------------------------------------- descriptions and standard input
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["generate TEXT", "merge TEXT", "export gguf TEXT", "export peft TEXT", "import gte .", "import sakana .",
+     "tune TEXT --examples none.jsonl", "compress .", "library evaluate . ."],
+)  # fmt: skip
+def test_what_is_there_is_named_with_a_flag_that_the_command_has(command: str, tmp_path: Path) -> None:
+    there = tmp_path / "out.gguf"
+    there.write_text("mine")
+    words = command.replace("TEXT", "Name_the_colour.").split()
+    line = failed(t2l(*words, "-o", there), f"{there} exists already; choose another")
+    has_flag = "--overwrite" in t2l(*words[:2], "--help").stdout
+    assert ("or pass --overwrite" in line) == has_flag and "overwrite=" not in line
+    assert there.read_text() == "mine"
+
+
 def test_descriptions_of_several_lines_come_from_files_and_standard_input(checkpoint: Path, tmp_path: Path) -> None:
     text = "Name the city.\nAnswer with one word."
     (tmp_path / "task.txt").write_text(text + "\n")

@@ -282,7 +282,7 @@ def test_adapter_of_another_base_names_both_shapes(adapter: LoraAdapter, tmp_pat
 def test_existing_folder_is_left_alone(adapter: LoraAdapter, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("keep")
-    with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
+    with pytest.raises(OutputError, match=r"exists already.* pass overwrite=True$"):
         adapter.save_pretrained(tmp_path / "adapter")
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["adapter", "adapter/mine.txt"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError, TensorMismatchError
 from t2l.locks import REPLACED, lock_folder, remove, sweep, unlock
@@ -24,6 +24,8 @@ FLOAT_TYPES = {"F32", "F16", "BF16", "F64"}
 MAX_JSON_BYTES = 256 << 20
 MAX_LINE_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
+OVERWRITE = "overwrite=True"
+"""How messages call what replaces a file or folder that is there."""
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
@@ -49,8 +51,30 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def require_absent(path: Path, what: Literal["file", "folder"], overwrite: bool | None = False) -> None:
+    """Checks that nothing is at a place where something is to be written.
+
+    Args:
+        path: The place.
+        what: What is to be written.
+        overwrite: Whether what is there may be replaced; None where whoever asked for the writing has no say in it.
+
+    Raises:
+        OutputError: if something is there and stays. The message calls the way out `overwrite=True`, which the command
+            line turns into its flag.
+    """
+    if path.exists() and not overwrite:
+        raise _there(path, what, overwrite)
+
+
+def _there(path: Path, what: str, overwrite: bool | None, *, meanwhile: bool = False) -> OutputError:
+    since = ": another process wrote it meanwhile" if meanwhile else ""
+    way_out = "" if overwrite is None else f" or pass {OVERWRITE}"
+    return OutputError(f"{path} exists already{since}; choose another {what}{way_out}")
+
+
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool | None = None) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     Of two processes that write to one path without `overwrite`, one is refused. What a killed process left behind is
@@ -58,14 +82,13 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: The folder to be made.
-        overwrite: Whether a folder that is there is replaced.
+        overwrite: Whether a folder that is there is replaced, see `require_absent`.
 
     Raises:
         OutputError: if `path` exists (and `overwrite` is off), is no folder or cannot be written.
     """
     with writing(path):
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path} exists already; choose another folder or pass --overwrite")
+        require_absent(path, "folder", overwrite)
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; an output folder cannot take its place")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +124,7 @@ def require_only(folder: Path, *patterns: str) -> None:
         )
 
 
-def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
+def _take_place(temporary: Path, path: Path, overwrite: bool | None) -> None:
     """Renames a folder. A rename onto a folder with files fails, so a folder that appeared meanwhile is never lost."""
     while True:
         try:
@@ -110,10 +133,7 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             if not overwrite:
-                raise OutputError(
-                    f"{path} exists already: another process wrote it meanwhile; choose another folder or pass "
-                    "--overwrite"
-                ) from error
+                raise _there(path, "folder", overwrite, meanwhile=True) from error
         with _temporary(path) as doomed:  # where the old folder goes to be deleted, or from where it comes back
             try:
                 os.rename(path, doomed / REPLACED)
@@ -124,7 +144,7 @@ def _take_place(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_file(path: Path, *, overwrite: bool | None = None) -> Iterator[Path]:
     """Yields the path of a file to be written, which becomes `path` when the block ends well, and vanishes otherwise.
 
     A link is followed: the file that it leads to is replaced, and the link stays. What a killed process left behind is
@@ -133,7 +153,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: The file to be made.
-        overwrite: Whether a file that is there is replaced.
+        overwrite: Whether a file that is there is replaced, see `require_absent`.
 
     Yields:
         Where to write.
@@ -142,9 +162,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: if `path` is no regular file, exists (and `overwrite` is off) or cannot be written.
     """
     path = regular_file(path)
-    there = f"{path} exists already; choose another file or pass --overwrite"
-    if path.exists() and not overwrite:
-        raise OutputError(there)
+    require_absent(path, "file", overwrite)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as folder:
@@ -157,7 +175,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 try:
                     os.link(temporary, path)  # unlike a rename, this never replaces what appeared meanwhile
                 except FileExistsError as error:
-                    raise OutputError(there) from error
+                    raise _there(path, "file", overwrite, meanwhile=True) from error
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def save_library(
     purpose: Purpose = "training",
     sources: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
-    overwrite: bool = False,
+    overwrite: bool | None = False,
 ) -> AdapterLibrary:
     """Writes a library, whole or not at all.
 
@@ -168,7 +168,7 @@ def save_library(
         purpose: What the library may be used for.
         sources: Where its tasks come from, as settings name them; for the card.
         dtype: Type of the saved tensors.
-        overwrite: Whether an existing folder is replaced.
+        overwrite: Whether an existing folder is replaced, see `io.require_absent`.
 
     Raises:
         CheckpointError: if there is no adapter, a name cannot be a folder's, or a tensor is not finite in `dtype`.
@@ -272,7 +272,7 @@ def from_peft_folders(
         listed = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         raise SpecMismatchError(f"{len(refused)} of {len(paths)} PEFT folders do not fit into one library:\n{listed}")
     about = {name: dict((facts or {}).get(name, {})) for name in loaded}
-    return save_library(folder, LoraTensors.stack(list(loaded.values())), spec, about), refused
+    return save_library(folder, LoraTensors.stack(list(loaded.values())), spec, about, overwrite=None), refused
 
 
 def _each(paths: Sequence[Path], read: Callable[[Path], T], refused: dict[str, str]) -> dict[str, T]:

@@ -30,6 +30,7 @@ from t2l.cli.common import (
     try_writing,
 )
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError
+from t2l.io import require_absent
 
 if TYPE_CHECKING:
     from t2l.session import Session
@@ -154,9 +155,8 @@ def _require_writable(folder: Path, *, overwrite: bool, single: bool) -> None:
         single: Whether the folder will be that of one adapter.
     """
     try:
+        require_absent(folder, "folder", overwrite)
         if folder.exists() or folder.is_symlink():
-            if not overwrite:
-                raise OutputError(f"{folder} exists already; choose another folder or pass --overwrite")
             _require_adapters(folder, single=single)
     except T2LError:
         raise

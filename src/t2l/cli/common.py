@@ -13,6 +13,7 @@ import typer
 import typer.core
 
 from t2l.errors import ConfigError, DataError, OutputError, T2LError
+from t2l.io import OVERWRITE
 
 DEFAULT = "t2l:smollm2-135m"
 """`t2l.text_to_lora.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
@@ -31,7 +32,7 @@ class Commands(typer.core.TyperGroup):
             if os.environ.get("T2L_DEBUG") == "1":
                 raise
             if isinstance(error, T2LError):
-                say(f"error: {error}")
+                say(f"error: {str(error).replace(OVERWRITE, '--overwrite')}")
             else:  # of a folder that nobody may look into, by whoever looked for something in it first
                 say(f"error: {error.filename} cannot be reached: {error.strerror}")
             raise typer.Exit(1) from error

@@ -16,7 +16,7 @@ from t2l.cli.train import (
     print_estimate,
     shown_to_people,
 )
-from t2l.errors import OutputError
+from t2l.io import require_absent
 
 if TYPE_CHECKING:
     from t2l.compress.networks import Kind
@@ -122,7 +122,7 @@ def evaluate_library(
 ) -> None:
     """Compare networks for one library. Errors, and scores beside the base and the library's own adapters."""
     kinds = _kinds(reads)
-    try_writing(out.absolute())
+    _require_place(out, None)
     from t2l.compress.networks import evaluate_networks
     from t2l.compress.report import write_report
     from t2l.compress.scores import prepare_scores
@@ -163,9 +163,8 @@ def scoring_tasks(library: "AdapterLibrary", sources: list[str]) -> "list[Task]"
     return list(tasks.values())
 
 
-def _require_place(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists already; choose another folder or pass --overwrite")
+def _require_place(out: Path, overwrite: bool | None) -> None:
+    require_absent(out, "folder", overwrite)
     try_writing(out.absolute())
 
 

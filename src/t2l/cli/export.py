@@ -22,6 +22,7 @@ from t2l.cli.common import (
     say,
 )
 from t2l.errors import CheckpointError, OutputError
+from t2l.io import require_absent
 
 if TYPE_CHECKING:
     from t2l.adapter import LoraAdapter
@@ -80,8 +81,7 @@ def export_gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write an adapter for llama.cpp and Ollama."""
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists already; choose another file or pass --overwrite")
+    require_absent(output, "file", overwrite)
     started = time.perf_counter()
     from t2l import hub
     from t2l.gguf_export import save_gguf
@@ -124,8 +124,7 @@ def export_peft(
     for_vllm: Annotated[bool, typer.Option("--vllm", help="Pad to the next rank that vLLM takes.")] = False,
 ) -> None:
     """Write a PEFT folder, with another base name or a higher rank."""
-    if output.exists():
-        raise OutputError(f"{output} exists already; choose another folder")
+    require_absent(output, "folder", None)
     if rank is not None and for_vllm:
         raise typer.BadParameter("--rank and --vllm are given: give one of them")
     from t2l.ranks import next_rank, pad_rank
@@ -155,11 +154,9 @@ def merge(
 
     Transformers, vLLM and llama.cpp's converter read DIR as any model; it needs no PEFT.
     """
-    if output.exists():
-        if not overwrite:
-            raise OutputError(f"{output} exists already; choose another folder or pass --overwrite")
-        if not (output / "config.json").is_file():
-            raise OutputError(f"{output} holds no model; --overwrite would delete what it holds. Choose another folder")
+    require_absent(output, "folder", overwrite)
+    if output.exists() and not (output / "config.json").is_file():
+        raise OutputError(f"{output} holds no model; --overwrite would delete what it holds. Choose another folder")
     import torch
 
     from t2l.merge import merge_into_folder

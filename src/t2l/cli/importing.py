@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from t2l.cli.common import app, say
-from t2l.errors import CheckpointError, OutputError
+from t2l.errors import CheckpointError
+from t2l.io import require_absent
 
 importing = typer.Typer(no_args_is_help=True, help="Make what others published readable here.")
 app.add_typer(importing, name="import")
@@ -18,8 +19,7 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", hel
 def _check(folder: Path, output: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}")
-    if output.exists():
-        raise OutputError(f"{output} exists already; choose another folder")
+    require_absent(output, "folder", None)
 
 
 @importing.command(name="sakana")

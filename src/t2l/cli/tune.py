@@ -19,7 +19,7 @@ from t2l.cli.common import (
     say,
 )
 from t2l.cli.export import SourceArgument, find_adapter
-from t2l.errors import OutputError
+from t2l.io import require_absent
 
 
 class Start(StrEnum):
@@ -52,8 +52,7 @@ def tune(
 
     The adapter with the lowest loss on held-out examples is written; that may be the one it began with.
     """
-    if output.exists():
-        raise OutputError(f"{output} exists already; choose another folder")
+    require_absent(output, "folder", None)
     started = time.perf_counter()
     from t2l.train import tune as tuning
 
