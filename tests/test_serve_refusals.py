@@ -1,10 +1,13 @@
 """Requests that are wrong in every way, and who may ask at all: each is refused, and the next request is served."""
 
+import errno
 import json
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,7 +18,7 @@ from conftest import make_base, make_config, make_tokenizer
 from serve_helpers import Server, running, wait_for
 
 from t2l.config import PromptConfig
-from t2l.errors import CheckpointError
+from t2l.errors import CheckpointError, OutputError
 from t2l.serve.guard import LOCAL, Guard
 from t2l.serve.limits import Limits
 
@@ -275,6 +278,45 @@ def test_the_log_has_a_failure_under_the_requests_own_id(
     caplog.clear()
     late = http.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 400, "timeout": 0.001})
     assert late.status_code == 504 and not any(record.exc_info for record in caplog.records)
+
+
+def test_clients_hear_of_no_place_on_the_servers_machine(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever of its files fails, and the log says which."""
+
+    def failing(make: Callable[..., httpx.Response], place: str, error: Exception, *parts: str) -> None:
+        caplog.clear()
+        with monkeypatch.context() as broken:
+            broken.setattr(place, Mock(side_effect=error))
+            answer = make()
+        told = answer.json()["error"]["message"]
+        assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
+        assert str(tmp_path) not in answer.text and "/" not in told and all(part in told for part in parts), told
+        assert any(str(tmp_path) in caplog.handler.formatter.format(record) for record in caplog.records)  # type: ignore[union-attr]
+
+    base, folder = (make_base(make_config()), make_tokenizer()), tmp_path / "store"
+    full = OSError(errno.ENOSPC, "No space left on device", str(folder))
+    written = OutputError(f"Cannot write {tmp_path / 'x'}: No space left on device")
+    damaged = CheckpointError(f"{folder / 'x.safetensors'} is damaged")
+    with running(checkpoint, base, folder) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+        create = partial(http.post, "/v1/adapters", json={"description": "Name the colour."})
+        failing(create, "t2l.serve.store._write_durably", full, "could not be stored: No space left on device")
+        failing(create, "t2l.serve.store.AdapterStore.add", written, "its log says more")
+        name = create().json()["id"]
+        get = partial(http.get, f"/v1/adapters/{name}/download")
+        failing(get, "t2l.adapter.LoraAdapter.save_pretrained", written, "its log says more")
+        failing(get, "tempfile.mkdtemp", full, "its log says more")
+        server.service.store._cached.clear()
+        ask = partial(http.post, "/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1})
+        failing(ask, "t2l.serve.store.read_tensors", damaged, f"file of adapter {name} is damaged; delete the adapter")
+        (folder / f"{name}.safetensors").write_bytes(b"half")
+        assert str(tmp_path) not in ask().text
+        connection = server.service.store._database
+        server.service.store._database = Mock(execute=Mock(side_effect=sqlite3.OperationalError("disk I/O error")))
+        assert str(tmp_path) not in ask().text and "disk I/O error" in ask().text
+        server.service.store._database = connection
+        assert http.delete(f"/v1/adapters/{name}").status_code == 200
 
 
 # --------------------------------------------------------------------------------------------------------- the guard

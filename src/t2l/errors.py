@@ -80,6 +80,10 @@ class AdapterNotFoundError(T2LError, LookupError):
     """The server has no adapter of this name."""
 
 
+class StoreError(T2LError, OSError):
+    """The server's adapters cannot be read or written. Clients read the message, so it names no place on the server."""
+
+
 class BusyError(T2LError, RuntimeError):
     """The server takes no more at the moment: a queue is full or a limit is reached."""
 

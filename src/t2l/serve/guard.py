@@ -181,7 +181,7 @@ class GuardMiddleware:
         except Exception as error:  # a fault of ours: the log has it whole, the client hears that it was one
             log.exception("a request failed", extra={"fields": {"request": scope["state"]["request_id"]}})
             if not begun:
-                await Json(error_body(error), 500)(scope, receive, sent)
+                await Json(error_body(error), 500, headers=error_headers(500))(scope, receive, sent)
 
 
 def _address(scope: Scope) -> str:

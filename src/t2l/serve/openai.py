@@ -24,6 +24,7 @@ from t2l.errors import (
     DescriptionError,
     RequestError,
     SpecMismatchError,
+    StoreError,
     T2LError,
 )
 from t2l.serve.answers import Answer, Generation, Piece, log
@@ -244,10 +245,11 @@ def error_headers(status: int) -> dict[str, str]:
 
 
 def error_body(error: BaseException, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error object. What went wrong inside and is not meant for users is not told to them."""
-    message = str(error) if isinstance(error, T2LError) else "The server failed; its log says more"
+    """An error object. What went wrong inside is not told to clients: it may name folders of the server's machine."""
     kinds = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
     status = status_of(error)
+    told = isinstance(error, AnswerError | StoreError) or (isinstance(error, T2LError) and status != 500)
+    message = str(error) if told else "The server failed; its log says more"
     code = code or {404: "model_not_found", 503: "shutting_down"}.get(status)
     return error_object(message, kinds.get(status, "server_error"), param=param, code=code)
 

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from t2l import peft_io
-from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError, T2LError
+from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError, StoreError, T2LError
 from t2l.io import parse_json, read_tensors, regular_file
 from t2l.lora import LoraTensors
 from t2l.serve.answers import log
@@ -150,14 +150,26 @@ class AdapterStore:
                 self._database.execute("begin exclusive")
                 self._database.execute(_SCHEMA)
                 self._database.execute("commit")
-                self._database.execute(f"select {_COLUMNS} from adapters limit 0")  # those of another version lack some
+                self._require_columns()
+                self._tidy()
+            except OutputError:
+                raise
             except (OSError, sqlite3.Error) as error:
                 raise OutputError(
-                    f"{folder} cannot hold adapters ({error}); if another server or version uses it, give this one its "
-                    "own"
+                    f"{folder} cannot hold adapters ({error}); if another server uses it, give this one its own "
+                    "(t2l serve --folder)"
                 ) from error
-            self._tidy()
             refused.pop_all()  # nothing was: it stays open
+
+    def _require_columns(self) -> None:
+        """Raises OutputError unless the database has the columns of this version."""
+        found = [row[1] for row in self._database.execute("pragma table_info(adapters)")]
+        if missing := [name for name in _COLUMNS.split(", ") if name not in found]:
+            raise OutputError(
+                f"{self.folder} holds adapters of another version of t2l, which this one does not read ({DATABASE} has "
+                f"no {', '.join(missing)}). Give another folder (t2l serve --folder), or delete this one; adapters can "
+                "be written anew from their descriptions"
+            )
 
     def close(self) -> None:
         """Lets the folder go."""
@@ -181,20 +193,19 @@ class AdapterStore:
             What is stored, and whether it was not there before.
 
         Raises:
-            CheckpointError: if a tensor is not finite.
+            StoreError: if a tensor is not finite, or the disk does not take it.
             BusyError: if there are as many adapters as may be.
-            OutputError: if the disk does not take it.
         """
         lora = adapter.lora.map(lambda x: x.detach().to("cpu", torch.float32).contiguous())
         if not all(bool(torch.isfinite(x).all()) for x in (*lora.a, *lora.b)):
-            raise CheckpointError("The adapter holds values that are not finite; it was not stored")
+            raise StoreError("The adapter holds values that are not finite; it was not stored")
         sha256 = digest(adapter.lora, adapter.spec, adapter.description)
         name = _name(sha256)
         with self._lock:
             known = self._find(name)
             if known is not None:
                 if known.sha256 != sha256:
-                    raise CheckpointError(f"Two different adapters have the identifier {name}; delete the other one")
+                    raise StoreError(f"Two different adapters have the identifier {name}; delete the other one")
                 return known, False
             if len(self) >= self._most:
                 raise BusyError(f"{self._most} adapters are stored, which is the limit; delete some")
@@ -211,7 +222,7 @@ class AdapterStore:
 
         Raises:
             AdapterNotFoundError: if there is none of this name.
-            CheckpointError: if its file was damaged.
+            StoreError: if its file was damaged.
         """
         with self._lock:
             cached = self._cached.get(name)
@@ -224,13 +235,14 @@ class AdapterStore:
                 for layer in entry.spec.layers:
                     expected[peft_io.tensor_name(target, layer, "A")] = (entry.spec.rank, target.in_features)
                     expected[peft_io.tensor_name(target, layer, "B")] = (target.out_features, entry.spec.rank)
-            state = read_tensors(self._path(name), expected)
+            again = "delete the adapter, and write it anew from its description"
+            try:
+                state = read_tensors(self._path(name), expected)
+            except CheckpointError as error:
+                raise self._failed(f"The file of adapter {name} is damaged; {again}") from error
             stored = StoredAdapter(entry, peft_io.from_state_dict(state, entry.spec))
             if digest(stored.lora, entry.spec, entry.description) != entry.sha256:
-                raise CheckpointError(
-                    f"{self._path(name)} or its row in {DATABASE} was changed after it was written; delete the "
-                    "adapter, and write it anew from its description"
-                )
+                raise self._failed(f"Adapter {name} was changed after it was written; {again}")
             self._keep(stored)
             return stored
 
@@ -312,28 +324,40 @@ class AdapterStore:
         """What a statement finds.
 
         Raises:
-            OutputError: if the database is damaged, or the disk does not take or give it.
+            StoreError: if the database is damaged, or the disk does not take or give it.
         """
         try:
             return self._database.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise OutputError(
-                f"{self.folder / DATABASE} cannot be read or written ({error}); if it is damaged, begin with an empty "
-                "folder: adapters can be written anew from their descriptions"
+            raise self._failed(
+                f"{DATABASE} cannot be read or written ({error}); if it is damaged, begin with an empty folder: "
+                "adapters can be written anew from their descriptions"
             ) from error
+
+    def _failed(self, message: str) -> StoreError:
+        """An error that clients may read; the log, which shows notes too, says in which folder."""
+        error = StoreError(message)
+        error.add_note(f"in the folder {self.folder}")
+        return error
 
     def _entry(self, row: tuple[Any, ...]) -> Entry:
         """A row of the database, whose content is checked: another program may have changed it.
 
         Raises:
-            CheckpointError: if it is none that this class wrote.
+            StoreError: if it is none that this class wrote.
         """
         fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
         name = str(fields["id"])[:64]
-        where = f"{self.folder / DATABASE}: the row of adapter {name}"
+        try:
+            return self._checked(row, fields, name, f"{DATABASE}: the row of adapter {name}")
+        except CheckpointError as error:
+            raise self._failed(f"{error}; delete the adapter") from error
+
+    def _checked(self, row: tuple[Any, ...], fields: dict[str, Any], name: str, where: str) -> Entry:
+        """As `_entry`; raises CheckpointError, which says what is wrong and leaves out the way out."""
         kinds = (str, str, str, float, int, float, int, str, str, str)
         if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
-            raise CheckpointError(f"{where} is damaged: it holds values of other types; delete the adapter")
+            raise CheckpointError(f"{where} is damaged: it holds values of other types")
         spec = self._specs.get(fields["spec"])
         if spec is None:
             spec = AdapterSpec.from_json(fields["spec"], where=where)
@@ -341,13 +365,13 @@ class AdapterStore:
         norms, provenance = (parse_json(fields[key], where) for key in ("norms", "provenance"))
         shapes = {target.name: len(spec.layers) for target in spec.targets}
         if not isinstance(norms, dict) or {key: _count(value) for key, value in norms.items()} != shapes:
-            raise CheckpointError(f"{where} is damaged: its norms are not those of its targets; delete the adapter")
+            raise CheckpointError(f"{where} is damaged: its norms are not those of its targets")
         if not isinstance(provenance, dict) or not all(isinstance(value, str) for value in provenance.values()):
-            raise CheckpointError(f"{where} is damaged: its provenance is no mapping of texts; delete the adapter")
+            raise CheckpointError(f"{where} is damaged: its provenance is no mapping of texts")
         if name != _name(fields["sha256"]) or fields["bytes"] != 4 * spec.num_parameters:
-            raise CheckpointError(f"{where} is damaged: its facts do not go together; delete the adapter")
+            raise CheckpointError(f"{where} is damaged: its facts do not go together")
         if not math.isfinite(fields["strength"]) or not math.isfinite(fields["seconds"]):
-            raise CheckpointError(f"{where} is damaged: it holds numbers that are none; delete the adapter")
+            raise CheckpointError(f"{where} is damaged: it holds numbers that are none")
         return Entry(**fields | {"spec": spec, "norms": norms, "provenance": provenance})
 
     def _write(self, entry: Entry, lora: LoraTensors) -> None:
@@ -361,10 +385,10 @@ class AdapterStore:
         try:
             _write_durably(self._path(entry.id), data)
             self._execute(f"insert into adapters ({_COLUMNS}) values ({', '.join('?' * len(values))})", *values)
-        except OSError as error:  # an OutputError is one
+        except OSError as error:  # a StoreError is one
             with suppress(OSError):
                 self._path(entry.id).unlink(missing_ok=True)
-            raise OutputError(f"The adapter could not be stored in {self.folder}: {error}") from error
+            raise self._failed(f"The adapter could not be stored: {error.strerror or error}") from error
 
     def _keep(self, stored: StoredAdapter) -> None:
         """Puts an adapter into memory, at others' expense if need be; one larger than the budget is not kept."""
