@@ -25,7 +25,7 @@ def failed(result: Result, *parts: str) -> str:
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ")
     for part in parts:
-        assert part in line
+        assert part in line, line
     return line
 
 

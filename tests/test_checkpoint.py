@@ -243,7 +243,7 @@ def test_every_problem_of_a_config_is_told_at_once(folder: Path) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
+    with pytest.raises(CheckpointError, match="There is no folder"):
         load_checkpoint(tmp_path / "absent")
 
 

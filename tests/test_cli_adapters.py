@@ -181,7 +181,7 @@ def test_damaged_checkpoints(copied: Path, tmp_path: Path) -> None:
     failed(t2l(*write), "sha256")
     weights.unlink()
     failed(t2l(*write), "missing")
-    failed(t2l("inspect", copied), "missing")
+    failed(t2l("inspect", copied), "is not a checkpoint (hypernet.safetensors)", "it holds README.md, config.json")
     failed(t2l("generate", "A task.", "-o", tmp_path / "out", "--checkpoint", "t2l:unknown"), "t2l:unknown")
     assert not (tmp_path / "out").exists()
 
@@ -244,7 +244,7 @@ def test_run_uses_an_adapter_on_the_base_that_it_is_for(checkpoint: Path, tmp_pa
     config = tmp_path / "other" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 16}))
     failed(t2l(*run, checkpoint), "rank 4 in A and 4 in B", "says 16")
-    failed(t2l("run", "A task.", "--adapter", tmp_path / "absent", "--input", "x"), "There is no adapter folder")
+    failed(t2l("run", "A task.", "--adapter", tmp_path / "absent", "--input", "x"), "There is no folder")
 
 
 def test_run_says_so_if_the_adapter_changes_nothing(small_base: Path, tmp_path: Path) -> None:
@@ -348,5 +348,5 @@ def test_inspect_refuses_nan_and_other_folders(adapter: Path, small_base: Path, 
     next(iter(state.values()))[0, 0] = torch.nan
     save_file(state, damaged / "adapter_model.safetensors")
     failed(t2l("inspect", damaged), "NaN")
-    failed(t2l("inspect", small_base), "is no checkpoint")
+    failed(t2l("inspect", small_base), "is a model, and a checkpoint (hypernet.safetensors) or a LoRA adapter")
     failed(t2l("inspect", tmp_path / "absent"), "there is no folder")

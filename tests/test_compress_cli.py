@@ -121,7 +121,7 @@ def test_wrong_use_of_the_commands(spec: AdapterSpec, tmp_path: Path) -> None:
     done = t2l("compress", library.folder, "-o", tmp_path / "out", "--reads", "trained,gossip")
     assert done.exit_code == 2, done.output
     done = t2l("compress", tmp_path / "nothing", "-o", tmp_path / "out", "--device", "cpu")
-    assert done.exit_code == 1 and "is not an adapter library" in done.stderr
+    assert done.exit_code == 1 and "There is no folder" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -169,7 +169,7 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="LoRA adapter"):
         hub.resolve(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         hub.resolve(str(tmp_path))
 

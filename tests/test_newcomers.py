@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ import torch
 from cli_helpers import TASKS, failed, t2l, write_base, write_checkpoint
 from conftest import SMALL, make_config, random_lora
 from transformers import AutoConfig
+from typer.testing import Result
 
 import t2l as package
+from t2l import kinds
 from t2l.adapter import LoraAdapter
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, DataError, SpecMismatchError
+from t2l.kinds import Kind
 from t2l.library import save_library
 from t2l.lora import LoraTensors
+from t2l.serve.store import AdapterStore
+from t2l.shards import Origin, ShardedLibrary
 from t2l.spec import AdapterSpec
 from t2l.tasks import load_own
 from t2l.text_to_lora import TextToLora
@@ -125,13 +131,79 @@ def test_inspect_knows_shipped_checkpoints_and_libraries(base: Path, tmp_path: P
     failed(t2l("inspect", "t2l:nothing"), "there is: t2l:smollm2-135m")
 
 
+def every_kind(folder: Path, base: Path, checkpoint: Path) -> dict[Kind, Path]:
+    """A folder of each kind, made by what makes it; of trainings and published checkpoints the names of their files."""
+    spec = AdapterSpec.from_config(AutoConfig.from_pretrained(base), str(base), LoraConfig(r=2, lora_alpha=4))
+    one = LoraAdapter(random_lora(spec), spec, "Do it.")
+    library = save_library(folder / "library", LoraTensors.stack([one.lora, one.lora]), spec, {"one": {}, "two": {}})
+    library.export(folder / "adapters")
+    AdapterStore(folder / "store").close()
+    for kind, inner in ((kinds.RUN, checkpoint), (kinds.TASK_RUN, library.folder)):
+        shutil.copytree(inner, folder / kind.mark.replace("/", "-") / kind.mark.partition("/")[0])
+    (folder / "published").mkdir()
+    for name in (kinds.ADAPTER.mark, kinds.PUBLISHED.mark, "args.yaml"):
+        (folder / "published" / name).write_text("{}")
+    return {
+        kinds.ADAPTER: one.save_pretrained(folder / "adapter"),
+        kinds.ADAPTERS: folder / "adapters",
+        kinds.LIBRARY: library.folder,
+        kinds.SHARDS: ShardedLibrary.begin(folder / "shards", spec, Origin(checkpoint_sha256="0" * 64)).folder,
+        kinds.CHECKPOINT: checkpoint,
+        kinds.MODEL: base,
+        kinds.STORE: folder / "store",
+        kinds.PUBLISHED: folder / "published",
+        **{kind: folder / kind.mark.replace("/", "-") for kind in (kinds.RUN, kinds.TASK_RUN)},
+    }
+
+
+def test_the_wrong_kind_of_folder_is_named_with_what_is_wanted_and_what_takes_it(
+    base: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Most of these once said only that some file is missing."""
+    folders = every_kind(tmp_path, base, checkpoint)
+    assert folders.keys() == set(kinds.KINDS)
+    out, ask, examples = ("-o", tmp_path / "out"), ("--input", "x"), tmp_path / "examples.jsonl"
+    examples.write_text('{"input": "a", "output": "b"}\n' * 9)
+    wants: list[tuple[Kind, Callable[[Path], Result]]] = [
+        (kinds.ADAPTER, lambda x: t2l("run", "Do it.", "--adapter", x, *ask)),
+        (kinds.ADAPTER, lambda x: t2l("merge", x, *out)),
+        (kinds.ADAPTER, lambda x: t2l("export", "gguf", x, *out)),
+        (kinds.ADAPTER, lambda x: t2l("tune", x, "--examples", examples, *out)),
+        (kinds.CHECKPOINT, lambda x: t2l("generate", "Do it.", "--checkpoint", x, *out)),
+        (kinds.CHECKPOINT, lambda x: t2l("run", "Do it.", "--checkpoint", x, *ask)),
+        (
+            kinds.CHECKPOINT,
+            lambda x: t2l("eval", "run", "--suite", "everyday", "--checkpoint", x, "--out", tmp_path / "a"),
+        ),
+        (kinds.LIBRARY, lambda x: t2l("compress", x, *out)),
+        (kinds.MODEL, lambda x: t2l("run", "--adapter", folders[kinds.ADAPTER], "--base", x, *ask)),
+        (kinds.PUBLISHED, lambda x: t2l("import", "sakana", x, *out)),
+    ]
+    for wanted, command in wants:
+        for found, folder in folders.items():
+            if found is not wanted:
+                line = failed(command(folder), f"{wanted.name} ({wanted.mark}) is wanted; ", found.name)
+                assert found.use.partition("{}")[0] in line
+    for found, folder in folders.items():
+        inspected = t2l("inspect", folder)
+        if found in (kinds.ADAPTER, kinds.CHECKPOINT, kinds.LIBRARY, kinds.SHARDS):
+            assert inspected.exit_code == 0, inspected.output
+        else:
+            failed(inspected, found.name, "a checkpoint (hypernet.safetensors) or a LoRA adapter")
+    failed(
+        t2l("merge", folders[kinds.ADAPTER] / "README.md", *out), "README.md is a file; give a folder that holds a LoRA"
+    )
+    (tmp_path / "empty").mkdir()
+    failed(t2l("merge", tmp_path / "empty", *out), "is not a LoRA adapter (adapter_config.json); it holds nothing")
+
+
 def test_a_folder_of_adapters_is_named_with_what_it_holds(checkpoint: Path, tmp_path: Path) -> None:
     assert t2l("generate", *TASKS, "-o", tmp_path / "three", "--checkpoint", checkpoint).exit_code == 0
     result = t2l("run", "--adapter", tmp_path / "three", "--input", "x", "--checkpoint", checkpoint)
-    failed(result, "holds 3 adapters (000-", "give one of them, such as")
+    failed(result, "is a folder of adapters (000-", "give one of them, such as")
     for command in (("merge",), ("export", "peft")):
         result = t2l(*command, tmp_path / "three", "-o", tmp_path / "out", "--checkpoint", checkpoint)
-        failed(result, "holds 3 adapters (000-", "give one of them, such as")
+        failed(result, "is a folder of adapters (000-", "give one of them, such as")
 
 
 def test_a_folder_and_a_description_are_not_taken_for_one_another(checkpoint: Path, tmp_path: Path) -> None:

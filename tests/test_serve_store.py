@@ -179,6 +179,24 @@ def test_a_folder_that_is_refused_is_let_go(tmp_path: Path) -> None:
     assert refused.traceback
 
 
+def test_files_of_others_stay(tmp_path: Path, adapters: list[Described]) -> None:
+    """A server in the folder of a model once deleted the model's weights."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(OutputError, match="is a model; give the server a folder of its own"):
+        AdapterStore(model)
+    assert [path.name for path in model.iterdir()] == ["model.safetensors"]
+    store = AdapterStore(tmp_path / "store")
+    name = store.add(adapters[0])[0].id
+    store.close()
+    for foreign in ("notes.safetensors", "t2l-mine.safetensors", "model.safetensors"):
+        (store.folder / foreign).write_bytes(b"mine")
+    store = AdapterStore(store.folder)
+    assert {path.stem for path in store.folder.glob("*.safetensors")} == {name, "notes", "t2l-mine", "model"}
+    store.close()
+
+
 def test_a_damaged_file_is_refused_and_a_lost_one_forgotten(tmp_path: Path, adapters: list[Described]) -> None:
     store = AdapterStore(tmp_path)
     entry, lost = store.add(adapters[0])[0], store.add(adapters[1])[0]
@@ -186,15 +204,15 @@ def test_a_damaged_file_is_refused_and_a_lost_one_forgotten(tmp_path: Path, adap
     path = tmp_path / f"{entry.id}.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     (tmp_path / f"{lost.id}.safetensors").unlink()
-    (tmp_path / "t2l-orphan.safetensors").write_bytes(b"half")
-    (tmp_path / ".new-abc").write_bytes(b"half")
+    (tmp_path / "t2l-0123456789abcdef.safetensors").write_bytes(b"half")
+    (tmp_path / ".t2l-new-abc").write_bytes(b"half")
     store = AdapterStore(tmp_path)
     with pytest.raises(StoreError, match="damaged"):
         store.get(entry.id)
     with pytest.raises(AdapterNotFoundError):
         store.get(lost.id)
     assert {path.name for path in tmp_path.iterdir()} >= {DATABASE, path.name}
-    assert not list(tmp_path.glob("t2l-orphan*")) and not list(tmp_path.glob(".new-*"))
+    assert not list(tmp_path.glob("t2l-0*")) and not list(tmp_path.glob(".t2l-new-*"))
     store.close()
 
 

@@ -15,11 +15,12 @@ from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, Size, build,
 from t2l.errors import CheckpointError
 from t2l.hypernet import Hypernet
 from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
+from t2l.kinds import CHECKPOINT, require_kind
 from t2l.shapes import only_shapes
 from t2l.spec import AdapterSpec
 
 FORMAT_VERSION = 2
-WEIGHTS, SPEC, CONFIG, CARD = "hypernet.safetensors", "spec.json", "config.json", "README.md"
+WEIGHTS, SPEC, CONFIG, CARD = CHECKPOINT.mark, "spec.json", "config.json", "README.md"
 FILES = (WEIGHTS, SPEC, CONFIG, CARD)
 
 
@@ -107,8 +108,8 @@ def read_config(folder: Path) -> tuple[AdapterSpec, CheckpointConfig]:
     Raises:
         CheckpointError: if files are missing, malformed or of another format version.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a checkpoint folder")
+    if not (folder / SPEC).is_file() or not (folder / CONFIG).is_file():
+        require_kind(folder, CHECKPOINT)
     plain = read_json(folder / CONFIG)
     version = plain.get("format_version")
     if version != FORMAT_VERSION:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from t2l import peft_io
+from t2l import kinds, peft_io
 from t2l.cards import card_header, library_card
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
 from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
+from t2l.kinds import require_kind
 from t2l.lora import LoraTensors
 from t2l.names import require_folder_names
 from t2l.peft_folder import shape_of
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
-WEIGHTS, SPEC, INDEX = "adapters.safetensors", "spec.json", "index.json"
+WEIGHTS, SPEC, INDEX = kinds.LIBRARY.mark, "spec.json", "index.json"
 
 Purpose = Literal["training", "evaluation"]
 """`evaluation`: trained on tasks that no hypernetwork may see, to be an upper bound in a table and nothing else."""
@@ -62,11 +63,7 @@ class AdapterLibrary(SharedLibrary):
         Raises:
             CheckpointError: if files are missing, malformed, changed after they were written or of another format.
         """
-        if not (folder / INDEX).is_file():
-            raise CheckpointError(
-                f"{folder} is not an adapter library: it holds no {INDEX}. (Adapters of a library of shards, as "
-                "`t2l library generate` writes it, are got by `t2l library export`.)"
-            )
+        require_kind(folder, kinds.LIBRARY)
         plain = read_json(folder / INDEX)
         if plain.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
@@ -82,8 +79,6 @@ class AdapterLibrary(SharedLibrary):
                 raise CheckpointError(f"{folder / INDEX}: the facts about {name} must be a mapping, got {about!r}")
         if purpose not in ("training", "evaluation"):
             raise CheckpointError(f"{folder / INDEX}: purpose is {purpose!r}, expected training or evaluation")
-        if not (folder / WEIGHTS).is_file():
-            raise CheckpointError(f"{folder / WEIGHTS} is missing")
         found = sha256(folder / WEIGHTS)
         if found != plain.get("sha256"):
             raise CheckpointError(

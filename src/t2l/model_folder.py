@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from t2l.errors import CheckpointError
 from t2l.io import read_json, read_whole, readable
+from t2l.kinds import MODEL, kind_of, require_kind
 
 TEXT_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
 MOST_LAYERS = 1 << 16
@@ -27,12 +28,12 @@ def check_config(folder: Path, ref: str) -> None:
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{ref}: {path} is no regular file")
-    if (folder / "config.json").is_file():
-        _check_sizes(read_json(folder / "config.json"), ref)
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{ref} is a LoRA adapter, not a model: it holds adapter_config.json and no config.json")
-    raise CheckpointError(f"{ref} holds no config.json ({folder}); give the folder or id of a whole model")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "model_type" not in config and kind_of(folder) is not None:  # checkpoints and trainings have a config.json too
+        require_kind(folder, MODEL)
+    if not config:
+        raise CheckpointError(f"{ref} holds no config.json ({folder}); give the folder or id of a whole model")
+    _check_sizes(config, ref)
 
 
 def _check_sizes(config: dict[str, Any], ref: str) -> None:

@@ -18,11 +18,12 @@ import torch
 
 from t2l.errors import CheckpointError, SpecMismatchError, TensorMismatchError
 from t2l.io import new_folder, read_json, read_shapes, read_tensors, require_only
+from t2l.kinds import ADAPTER, require_kind
 from t2l.lora import LoraTensors
 from t2l.pypi import public_name
 from t2l.spec import AdapterSpec, Target
 
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", ADAPTER.mark, "README.md"
 PICKLED = "adapter_model.bin"
 ORIGIN = "t2l.json"
 """What PEFT's format has no place for: the description, the provenance, and how this library calls the base."""
@@ -289,19 +290,8 @@ def read_modules(folder: Path, rank: int) -> dict[str, tuple[int, int]]:
     return modules
 
 
-def require_one(folder: Path) -> None:
-    """Raises CheckpointError if a folder holds folders of adapters and is none itself, naming some of them."""
-    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-    if inner and not (folder / CONFIG).exists():
-        more = "" if len(inner) < 4 else f" and {len(inner) - 3} more"
-        raise CheckpointError(
-            f"{folder} holds {len(inner)} adapters ({', '.join(inner[:3])}{more}); give one of them, such as "
-            f"{folder / inner[0]}"
-        )
-
-
 def _plain_lora(folder: Path) -> dict[str, Any]:
-    require_one(folder)
+    require_kind(folder, ADAPTER)
     config = read_json(folder / CONFIG)
     _require_plain_lora(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists() and (folder / PICKLED).exists():

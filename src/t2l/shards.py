@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from t2l import kinds
 from t2l.adapter import LoraAdapter
 from t2l.cards import EXAMPLE, library_card
 from t2l.config import Range, build, check_ranges, to_plain
@@ -39,7 +40,7 @@ from t2l.spec import AdapterSpec
 from t2l.upload import SharedLibrary
 
 FORMAT_VERSION = 2
-LIBRARY, SHARDS, INDEX = "library.json", "shards", "index.parquet"
+LIBRARY, SHARDS, INDEX = kinds.SHARDS.mark, "shards", "index.parquet"
 COLUMNS = ("id", "description", "shard", "row", "norm", "crc32", "checkpoint")
 ID_DIGITS = 32
 
@@ -84,6 +85,7 @@ class ShardedLibrary(SharedLibrary):
         Raises:
             CheckpointError: if files are missing, damaged or of another format.
         """
+        kinds.require_kind(folder, kinds.SHARDS)
         plain = read_json(folder / LIBRARY)
         if plain.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(

@@ -29,8 +29,9 @@ from t2l.cli.common import (
     text_or_stdin,
     try_writing,
 )
-from t2l.errors import CheckpointError, DataError, OutputError, T2LError
+from t2l.errors import DataError, OutputError, T2LError
 from t2l.io import require_absent
+from t2l.kinds import ADAPTER, require_kind
 
 if TYPE_CHECKING:
     from t2l.session import Session
@@ -285,12 +286,10 @@ def _require_description(description: str | None, adapter: Path | None) -> None:
         raise typer.BadParameter("no description is given: give DESCRIPTION, or --adapter DIR")
     if adapter is None and description is not None and os.path.isdir(description):
         raise typer.BadParameter(f"{description} is a folder: give --adapter {description}, or a description in words")
-    if adapter is not None and not adapter.is_dir():
-        raise CheckpointError(f"There is no adapter folder {adapter}")
     if adapter is not None:
-        from t2l.peft_io import read_origin, require_one
+        require_kind(adapter, ADAPTER)
+        from t2l.peft_io import read_origin
 
-        require_one(adapter)
         if description is None and not read_origin(adapter).description:
             raise typer.BadParameter(f"{adapter} names no description: give DESCRIPTION")
 

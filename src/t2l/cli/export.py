@@ -23,6 +23,7 @@ from t2l.cli.common import (
 )
 from t2l.errors import CheckpointError, OutputError
 from t2l.io import require_absent
+from t2l.kinds import ADAPTER, require_kind
 
 if TYPE_CHECKING:
     from t2l.adapter import LoraAdapter
@@ -60,6 +61,8 @@ def find_adapter(source: str, checkpoint: str, base: str | None = None, device: 
     folder = os.path.expanduser(source)
     if os.path.isdir(folder):  # Path.is_dir would raise for a text longer than a file's name may be
         return LoraAdapter.from_pretrained(folder, base_model=base)
+    if os.path.isfile(folder):
+        require_kind(Path(folder), ADAPTER)
     if source.isascii() and len(source.split()) == 1:  # a misspelt folder; languages without spaces are not ASCII
         raise CheckpointError(
             f"There is no folder {source}; give an adapter's folder, or a description of several words"

@@ -8,6 +8,7 @@ import typer
 from t2l.cli.common import app, say
 from t2l.errors import CheckpointError
 from t2l.io import require_absent
+from t2l.kinds import PUBLISHED, require_kind
 
 importing = typer.Typer(no_args_is_help=True, help="Make what others published readable here.")
 app.add_typer(importing, name="import")
@@ -37,6 +38,7 @@ def import_sakana(
 ) -> None:
     """Make a checkpoint of a published Text-to-LoRA folder. It holds args.yaml, adapter_config.json, hypermod.pt."""
     _check(folder, output)
+    require_kind(folder, PUBLISHED)
     from t2l.sakana import import_published
 
     spec = import_published(folder, output, base_model=base, encoder=encoder)

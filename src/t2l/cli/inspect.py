@@ -21,6 +21,7 @@ from t2l.cli.common import (
     try_writing,
 )
 from t2l.errors import CheckpointError, DataError, OutputError, T2LError
+from t2l.kinds import ADAPTER, CHECKPOINT, LIBRARY, SHARDS, require_kind
 
 if TYPE_CHECKING:
     from t2l.checkpoint import CheckpointConfig
@@ -35,31 +36,24 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Say what is in a checkpoint, an adapter or a library."""
-    from t2l import checkpoint, library, peft_io, shards
     from t2l.text_to_lora import checkpoint_folder
 
     folder = checkpoint_folder(reference)
-    if (folder / peft_io.CONFIG).is_file():
+    require_kind(folder, CHECKPOINT, ADAPTER, LIBRARY, SHARDS)
+    if ADAPTER.fits(folder):
         report = _inspect_adapter(folder)
-    elif (folder / library.INDEX).is_file():
+    elif LIBRARY.fits(folder):
         report = _inspect_library(folder)
-    elif (folder / shards.LIBRARY).is_file():
+    elif SHARDS.fits(folder):
         report = _inspect_shards(folder)
-    elif (folder / checkpoint.WEIGHTS).is_file() or (folder / checkpoint.SPEC).is_file():
-        report = _inspect_checkpoint(folder)
     else:
-        raise CheckpointError(
-            f"{folder} is no checkpoint (it has no {checkpoint.WEIGHTS}), PEFT adapter (no {peft_io.CONFIG}) or "
-            f"library (no {library.INDEX} or {shards.LIBRARY})"
-        )
+        report = _inspect_checkpoint(folder)
     if as_json:
         print_json(report)
     else:
         print_report(report)
     if report.get("sha256_ok") is False:
-        raise CheckpointError(
-            f"{folder / checkpoint.WEIGHTS} is not the file its config.json describes; fetch it again"
-        )
+        raise CheckpointError(f"{folder / CHECKPOINT.mark} is not the file its config.json describes; fetch it again")
 
 
 def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
@@ -68,8 +62,6 @@ def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
     from t2l.io import sha256
 
     spec, config = read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder / WEIGHTS} is missing")
     intact = sha256(folder / WEIGHTS) == config.weights_sha256
     parameters = sum(p.numel() for p in load_checkpoint(folder).hypernet.parameters()) if intact else None
     return {

@@ -30,13 +30,16 @@ import torch
 from t2l import peft_io
 from t2l.errors import AdapterNotFoundError, BusyError, CheckpointError, OutputError, StoreError, T2LError
 from t2l.io import parse_json, read_tensors, regular_file
+from t2l.kinds import STORE, kind_of
 from t2l.lora import LoraTensors
 from t2l.serve.answers import log
 from t2l.spec import AdapterSpec
 
 ID = re.compile(r"[a-z0-9-]{1,64}")
 """What an identifier may look like; nothing else ever becomes part of a path."""
-DATABASE = "adapters.sqlite3"
+_OWN = re.compile(r"t2l-[0-9a-f]{16}")
+"""What `_name` gives."""
+DATABASE = STORE.mark
 _SCHEMA = """
 create table if not exists adapters (
     number integer primary key autoincrement,
@@ -141,6 +144,8 @@ class AdapterStore:
         with ExitStack() as refused:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if not STORE.fits(folder) and (kind := kind_of(folder)):
+                    raise OutputError(f"{folder} is {kind.name}; give the server a folder of its own (--folder)")
                 regular_file(folder / DATABASE)
                 self._database = sqlite3.connect(folder / DATABASE, check_same_thread=False, isolation_level=None)
                 refused.callback(self._database.close)
@@ -401,8 +406,9 @@ class AdapterStore:
     def _tidy(self) -> None:
         """Removes what a killed process left half done: files without a row, and rows without a file."""
         known = {str(name) for (name,) in self._execute("select id from adapters")}
-        files = {path.name.removesuffix(".safetensors") for path in self.folder.glob("*.safetensors")}
-        for path in (*self.folder.glob(".new-*"), *(self.folder / f"{name}.safetensors" for name in files - known)):
+        # No other file, whoever put it here, is ever removed.
+        files = {path.stem for path in self.folder.glob("*.safetensors") if _OWN.fullmatch(path.stem)}
+        for path in (*self.folder.glob(".t2l-new-*"), *(self.folder / f"{name}.safetensors" for name in files - known)):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         for name in known - files:
@@ -427,7 +433,7 @@ def _unknown(name: str) -> AdapterNotFoundError:
 
 def _write_durably(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash it is whole or not there."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=".t2l-new-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
