@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -49,9 +50,12 @@ def test_the_command_line_is_documented_as_it_is() -> None:
 
 
 @pytest.mark.usefixtures("one_base")
-def test_the_tutorial_runs_and_the_description_is_what_works() -> None:
+def test_the_tutorial_runs_and_the_description_is_what_works(capfd: pytest.CaptureFixture[str]) -> None:
     runner = script("run_notebook")
-    names = runner.run(json.loads(runner.NOTEBOOK.read_text(encoding="utf-8")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # whoever else's call it is, a reader would see it
+        names = runner.run(json.loads(runner.NOTEBOOK.read_text(encoding="utf-8")))
+    assert capfd.readouterr().err == ""
     right, another = (names["count"](names[name], False) for name in ("adapter", "another"))
     assert right > another, "in a plain prompt the right description must be ahead of another task's"
 

@@ -19,7 +19,7 @@ class Kind:
 
     def fits(self, folder: Path) -> bool:
         """Whether a folder is of this kind."""
-        return any(any(folder.glob(mark)) for mark in self.marks)
+        return any(path.is_file() for mark in self.marks for path in folder.glob(mark))
 
 
 PUBLISHED = Kind("a published Text-to-LoRA checkpoint", "`t2l import sakana {}` makes it readable here", "hypermod.pt")
