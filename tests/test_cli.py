@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,10 +43,7 @@ def test_waiting_threads_sleep_unless_told_otherwise(
         monkeypatch.delenv("OMP_WAIT_POLICY")
     found = []
     monkeypatch.setattr(cli, "app", lambda prog_name: found.append(os.environ["OMP_WAIT_POLICY"]))
-    try:
-        cli.main()
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.main()
     assert found == [expected]
 
 
@@ -74,10 +70,17 @@ def app(prog_name):
     finally:
         print("tidied")
 cli.app = app
-cli.main()
+from t2l.__main__ import main
+main()
 """
     done = python("-c", program, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert (done.returncode, done.stdout, done.stderr) == (code, printed, "")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_clean(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(PRESSED)
+    done = python("-m", "t2l", "--help", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_help_and_import_load_nothing_heavy(record_property: Callable[[str, object], None]) -> None:

@@ -7,10 +7,8 @@ says why; T2L_DEBUG=1 shows the traceback), 2 wrong use, 130 interrupted.
 
 import errno
 import os
-import signal
 import sys
 from io import TextIOWrapper
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -37,12 +35,10 @@ __all__ = [
 
 
 def main() -> None:
-    """Entry point of `t2l`."""
+    """Runs the command line."""
     # Read when torch is loaded. Its threads otherwise wait for one another in a loop, and where other programs want the
     # cores too, a step spends four times the work in these loops.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where who called has Ctrl-C ignored
-        signal.signal(signal.SIGINT, _interrupted)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what a stream's encoding lacks is shown as an escape
             stream.reconfigure(errors="backslashreplace")
@@ -62,19 +58,6 @@ def main() -> None:
         if error.errno != errno.EPIPE:  # who reads the pipe has had enough
             say(f"error: Cannot write to standard output: {error.strerror}")
         sys.exit(1)
-
-
-def _interrupted(_: int, frame: FrameType | None) -> None:
-    """Ctrl-C, raised as ever; while something is imported it ends the process at once.
-
-    torch imports NumPy from C and takes whatever is raised there for NumPy's absence, and other packages have a bare
-    `except` around an import: the command went on, or failed with an error of theirs.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 def _print_version(wanted: bool) -> None:
