@@ -17,6 +17,8 @@ endif
 
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Compiled modules are kept, or every process that a test starts would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup models demo serve package-test audit test test-full test-llamacpp research-test lint docs clean
 

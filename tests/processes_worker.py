@@ -1,6 +1,6 @@
 """One process of a test with several: takes runs of any trainer from a plan, one after another.
 
-Started by torch.distributed.run with the plan's path; see `test_processes`. Only the main process can write files.
+Started with the plan's path; see `test_processes`. Only the main process can write files.
 """
 
 import json
@@ -36,9 +36,10 @@ def trainer_of(name: str) -> tuple[type, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     with join("cpu", timeout=60) as processes:
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)
         if not processes.main:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
         for item in json.loads(Path(sys.argv[1]).read_text()):
             settings, train = trainer_of(item["trainer"])
             config = build(settings, item["config"])
@@ -47,6 +48,9 @@ def main() -> None:
             except TrainingError as error:  # task LoRAs that are stopped before any is finished
                 if "No adapter was finished" not in str(error):
                     raise
+            except BaseException:
+                resource.setrlimit(resource.RLIMIT_FSIZE, most)  # what went wrong is written to a file
+                raise
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 from conftest import random_lora
+from programs import Program
 from torch import nn
 
 from t2l.apply import apply_adapters
@@ -150,14 +151,12 @@ def running(
 
 
 @contextmanager
-def program(checkpoint: str | Path, folder: Path, *options: str) -> Iterator[tuple[Any, str]]:
+def program(checkpoint: str | Path, folder: Path, *options: str) -> Iterator[tuple[Program, str]]:
     """`t2l serve` as a process of its own, and its address."""
-    command = [sys.executable, "-m", "t2l", "serve", "--port", "0", "--checkpoint", str(checkpoint)]
+    command = ["-m", "t2l", "serve", "--port", "0", "--checkpoint", str(checkpoint), "--folder", str(folder), *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("T2L_TOKEN", None)
-    with subprocess.Popen(
-        [*command, "--folder", str(folder), *options], stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with Program(command, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stderr is not None
         said = []
         for line in process.stderr:

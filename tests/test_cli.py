@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from cli_helpers import t2l
 from damage import held_to_permissions
@@ -142,7 +143,7 @@ def test_interrupted_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = python("-m", "t2l", "inspect", str(tmp_path / "absent"), T2L_DEBUG="1")
+    done = programs.run(["-m", "t2l", "inspect", str(tmp_path / "absent")], env=os.environ | {"T2L_DEBUG": "1"})
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 

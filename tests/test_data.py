@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from data_helpers import content, datasets, t2l, write_jsonl
 
@@ -170,9 +169,7 @@ build.build(__import__("pathlib").Path(sys.argv[1]), tasks=sys.argv[4], template
 def test_killed_builds_go_on_to_the_same_bytes(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, out, tasks = tmp_path / "whole", tmp_path / "out", ",".join(NAMES)
     build.build(whole, tasks=tasks, template=source)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(out), source, str(tmp_path / "hf"), tasks], capture_output=True, check=False
-    )
+    done = programs.run(["-c", KILLED, str(out), source, str(tmp_path / "hf"), tasks])
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(path.name for path in (out / ".parts").glob("*.parquet")) == [f"{n}.parquet" for n in NAMES[:2]]
     assert not (out / packed.MANIFEST).exists()

@@ -52,7 +52,7 @@ ANSWERS = {
 
 
 @contextmanager
-def answering(content: bytes, *, reset: bool = False, slowly: bool = False) -> Iterator[Endpoint]:
+def answering(content: bytes, *, reset: bool = False, slowly: bool = False, timeout: float = 1.0) -> Iterator[Endpoint]:
     """A server that says the same to everybody, and breaks off."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -74,7 +74,7 @@ def answering(content: bytes, *, reset: bool = False, slowly: bool = False) -> I
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", timeout=1.0)
+        yield Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", timeout=timeout)
         server.shutdown(socket.SHUT_RDWR)
     thread.join(timeout=5)
 
@@ -128,5 +128,5 @@ def test_answers_cut_off_or_changed_anywhere_are_refused_or_read() -> None:
 
 
 def test_an_answer_that_never_ends_is_given_up() -> None:
-    with answering(HEAD + b"\r\n[", slowly=True) as endpoint:
+    with answering(HEAD + b"\r\n[", slowly=True, timeout=0.2) as endpoint:
         assert asked(endpoint)[0] == "refused"

@@ -4,12 +4,12 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Program
 
 from t2l.errors import OutputError
 from t2l.io import new_folder
@@ -36,19 +36,16 @@ Ask = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def ask(base_folder: Path) -> Iterator[Ask]:
     """Has something written or read, in a process of its own; see `ending.py`."""
-    command = [sys.executable, str(Path(__file__).parent / "ending.py"), str(base_folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
+    command = [str(Path(__file__).parent / "ending.py"), str(base_folder)]
+    with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
 
         def send(writer: str, folder: Path, kind: str = "read", last: int = 0, word: str = "new") -> dict[str, Any]:
-            assert process.stdin is not None and process.stdout is not None
             asked = {"writer": writer, "folder": str(folder), "kind": kind, "last": last, "word": word}
             print(json.dumps(asked), file=process.stdin, flush=True)
             found: dict[str, Any] = json.loads(process.stdout.readline())
             return found
 
         yield send
-        process.stdin.close()
 
 
 def read(ask: Ask, writer: str, folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Other locales, encodings and time zones: the command line writes the same bytes, and prints what a stream can hold.
 
 Python's own texts do not depend on the locale; files that are opened without an encoding, what is printed where only
-ASCII can be, arguments in another encoding, and times do. No connection opens meanwhile.
+ASCII can be, arguments in another encoding, and times do. No connection opens meanwhile, and nobody is warned.
 """
 
 import json
@@ -40,6 +40,7 @@ for arguments in (
 ):
     sys.argv = ["t2l", *arguments]
     print("$", arguments[0], flush=True)
+    print("$", arguments[0], file=sys.stderr, flush=True)
     try:
         cli.main()
     except SystemExit as end:
@@ -87,6 +88,8 @@ def commands(
             timeout=240,
         )
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode("utf-8", "replace")[-3000:]
+        generate = done.stderr.partition(b"$ generate\n")[2].partition(b"$ ")[0]
+        assert len(generate.splitlines()) == 1 and b"Warning" not in done.stderr, done.stderr
         files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
         return done.stdout.decode(encoding), files
 

@@ -244,20 +244,6 @@ def test_dir_and_repr_are_short() -> None:
     assert len(repr(LoraAdapter(random_lora(spec), spec, "Answer in verse. " * 100))) < 200
 
 
-@pytest.mark.parametrize("settings", [{"LC_ALL": "C", "TZ": "Pacific/Apia"}, {"LC_ALL": "tr_TR.UTF-8"}], ids=str)
-def test_other_locales_and_time_zones_and_no_warnings(
-    settings: dict[str, str], checkpoint: Path, tmp_path: Path
-) -> None:
-    text = "Übersetze ins Türkische: İstanbul, ılık."
-    command = [sys.executable, "-m", "t2l", "generate", text, "-o", str(tmp_path / "a"), "--checkpoint"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | settings
-    done = subprocess.run([*command, str(checkpoint)], capture_output=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert text in done.stdout.decode()
-    assert len(done.stderr.splitlines()) == 1 and b"Warning" not in done.stderr
-    assert json.loads((tmp_path / "a" / "t2l.json").read_bytes())["description"] == text
-
-
 # ------------------------------------------------------------------------------------------------- errors that help
 
 

@@ -27,6 +27,7 @@ def test_the_guide_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     """Another depth and other names of modules than any shipped config's; nothing but the guide's own four settings."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("T2L_DATA", raising=False)
+    monkeypatch.setattr("t2l.train.estimate.MOST_STEPS", 3)  # to say how long it will take
     make_base(make_config(num_hidden_layers=5)).save_pretrained("my-base")
     make_tokenizer().save_pretrained("my-base")
     (settings,), (sample,) = blocks("yaml"), blocks("json")

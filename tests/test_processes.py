@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import random_lora
+from programs import Program, run
 from safetensors.torch import load_file
 from sft_helpers import Interrupted, interrupt_at, metrics, quiet, shorter
 from transformers import LlamaConfig
@@ -40,7 +40,7 @@ ROUNDING = {"rel": 1e-5, "abs": 2e-5}
 
 def launched(command: list[str], number: int = 2) -> list[str]:
     """By torchrun, which would read options such as `--run` as its own but for the dashes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *command]
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *command]
 
 
 def changed(config: TaskLorasConfig, **changes: Any) -> TaskLorasConfig:
@@ -163,9 +163,13 @@ def runs(
     add("sft", sft, "sft-2-1", max_minutes=0)
     add("sft", shorter(sft, gradient_accumulation_steps=2, fsdp="full_shard"), "sft-sharded")
     (folder / "plan.json").write_text(json.dumps(plan))
-    command = launched([str(WORKER), str(folder / "plan.json")])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    started = start_two([str(WORKER), str(folder / "plan.json")], folder)
+    try:
+        codes = [process.wait(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0, 0], [(folder / f"{rank}.log").read_text() for rank in range(2)]
     assert read_progress(folder / "sft-2-1").step == 1
     train(sft, folder / "sft-2-1", device="cpu", log=quiet, resume=True)
     train_task_loras(task_loras, folder / "task-loras-2-1", device="cpu", log=quiet, resume=True)
@@ -214,10 +218,11 @@ def require_same(one_name: str, name: str, runs: Path) -> None:
 
 def command_for(config: SftConfig, folder: Path) -> list[str]:
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_plain(config)))))
-    return ["-m", "t2l", "train", "sft", "--config", str(folder / "config.yaml"), "--run", str(folder / "run")]
+    files = ["--config", str(folder / "config.yaml"), "--run", str(folder / "run")]
+    return ["-m", "t2l", "train", "sft", *files, "--device", "cpu"]
 
 
-def start_two(command: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+def start_two(command: list[str], folder: Path) -> list[Program]:
     """Two processes without a launcher that would look after them; each says its lines in a file of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -225,15 +230,15 @@ def start_two(command: list[str], folder: Path) -> list[subprocess.Popen[bytes]]
     for rank in range(2):
         own = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         with (folder / f"{rank}.log").open("wb") as log:
-            started.append(subprocess.Popen([sys.executable, *command, "--device", "cpu"], env=own, stderr=log))
+            started.append(Program(command, env=own, stderr=log))
     return started
 
 
-def wait_for_state(run: Path, started: list[subprocess.Popen[bytes]]) -> None:
+def wait_for_state(run: Path, started: list[Program]) -> None:
     waiting = time.monotonic() + 120
     while not (run / "state.safetensors").exists():
         assert time.monotonic() < waiting and started[0].poll() is None
-        time.sleep(0.1)
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
@@ -260,8 +265,8 @@ def test_a_process_that_is_gone_ends_the_others_and_the_last_state_loads(
     if how == signal.SIGKILL:
         train(config, tmp_path / "run", resume=True, max_minutes=0, device="cpu", log=quiet)
     else:
-        more = launched(["-m", "--", *command[1:], "--device", "cpu", "--resume", "--max-minutes", "0"])
-        went_on = subprocess.run(more, capture_output=True, text=True, timeout=120, check=False)
+        more = launched(["-m", "--", *command[1:], "--resume", "--max-minutes", "0"])
+        went_on = run(more, timeout=120)
         assert went_on.returncode == 0, went_on.stderr
         assert went_on.stdout == f"{tmp_path / 'run' / 'checkpoint'}\n"
         assert went_on.stderr.count(f"resumed at step {done}") == 1
@@ -284,6 +289,22 @@ def test_ctrl_c_in_one_process_stops_both_with_the_state_saved(sft: SftConfig, t
     done = read_progress(tmp_path / "run").step
     assert f"interrupted: the state after step {done} is saved" in (tmp_path / "0.log").read_text()
     assert "interrupted" not in (tmp_path / "1.log").read_text()
+
+
+TOLD = """
+import torch
+from t2l.train.processes import join
+with join("cpu", timeout=60) as processes:
+    print(f"{processes.rank} of {processes.number}: {int(processes.sum(torch.tensor(1 + processes.rank)))}", flush=True)
+"""
+
+
+def test_processes_that_a_launcher_starts_find_each_other(tmp_path: Path) -> None:
+    """By what torchrun tells them; as `accelerate launch` does."""
+    (tmp_path / "told.py").write_text(TOLD)
+    done = run(launched([str(tmp_path / "told.py")]), timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 of 2: 3", "1 of 2: 3"]
 
 
 def test_engines_and_numbers_that_do_not_fit_are_refused(

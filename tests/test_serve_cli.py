@@ -71,7 +71,7 @@ def test_told_to_stop_it_lets_streams_end_and_refuses_new_requests(
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     with program(checkpoint, tmp_path / "store", "--rows", "1") as (process, url):
-        stream = Stream(url, n=3)
+        stream = Stream(url, n=3, max_tokens=200)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         assert stream.is_alive() and process.poll() is None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import programs
 import pytest
 from conftest import make_base, make_config, make_tokenizer
 from serve_helpers import Server, running, wait_for
@@ -272,17 +273,18 @@ def test_copied_programs_run(page: Any, server: Server, tmp_path: Path) -> None:
     expected = served(server, name, text, name, 64)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
 
-    def run(title: str, *command: str) -> str:
+    def run(title: str, run: Callable[..., Any] = programs.run, *command: str) -> str:
         page.get_by_role("tab", name=title).click()
         code = page.locator("#snippet").text_content()
-        done = subprocess.run([*command, code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        done = run([*command, "-c", code], cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return str(done.stdout)
 
-    assert json.loads(run("curl", "bash", "-c"))["choices"][0]["message"]["content"] == expected
-    assert run("OpenAI client", sys.executable, "-c").removesuffix("\n") == expected
+    answer = run("curl", partial(subprocess.run, capture_output=True, text=True), "bash")
+    assert json.loads(answer)["choices"][0]["message"]["content"] == expected
+    assert run("OpenAI client").removesuffix("\n") == expected
     # This one ends at the model's own end token, which the server's copy of the model was told not to know.
-    printed = run("Transformers", sys.executable, "-c").strip()
+    printed = run("Transformers").strip()
     assert printed and expected.strip().startswith(printed)
     for title, words in (("vLLM", "--max-lora-rank 8"), ("llama.cpp", "--lora ")):
         page.get_by_role("tab", name=title).click()

@@ -1,14 +1,13 @@
 """Adapters on disk: found by what is in them, there after a crash once acknowledged, and gone once deleted."""
 
-import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from conftest import make_base, make_config
@@ -155,8 +154,11 @@ def test_what_cannot_be_stored_leaves_nothing(tmp_path: Path, adapters: list[Des
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
-    code = f"from pathlib import Path; from t2l.serve.store import AdapterStore; AdapterStore(Path({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = (
+        "import sqlite3; from functools import partial; sqlite3.connect = partial(sqlite3.connect, timeout=0.1)\n"
+        f"from pathlib import Path; from t2l.serve.store import AdapterStore; AdapterStore(Path({str(tmp_path)!r}))"
+    )
+    done = programs.run(["-c", code])
     assert done.returncode == 1 and "give this one its own" in done.stderr
     store.close()
     blocked = tmp_path / "file"
@@ -232,13 +234,7 @@ for seed in range(1000):
 
 
 def test_after_sigkill_every_acknowledged_adapter_is_there(tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])},
-    ) as process:
+    with programs.Program(["-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         acknowledged = [process.stdout.readline().strip() for _ in range(20)]
         process.send_signal(signal.SIGKILL)

@@ -1,11 +1,10 @@
 """The shipped configs are read, and the benchmarks run and report what they claim to measure."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 from t2l.config import build, load_yaml
@@ -38,9 +37,8 @@ def test_shipped_configs_are_read(path: Path) -> None:
 
 
 def run(name: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / name, "--tiny"], capture_output=True, text=True, check=True
-    )
+    done = programs.run([ROOT / "benchmarks" / name, "--tiny"])
+    assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

@@ -3,11 +3,10 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -130,7 +129,7 @@ print(read_facts(run)["step"], sorted(path.name for path in run.iterdir()))
 
 
 def test_a_full_disk_is_named_and_the_state_before_stays(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "run")], capture_output=True, text=True)
+    done = programs.run(["-c", FULL_DISK, str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     message, state = done.stdout.splitlines()
     assert message.startswith("Cannot write") and "state.safetensors" in message
