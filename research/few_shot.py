@@ -4,7 +4,7 @@
     python research/few_shot.py report few_shot.jsonl
     python research/few_shot.py report few_shot.jsonl --page docs/tuning.md     # the table in the guide, made anew
 
-On one GPU of 80 GB, estimated at six minutes and not run yet; stopped early, it keeps each finished number and seed:
+On one GPU 17 minutes beside other jobs, 40 GB; stopped early, it keeps each finished number and seed:
 
     python research/few_shot.py run --out few_shot.jsonl --tasks 12 --per-task 30 --seeds 3 --tokens 32768
 
