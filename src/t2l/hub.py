@@ -96,7 +96,7 @@ def _existing_folder(ref: str) -> Path:
     except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, `~name` of an unknown user, too long
         raise ModelNotFoundError(f"{ref!r} is not a usable folder name: {error}") from error
     if is_file:
-        raise ModelNotFoundError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
+        raise ModelNotFoundError(f"{path} is a file, and a folder is wanted, such as {path.absolute().parent}")
     if not is_dir:
         raise ModelNotFoundError(f"there is no folder {path}; {_forms()}")
     return path
@@ -474,11 +474,10 @@ def _snapshot(parsed: ModelRef, patterns: tuple[str, ...], *, progress: bool, **
         raise ModelNotFoundError(f"the Hub model {parsed.name!r} has no revision {parsed.revision!r}") from error
     # The client lets the errors of its HTTP library through, and which library that is differs by version.
     except Exception as error:
-        packages = " or ".join(PREFIX + name for name in KNOWN_PACKAGES)
         raise DownloadError(
             f"there is no folder {parsed}, and the Hub cannot be asked for it: {first_line(error)}. "
-            "Check the network (and that HF_HUB_OFFLINE is unset), or download the model elsewhere and give its folder "
-            f"here, or use a model that needs no Hub: {packages}"
+            "Check the spelling and the network (and that HF_HUB_OFFLINE is unset), or download it elsewhere and give "
+            "its folder here; `t2l doctor` lists models and checkpoints that need no Hub"
         ) from error
     return Path(folder)
 

@@ -349,7 +349,8 @@ def read_whole(path: Path, error: type[T2LError] = CheckpointError, *, limit: in
         T2LError: of the class `error`, if it is absent, something else or larger.
     """
     if not os.path.isfile(path):
-        raise error(f"{path} cannot be read: it is no regular file" if os.path.lexists(path) else f"{path} is missing")
+        what = "a folder, and a file is wanted" if os.path.isdir(path) else "no regular file"
+        raise error(f"{path} cannot be read: it is {what}" if os.path.lexists(path) else f"{path} is missing")
     with readable(path, error), path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:

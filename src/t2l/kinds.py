@@ -1,5 +1,7 @@
 """What a folder holds, told by the names of its files, for messages where another kind is wanted. Reads no file."""
 
+import shlex
+from difflib import get_close_matches
 from pathlib import Path
 
 from t2l.errors import CheckpointError
@@ -40,6 +42,13 @@ def kind_of(folder: Path) -> Kind | None:
     return next((kind for kind in KINDS if kind.fits(folder)), None)
 
 
+def absent(folder: Path) -> str:
+    """What to say of a folder that is not there, with one of nearly that name if it stands beside."""
+    names = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    near = get_close_matches(folder.name, names, n=1)
+    return f"There is no folder {folder}" + (f"; did you mean {folder.parent / near[0]}?" if near else "")
+
+
 def require_kind(folder: Path, *wanted: Kind) -> None:
     """Checks that a folder is of one of the kinds that are wanted.
 
@@ -53,7 +62,7 @@ def require_kind(folder: Path, *wanted: Kind) -> None:
     kinds = " or ".join(f"{kind.name} ({kind.mark})" for kind in wanted)
     if not folder.is_dir():
         there = f"{folder} is a file; give a folder that holds {kinds}"
-        raise CheckpointError(there if folder.exists() else f"There is no folder {folder}")
+        raise CheckpointError(there if folder.exists() else absent(folder))
     if found is None:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:3]) or "nothing"
         raise CheckpointError(f"{folder} is not {kinds}; it holds {held}")
@@ -61,4 +70,6 @@ def require_kind(folder: Path, *wanted: Kind) -> None:
         inner = sorted(path.parent for path in folder.glob(found.mark))
         more = f" and {len(inner) - 3} more" if len(inner) > 3 else ""
         what, use = f" ({', '.join(path.name for path in inner[:3])}{more})", inner[0]
-    raise CheckpointError(f"{folder} is {found.name}{what}, and {kinds} is wanted; {found.use.format(use)}")
+    raise CheckpointError(
+        f"{folder} is {found.name}{what}, and {kinds} is wanted; {found.use.format(shlex.quote(str(use)))}"
+    )

@@ -229,12 +229,14 @@ def checkpoint_folder(reference: str, **fetch: Any) -> Path:
     Raises:
         ModelNotFoundError: if it leads nowhere.
     """
+    shipped = Path(str(resources.files("t2l"))) / "pretrained"
+    known = sorted(path.name for path in shipped.iterdir()) if shipped.is_dir() else []
     if reference.startswith("t2l:"):
-        shipped = Path(str(resources.files("t2l"))) / "pretrained"
-        folder = shipped / reference.removeprefix("t2l:")
-        known = sorted(path.name for path in shipped.iterdir()) if shipped.is_dir() else []
-        if folder.name not in known or folder.parent != shipped:
+        name = reference.removeprefix("t2l:")
+        if name not in known:
             names = ", ".join(f"t2l:{name}" for name in known) or "none"
             raise ModelNotFoundError(f"No checkpoint '{reference}' ships with this version; there is: {names}")
-        return folder
+        return shipped / name
+    if reference in known and not Path(reference).exists():
+        raise ModelNotFoundError(f"There is no folder {reference}; the checkpoint that ships is t2l:{reference}")
     return hub.resolve_checkpoint(reference, **fetch)

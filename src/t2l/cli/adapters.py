@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -285,7 +286,9 @@ def _require_description(description: str | None, adapter: Path | None) -> None:
     if description is None and adapter is None:
         raise typer.BadParameter("no description is given: give DESCRIPTION, or --adapter DIR")
     if adapter is None and description is not None and os.path.isdir(description):
-        raise typer.BadParameter(f"{description} is a folder: give --adapter {description}, or a description in words")
+        raise typer.BadParameter(
+            f"{description} is a folder: give --adapter {quote(description)}, or a description in words"
+        )
     if adapter is not None:
         require_kind(adapter, ADAPTER)
         from t2l.peft_io import read_origin

@@ -1,6 +1,7 @@
 """`t2l export` and `t2l merge`: adapters for other programs, from a description or from a PEFT folder."""
 
 import os
+import shlex
 import time
 from dataclasses import replace
 from enum import StrEnum
@@ -23,7 +24,7 @@ from t2l.cli.common import (
 )
 from t2l.errors import CheckpointError, OutputError
 from t2l.io import require_absent
-from t2l.kinds import ADAPTER, require_kind
+from t2l.kinds import ADAPTER, absent, require_kind
 
 if TYPE_CHECKING:
     from t2l.adapter import LoraAdapter
@@ -64,9 +65,7 @@ def find_adapter(source: str, checkpoint: str, base: str | None = None, device: 
     if os.path.isfile(folder):
         require_kind(Path(folder), ADAPTER)
     if source.isascii() and len(source.split()) == 1:  # a misspelt folder; languages without spaces are not ASCII
-        raise CheckpointError(
-            f"There is no folder {source}; give an adapter's folder, or a description of several words"
-        )
+        raise CheckpointError(f"{absent(Path(folder))}; give an adapter's folder, or a description of several words")
     (adapter,) = TextToLora.from_pretrained(checkpoint, device=checked_device(device) or "auto").generate([source])
     adapter.require_effect()
     return adapter
@@ -106,7 +105,8 @@ def export_gguf(
         return
     print(output)
     size = output.stat().st_size / 2**20
-    say(f"{size:.1f} MiB for {adapter.spec.base_model}; load it with: llama-cli -m BASE.gguf --lora {output}")
+    path = shlex.quote(str(output))
+    say(f"{size:.1f} MiB for {adapter.spec.base_model}; load it with: llama-cli -m BASE.gguf --lora {path}")
 
 
 @exporting.command(name="peft")

@@ -3,6 +3,7 @@
 import time
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -83,7 +84,7 @@ def tune(
     if tuned.interrupted:
         say(
             f"interrupted in round {len(losses)}: the adapter of round {tuned.best_epoch} is saved in {output}; go on "
-            f"from it with `t2l tune {output} --examples {examples} -o ANOTHER`"
+            f"from it with `t2l tune {quote(str(output))} --examples {quote(str(examples))} -o ANOTHER`"
         )
         raise KeyboardInterrupt
     if as_json:
