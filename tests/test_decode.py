@@ -1,6 +1,7 @@
 """Answers of a batch that rows leave: token by token those of `model.generate`, and how large a batch may be."""
 
 import random
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,33 @@ def test_rows_that_have_ended_leave(adapted: bool, adapters: list[LoraAdapter], 
     for step, number in enumerate(held):
         going = sum(length > step for length in lengths)
         assert going <= number < 4 / 3 * going
+
+
+def test_keys_and_values_are_given_by_the_name_that_the_model_knows(
+    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers 5.24 calls them `cache`, before it `past_key_values`; the old name is a warning, then an error."""
+    model = make_base(tiny_config)
+    real, name = model.forward, decode.cache_argument(model)
+    prompts = draw_prompts(random.Random(1), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        expected = decode.greedy(model, IDS, prompts, None, max_new_tokens=6)
+
+    class Renamed(dict):  # type: ignore[type-arg]
+        logits = property(lambda self: self["logits"])
+
+    def as_cache(ids: Any, cache: Any = None, **others: Any) -> Renamed:
+        output = real(ids, **others, **{name: cache})
+        return Renamed(logits=output.logits, cache=output[name])
+
+    def as_past(ids: Any, past_key_values: Any = None, **others: Any) -> Renamed:
+        output = as_cache(ids, past_key_values, **others)
+        return Renamed(logits=output.logits, past_key_values=output["cache"])
+
+    for forward in (as_cache, as_past):
+        monkeypatch.setattr(model, "forward", forward)
+        assert decode.greedy(model, IDS, prompts, None, max_new_tokens=6) == expected
 
 
 def test_a_batch_ends_with_its_longest_answer(tiny_config: Any) -> None:

@@ -478,7 +478,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     result = CliRunner().invoke(app, ["eval", "run", "--suite", "seen", "--out", str(out), "--device", "cuda"])
     assert result.exit_code == 1
-    assert "--device cuda: torch finds no CUDA device here" in result.output
+    assert "torch finds no device 'cuda' here" in result.output
     assert not out.exists()
 
 

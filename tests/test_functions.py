@@ -43,6 +43,11 @@ def expected(checkpoint: str, description: str, inputs: list[str], number: int) 
 
 
 def test_a_function_answers_as_the_adapted_model_does(checkpoint: str) -> None:
+    for device in ("gpu", "cuda:999999999999", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ConfigError, match=f"torch finds no device '{device}' here"):
+            t2l.function(TEXT, checkpoint=checkpoint, device=device)
+        with pytest.raises(ConfigError, match="torch finds no device"):
+            TextToLora.from_pretrained(checkpoint, device=device)
     f = t2l.function(TEXT, checkpoint=checkpoint, max_new_tokens=7)
     wanted = expected(checkpoint, TEXT, INPUTS, 7)
     assert f(INPUTS) == wanted
@@ -96,6 +101,11 @@ def test_bad_input_is_refused(checkpoint: str) -> None:
         t2l.function("", checkpoint=checkpoint)
     with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, got 0"):
         t2l.function(TEXT, checkpoint=checkpoint, max_new_tokens=0)
+    for device in ("gpu", "cuda:999999999999", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ConfigError, match=f"torch finds no device '{device}' here"):
+            t2l.function(TEXT, checkpoint=checkpoint, device=device)
+        with pytest.raises(ConfigError, match="torch finds no device"):
+            TextToLora.from_pretrained(checkpoint, device=device)
     f = t2l.function(TEXT, checkpoint=checkpoint, max_new_tokens=7)
     with pytest.raises(DataError, match="Input 1 is '  '; a function answers texts that are not blank"):
         f(["fine", "  "])

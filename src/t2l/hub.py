@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, T2LError, first_line
+from t2l.errors import CheckpointError, ConfigError, DownloadError, ModelNotFoundError, T2LError, first_line
 from t2l.io import reading
 from t2l.model_folder import TEXT_PATTERNS, check_config, check_weights, folder_fingerprint
 from t2l.pypi import KNOWN_PACKAGES, PREFIX, final_folder, is_complete, prepare
@@ -383,12 +383,15 @@ def load_meta_model(ref: str, **fetch: Unpack[FetchOptions]) -> PreTrainedModel:
 
 
 def best_device(asked: str | None = None) -> str:
-    """The device that is asked for; with none, or with `auto`, the GPU if there is one."""
-    if asked not in (None, "auto"):
-        return str(asked)
+    """The device that is asked for, or a ConfigError; with none, or with `auto`, the GPU if there is one."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.suppress(RuntimeError):  # of a name that torch does not know
+        if torch.device(asked).type != "cuda" or torch.cuda.is_available():
+            return str(asked)
+    raise ConfigError(f"torch finds no device {asked!r} here; `t2l doctor` says what there is")
 
 
 @contextlib.contextmanager

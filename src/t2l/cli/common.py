@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from t2l.errors import ConfigError, DataError, OutputError, T2LError
+from t2l.errors import DataError, OutputError, T2LError
 from t2l.io import OVERWRITE
 
 DEFAULT = "t2l:smollm2-135m"
@@ -203,8 +203,6 @@ def peak_memory() -> int | None:
 
 def checked_device(device: Device | None) -> str | None:
     """The device's name, if it is there."""
-    import torch
+    from t2l.hub import best_device
 
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; `t2l doctor` says more")
-    return None if device is None else device.value
+    return None if device is None else best_device(device.value)

@@ -3,6 +3,7 @@
 Knows a causal model, its tokenizer and adapters. Knows no tasks, no conditions and no files.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -84,6 +85,11 @@ def require_room(model: Any, length: int, what: str) -> None:
         )
 
 
+def cache_argument(model: Any) -> str:
+    """What a model's `forward` and its output call the keys and values: Transformers 5.24 renamed them."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def greedy(
     model: Any,
@@ -113,6 +119,7 @@ def greedy(
     positions_BT = _positions(mask_BT)
     ends = _ends(model, tokenizer)
     cache: Any = None
+    cache_name = cache_argument(model)
     said: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompts that the batch holds
     while rows:
@@ -124,11 +131,11 @@ def greedy(
                     tokens_BT,
                     attention_mask=mask_BT,
                     position_ids=positions_BT,
-                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
+                    **{cache_name: cache},
                 )
-                cache, next_B = output.past_key_values, output.logits[:, -1].argmax(-1)
+                cache, next_B = output[cache_name], output.logits[:, -1].argmax(-1)
                 chosen = next_B.tolist()
                 for i in going:
                     said[rows[i]].append(chosen[i])

@@ -60,7 +60,7 @@ def create_app(service: Service, *, guard: Guard | None = None, metrics: Metrics
         await asyncio.to_thread(service.engine.close)
         service.store.close()
 
-    app = FastAPI(title="t2l", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="t2l", version=__version__, lifespan=lifespan, openapi_url=None)
     app.state.closing = False
     app.add_middleware(GuardMiddleware, guard=guard, on_request=metrics.request)
     _handle_errors(app)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from t2l.errors import ConfigError, T2LError
+from t2l.eval.decode import cache_argument
 from t2l.serve.answers import Answer, End, Generation, Piece, log
 from t2l.serve.kv import RowCache
 from t2l.serve.packed import PackedLinears
@@ -87,6 +88,7 @@ class Batch:
         self._model, self._tokenizer, self._prompt_piece, self._on_end = model, tokenizer, prompt_piece, on_end
         self._ends, self._parameter = _end_tokens(model, tokenizer), next(model.parameters())
         self._adapters, self._cache = RowAdapters(model), RowCache(config.num_hidden_layers)
+        self._cache_name = cache_argument(model)
         # Masks of True and False are understood by PyTorch's own attention only; the others add theirs to the scores.
         self._bool_mask = config._attn_implementation == "sdpa"
         self._packed = PackedLinears(model)
@@ -257,9 +259,9 @@ class Batch:
             input_ids=tokens_BT,
             attention_mask=self._masks(seen_B1TK, positions_BT),
             position_ids=positions_BT,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=torch.tensor(kept, device=device),
+            **{self._cache_name: self._cache},
         )
         self.counts["forward_passes"] += 1
         self.counts["forward_rows"] += len(tokens)

@@ -87,7 +87,7 @@ class _Layer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """The cache of a batch whose rows change; give it to a model as `past_key_values`.
+    """The cache of a batch whose rows change; give it to a model as its `decode.cache_argument`.
 
     Args:
         num_layers: Layers of the model.
