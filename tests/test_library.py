@@ -89,6 +89,8 @@ def test_exported_folders_are_what_peft_reads(
     )
     assert refused == {}
     assert again.names == ("shout", "sum")
+    kept = {name: [str(text) for text in library.index[name].get("descriptions", ())][:1] for name in again.names}
+    assert {name: about.get("descriptions", []) for name, about in again.index.items()} == kept and any(kept.values())
     # Targets come in the order of their names: PEFT saves them as a set, in no order that lasts.
     assert [t.name for t in again.spec.targets] == ["down_proj", "v_proj"]
     ours, theirs = library.stack(["shout", "sum"]), again.stack()
@@ -169,7 +171,7 @@ def test_a_folder_that_does_not_fit_is_named(
     facts = {"sum": {"descriptions": ["Add."]}}
     kept, refused = from_peft_folders(paths, tmp_path / "new", tiny_config, "tiny", facts=facts, leave_out=True)
     assert kept.names == ("sum", "shout")
-    assert kept.index == {"sum": {"descriptions": ["Add."]}, "shout": {}}
+    assert kept.index == {"sum": {"descriptions": ["Add."]}, "shout": {"descriptions": ["Do shout – ok."]}}
     assert list(refused) == ["reverse"] and message in refused["reverse"]
     ours = library.stack(["sum", "shout"])
     assert equal(kept.stack(), LoraTensors(ours.a[::-1], ours.b[::-1], ours.scaling))

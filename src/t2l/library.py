@@ -116,7 +116,7 @@ class AdapterLibrary(SharedLibrary):
         )
 
     def export(self, folder: Path, names: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32) -> None:
-        """Writes one PEFT folder an adapter into `folder`, all or none.
+        """Writes one PEFT folder an adapter into `folder`, all or none, each with the first of its descriptions.
 
         Raises:
             CheckpointError: if a name is unknown.
@@ -126,7 +126,10 @@ class AdapterLibrary(SharedLibrary):
         lora = self.stack(chosen)
         with new_folder(folder) as temporary:
             for name, single in zip(chosen, lora.unbind(), strict=True):
-                peft_io.save_adapter(temporary / name, single, self.spec, card=self._card(name), dtype=dtype)
+                texts = self.index[name].get("descriptions")
+                text = texts[0] if isinstance(texts, list) and texts and isinstance(texts[0], str) else ""
+                card, origin = self._card(name), peft_io.Origin(text)
+                peft_io.save_adapter(temporary / name, single, self.spec, card=card, origin=origin, dtype=dtype)
 
     def _card(self, name: str) -> str:
         facts = "".join(
@@ -233,7 +236,8 @@ def from_peft_folders(
         folder: Where to write the library.
         config: The base model's Transformers config; the adapters' sizes must be its own.
         base_model: The base's reference, written into the spec; adapters must name the same base.
-        facts: Facts to keep of an adapter, by folder name; `descriptions` is what reconstruction reads.
+        facts: Facts to keep of an adapter, by folder name; `descriptions` is what reconstruction reads. By default the
+            description that this library wrote into the folder, if it did.
         leave_out: Whether folders that do not fit are left out and reported; otherwise they are all named and
             nothing is written.
 
@@ -253,6 +257,7 @@ def from_peft_folders(
     refused: dict[str, str] = {}
     shapes = _each(paths, lambda path: _shape(path, modules, base_model), refused)
     loaded: dict[str, LoraTensors] = {}
+    own: dict[str, dict[str, Any]] = {}
     if shapes:
         shape = Counter(shapes.values()).most_common(1)[0][0]
         spec = AdapterSpec.from_config(config, base_model, shape)
@@ -260,13 +265,15 @@ def from_peft_folders(
         def load(path: Path) -> LoraTensors:
             if shapes[path.name] != shape:
                 raise SpecMismatchError(f"{_difference(shapes[path.name], shape)} in most of the others")
+            description = peft_io.read_origin(path).description
+            own[path.name] = {"descriptions": [description]} if description else {}
             return peft_io.load_adapter(path, spec)
 
         loaded = _each([path for path in paths if path.name in shapes], load, refused)
     if not loaded or (refused and not leave_out):
         listed = "\n".join(f"  {name}: {why}" for name, why in refused.items())
         raise SpecMismatchError(f"{len(refused)} of {len(paths)} PEFT folders do not fit into one library:\n{listed}")
-    about = {name: dict((facts or {}).get(name, {})) for name in loaded}
+    about = {name: dict((facts or {}).get(name) or own[name]) for name in loaded}
     return save_library(folder, LoraTensors.stack(list(loaded.values())), spec, about, overwrite=None), refused
 
 

@@ -33,9 +33,9 @@ class Pace:
         if now - self.told >= self.every or self.done == self.total:
             self.told = now
             spent = max(now - self.started, 1e-9)
-            left = f"{spent * (self.work / self.worked - 1) / 60:.1f} min left"
+            left = f"{duration(spent * (self.work / self.worked - 1))} left"
             so_far = f"{self.done:,} of {self.total:,} {self.what}, {self.done / spent:.1f}/s"
-            self.log(f"{so_far}, {left if self.done < self.total else f'in {spent / 60:.1f} min'}")
+            self.log(f"{so_far}, {left if self.done < self.total else f'in {duration(spent)}'}")
 
 
 @contextmanager

@@ -117,7 +117,10 @@ def import_library(
     base: Annotated[str, typer.Option(metavar="REF", help="The base model, as the adapters name it.")],
     descriptions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSONL of what each adapter does: `task` (its folder) and `description`."),
+        typer.Option(
+            metavar="FILE",
+            help="JSONL of what each adapter does: `task` (its folder) and `description`; else its folder says.",
+        ),
     ] = None,
     leave_out: Annotated[
         bool, typer.Option("--leave-out", help="Go on without the folders that do not fit, and report them.")

@@ -95,7 +95,7 @@ def tune(
     if tuned.best_epoch == 0:
         say(f"no round lowered the loss on the held-out examples ({losses[0]:.4f}): the adapter is as it began")
     else:
-        say(f"loss on the held-out examples {losses[0]:.4f} -> {min(losses):.4f} after {tuned.best_epoch} rounds")
+        say(f"loss on the held-out examples {losses[0]:.4f} -> {min(losses):.4f} in round {tuned.best_epoch}")
 
 
 def _prompt(checkpoint: str, description_in_prompt: bool | None) -> Any:
