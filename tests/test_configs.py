@@ -101,7 +101,6 @@ def tiny(
     root = tmp_path_factory.mktemp("configs")
     starts = {
         ("baselines", "runs/multitask/checkpoint"): "baselines/multitask.yaml",
-        ("smollm2-135m", "runs/sft/checkpoint"): "smollm2-135m/1-sft.yaml",
         ("smollm2-135m", "runs/default-multitask/checkpoint"): "smollm2-135m/default-multitask.yaml",
     }
 
