@@ -1,8 +1,8 @@
 """A description as a Python function.
 
-    f = t2l.function("Name the language of the text.")
-    f("Où est la gare ?")
-    f(["Où est la gare ?", "Wo ist der Bahnhof?"])
+    f = t2l.function("Which colour is named in the product title?")
+    f("Ceramic teapot, green")
+    f(["Ceramic teapot, green", "Office chair, black"])
 
 The base model and the checkpoint are loaded once for all functions of a process that share them.
 Knows generating, prompts and greedy decoding. Knows no tasks and no files.
