@@ -19,7 +19,8 @@ from t2l import cli, hub, text_to_lora
 from t2l.config import load_yaml
 from t2l.errors import OutputError
 from t2l.io import new_folder
-from t2l.tasks import load_sni, load_splits
+from t2l.tasks import load_sni, load_splits, load_t0
+from t2l.train.computed import computed_tasks
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "src/t2l/pretrained/smollm2-135m"
@@ -239,7 +240,7 @@ def test_the_demos_inputs_are_not_in_the_training_data() -> None:
 
     shown = {plain(task["description"]) for task in demo_tasks()}
     shown |= {plain(item["text"]) for task in demo_tasks() for item in task["inputs"]}
-    for task in load_sni(load_splits().train, splits=("train", "val")):
+    for task in (*load_sni(load_splits().train, splits=("train", "val")), *load_t0(), *computed_tasks()):
         assert not shown & {plain(text) for text in task.descriptions}
         for examples in task.examples.values():
             assert not shown & {plain(example.input) for example in examples}
