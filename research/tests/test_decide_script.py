@@ -95,4 +95,4 @@ def test_decisions_are_what_the_answers_give(script: ModuleType, capsys: Any, mo
     folder = REPOSITORY / "research" / "results" / "test"
     kept = (folder / "decisions.md").read_text(encoding="utf-8").splitlines()
     files = [str(folder / f"test-{seed}.jsonl.gz") for seed in range(3)]
-    assert decided(script, capsys, files, kept) == "missed reached missed reached"
+    assert decided(script, capsys, files, kept) == "missed missed missed reached"
