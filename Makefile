@@ -16,7 +16,7 @@ endif
 endif
 
 # Threads that wait for each other sleep: spinning, they made a busy machine several times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY ?= passive
 # Compiled modules are kept, or every process that a test starts would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 

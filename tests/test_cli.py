@@ -35,7 +35,7 @@ def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[
 # ------------------------------------------------------------------------------------------- help and version
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("ACTIVE", "ACTIVE")])
 def test_waiting_threads_sleep_unless_told_otherwise(
     given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -363,8 +363,7 @@ def test_html_shows_questions_with_the_answers_of_one_seed(save: Any) -> None:
         save(lines, "c.jsonl", suites={"own <script>": {"questions": [{"task": 1}]}})
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_html_fits_a_telephone(save: Any, scheme: str, tmp_path: Path) -> None:
+def test_html_fits_a_telephone(save: Any, tmp_path: Path) -> None:
     """390 pixels wide: nothing beyond the edge, nothing smaller than 12 pixels, colours of the reader's choice."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
@@ -373,18 +372,20 @@ def test_html_fits_a_telephone(save: Any, scheme: str, tmp_path: Path) -> None:
     (tmp_path / "r.html").write_text(as_html([save(lines, checkpoint="x" * 100, suites=asked(input="y" * 300))]))
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-        page.goto((tmp_path / "r.html").as_uri())
-        widest = page.evaluate(
-            "Math.max(...[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right))"
-        )
-        smallest = page.evaluate(
-            "Math.min(...[...document.body.querySelectorAll('*')].map(e => parseFloat(getComputedStyle(e).fontSize)))"
-        )
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        for scheme in ("light", "dark"):
+            page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+            page.goto((tmp_path / "r.html").as_uri())
+            widest = page.evaluate(
+                "Math.max(...[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right))"
+            )
+            smallest = page.evaluate(
+                "Math.min(...[...document.body.querySelectorAll('*')].map(e => "
+                "parseFloat(getComputedStyle(e).fontSize)))"
+            )
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert widest <= 390 and smallest >= 12
+            assert (background == "rgb(23, 24, 27)") == (scheme == "dark")
         browser.close()
-    assert widest <= 390 and smallest >= 12
-    assert (background == "rgb(23, 24, 27)") == (scheme == "dark")
 
 
 def test_few_tasks_of_ones_own_are_shown_each_by_itself(save: Any) -> None:

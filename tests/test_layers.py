@@ -1,6 +1,7 @@
 """The structure: imports go one way, nothing unsafe is called, and importing the package stays light."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
-def imported(path: Path) -> set[str]:
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
     """Modules of t2l that a file imports, anywhere in it, and also for types only."""
     known = {module_name(file) for file in FILES}
     found = set()
@@ -45,7 +47,7 @@ def imported(path: Path) -> set[str]:
         else:
             continue
         found |= {name.partition(".")[2] for name in names if name.partition(".")[0] == "t2l"}
-    return found - {""}
+    return frozenset(found - {""})
 
 
 def may_import(importer: str, target: str) -> bool:

@@ -11,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import programs
 import pytest
 
 DESCRIPTION = "Résumé: “İstanbul” in GROẞ letters, ı and I – 中文 🙂"
 COMMANDS = """
-import errno, json, locale, os, sys
+import errno, json, locale, os, sys, time
 from contextlib import suppress
+time.tzset()
 def no_network(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
@@ -75,30 +78,28 @@ def commands(
     """Runs the commands above as one program in an environment; what it printed, and the files that it wrote."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "t2l", encoder=str(sentence_folder))
 
-    def run(encoding: str = "utf-8", **environment: str) -> tuple[str, dict[str, bytes]]:
+    def run(encoding: str = "utf-8", *, forked: bool = False, **environment: str) -> tuple[str, dict[str, bytes]]:
         folder = tmp_path_factory.mktemp("work")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONUTF8"))}
         own = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder.parent / "hub")}
-        done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, str(checkpoint), str(tasks), DESCRIPTION],
-            env=kept | own | environment,
-            cwd=folder,
-            capture_output=True,
-            check=False,
-            timeout=240,
-        )
-        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode("utf-8", "replace")[-3000:]
-        generate = done.stderr.partition(b"$ generate\n")[2].partition(b"$ ")[0]
-        assert len(generate.splitlines()) == 1 and b"Warning" not in done.stderr, done.stderr
+        given = ["-c", COMMANDS, str(checkpoint), str(tasks), DESCRIPTION]
+        options: Any = {"env": kept | own | environment, "cwd": folder, "timeout": 240}
+        if forked:
+            done = programs.run(given, **options)
+        else:
+            done = subprocess.run([sys.executable, *given], capture_output=True, encoding=encoding, **options)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+        generate = done.stderr.partition("$ generate\n")[2].partition("$ ")[0]
+        assert len(generate.splitlines()) == 1 and "Warning" not in done.stderr, done.stderr
         files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-        return done.stdout.decode(encoding), files
+        return done.stdout, files
 
     return run
 
 
 @pytest.fixture(scope="module")
 def usual(commands: Run) -> tuple[str, dict[str, bytes]]:
-    found = commands(LC_ALL="C.UTF-8", TZ="UTC")
+    found = commands(forked=True, LC_ALL="C.UTF-8", TZ="UTC")
     assert DESCRIPTION in found[0] and found[0].endswith("exit 1\n")
     assert {"answers.jsonl", "report.md", "report.html", "adapter/README.md"} <= found[1].keys()
     return found

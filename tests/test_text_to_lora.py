@@ -11,12 +11,14 @@ from typing import Any
 import programs
 import pytest
 import torch
-from conftest import DESCRIPTIONS
+from conftest import DESCRIPTIONS, make_config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from t2l import LoraAdapter, TextToLora, apply_adapters
+from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
 from t2l.lora import LoraTensors
+from t2l.spec import AdapterSpec
 from t2l.text_to_lora import checkpoint_folder
 
 MakeCheckpoint = Callable[..., Path]
@@ -121,15 +123,23 @@ def test_strength_out_of_range_is_refused(t2l: TextToLora, strength: float) -> N
 
 
 def test_two_processes_write_the_same_bytes(t2l: TextToLora, checkpoint: Path, tmp_path: Path) -> None:
-    """Nothing may depend on a process's hash seed, on its clock or on earlier calls."""
+    """Nothing may depend on a process's hash seed, on its clock or on earlier calls.
+
+    Nor may what `all-linear` means: in a set's order it would change from process to process, and so would checkpoints.
+    """
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from t2l import TextToLora\n"
         f"t2l = TextToLora.from_pretrained({str(checkpoint)!r})\n"
         f"for n, adapter in enumerate(t2l.generate({list(DESCRIPTIONS)!r})):\n"
         f"    adapter.save_pretrained({str(tmp_path / 'there')!r} + f'/{{n}}')\n"
+        "from transformers import AutoConfig; from t2l.spec import AdapterSpec; from t2l.config import LoraConfig\n"
+        "config, lora = AutoConfig.from_pretrained(t2l.spec.base_model), LoraConfig(target_modules=('all-linear',))\n"
+        "print(AdapterSpec.from_config(config, 'x', lora).to_json())\n"
     )
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "1"}, check=True)
+    there = subprocess.check_output([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "1"}, text=True)
+    here = AdapterSpec.from_config(make_config(), "x", LoraConfig(target_modules=("all-linear",))).to_json()
+    assert there == here + "\n" and "down_proj" in here
     t2l.generate(["Something else.", "And more."])
     for n, adapter in enumerate(t2l.generate(DESCRIPTIONS)):
         adapter.save_pretrained(tmp_path / "here" / str(n))

@@ -38,7 +38,7 @@ def main() -> None:
     """Runs the command line."""
     # Read when torch is loaded. Its threads otherwise wait for one another in a loop, and where other programs want the
     # cores too, a step spends four times the work in these loops.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # an I has no dot in Turkish, where OpenMP would not know it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what a stream's encoding lacks is shown as an escape
             stream.reconfigure(errors="backslashreplace")
