@@ -243,6 +243,11 @@ def test_by_keyboard_alone(page: Any) -> None:
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.innerText") == "OpenAI client"
     assert "from openai import OpenAI" in page.locator("#snippet").inner_text()
+    assert page.locator(".own h3").inner_text() == "This adapter"
+    page.get_by_label("What the adapter is for").fill("Name a tree.")
+    page.keyboard.press("Control+Enter")
+    page.locator("#history [aria-current=true]", has_text="Name a tree.").wait_for()
+    assert page.locator(".own h3").inner_text() == "Adapter of “Name a fruit.”"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -257,6 +262,8 @@ def test_on_a_phone_nothing_sticks_out(scheme: str, browser: Any, server: Server
     for index in range(5):
         page.get_by_role("tab").nth(index).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.locator("#history button").first.click()
+    page.wait_for_function("() => document.querySelector('#adapter').getBoundingClientRect().top >= 0")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     lightness = sum(int(part) for part in ground.removeprefix("rgb(").rstrip(")").split(","))
     assert (lightness > 600) == (scheme == "light")
@@ -270,6 +277,10 @@ def test_copied_programs_run(page: Any, server: Server, tmp_path: Path) -> None:
     page.get_by_label("Input").fill(text)
     page.get_by_label("Input").blur()
     page.wait_for_function("() => document.querySelector('#snippet').innerText.includes('$HOME')")
+    for writes, said in (("resolve", "Copied"), ("reject", "Selected, to be copied")):
+        page.evaluate(f"() => {{ navigator.clipboard.writeText = () => Promise.{writes}(); }}")
+        page.locator("#copy").click()
+        page.locator("#copy", has_text=said).wait_for()
     expected = served(server, name, text, name, 64)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
 

@@ -13,6 +13,8 @@ const EXAMPLES = [
     "The committee met for six hours on Tuesday and, after a long debate about costs, put off the decision until spring."],
 ];
 
+const OWN = "This adapter";
+
 const at = (id) => document.getElementById(id);
 const state = { adapter: null, tab: 0, snippets: [], asking: null };
 
@@ -49,6 +51,13 @@ async function act(buttons, action) {
   } finally {
     for (const button of buttons) button.disabled = false;
   }
+}
+
+for (const field of ["describe", "input"]) {
+  at(field).addEventListener("keydown", (event) => {
+    const button = event.target.form.querySelector(".primary");
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !button.disabled) button.click();
+  });
 }
 
 at("token-form").addEventListener("submit", (event) => {
@@ -90,10 +99,12 @@ const sayStrength = () => { at("strength-value").textContent = at("strength").va
 at("strength").addEventListener("input", sayStrength);
 
 const bytes = (count) => count < 1e6 ? `${(count / 1e3).toFixed(0)} kB` : `${(count / 1e6).toFixed(1)} MB`;
+const scaled = (strength) => strength === 1 ? "" : ` · strength\u00a0${strength}`;
 const seconds = (count) => count < 1 ? `${Math.round(1000 * count)} ms` : `${count.toFixed(2)} s`;
 
 async function show(id) {
   const adapter = await call("GET", `/v1/adapters/${encodeURIComponent(id)}`);
+  if (adapter.id !== state.adapter?.id) name();
   state.adapter = adapter;
   at("describe").value = adapter.description;
   at("strength").value = adapter.strength;
@@ -111,7 +122,16 @@ async function show(id) {
   await snippets();
 }
 
+// Answers of an adapter that is left bear its description: it is “this adapter” no longer.
+function name() {
+  for (const title of document.querySelectorAll(".own h3")) {
+    const { description, strength } = state.adapter;
+    if (title.textContent === OWN) title.textContent = `Adapter of “${description}”${scaled(strength)}`;
+  }
+}
+
 function forget() {
+  name();
   state.adapter = null;
   at("adapter").hidden = true;
   for (const section of document.querySelectorAll(".needs-adapter")) section.hidden = true;
@@ -146,9 +166,12 @@ async function list(after) {
   for (const adapter of found.data) {
     const button = make("button", { type: "button" },
       make("span", { textContent: adapter.description }),
-      make("code", { textContent: adapter.id + (adapter.strength === 1 ? "" : ` · strength\u00a0${adapter.strength}`) }));
+      make("code", { textContent: adapter.id + scaled(adapter.strength) }));
     button.dataset.id = adapter.id;
-    button.addEventListener("click", () => act([button], () => show(adapter.id)));
+    button.addEventListener("click", () => act([button], async () => {
+      await show(adapter.id);
+      at("adapter").scrollIntoView({ block: "nearest" }); // on a phone the list is below all else
+    }));
     at("history").append(make("li", {}, button));
   }
   at("history-empty").hidden = at("history").children.length > 0;
@@ -170,9 +193,6 @@ at("history-more").addEventListener("click", (event) =>
 
 at("compare").addEventListener("change", () => { at("wrong-label").hidden = !at("compare").checked; });
 at("input").addEventListener("change", () => { if (state.adapter) snippets().catch(tell); });
-at("input").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("try-form").requestSubmit();
-});
 at("stop").addEventListener("click", () => state.asking?.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") state.asking?.abort();
@@ -195,7 +215,7 @@ at("try-form").addEventListener("submit", (event) => {
 async function ask(text, signal) {
   const { id } = state.adapter;
   snippets().catch(tell); // Control+Enter asks without leaving the field, which would have told the programs' input
-  const columns = [["Base model", "base", ""], ["This adapter", id, "own"]];
+  const columns = [["Base model", "base", ""], [OWN, id, "own"]];
   if (at("compare").checked) {
     const other = await call("POST", "/v1/adapters", { description: at("wrong").value });
     columns.push([`Adapter of “${at("wrong").value}”`, other.id, "other"]);
@@ -313,12 +333,14 @@ at("tabs").addEventListener("keydown", (event) => {
 });
 
 at("copy").addEventListener("click", async () => {
+  let done = "Copied";
   try {
     await navigator.clipboard.writeText(at("snippet").textContent);
   } catch {
     getSelection().selectAllChildren(at("snippet")); // where the browser does not let pages copy, the user can
+    done = "Selected, to be copied";
   }
-  at("copy").textContent = "Copied";
+  at("copy").textContent = done;
   setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
 });
 
