@@ -1,37 +1,33 @@
 """Tiny real models, built in memory: a Llama base with grouped-query attention, a BERT sentence encoder, tokenizers.
 
-Weights are drawn wide (0.3), so that a change anywhere shows in the outputs.
+Weights are drawn wide (0.3), so that a change anywhere shows in the outputs. What takes seconds to import is imported
+by the functions that need it, as pytest-xdist reads this file before it starts the processes that run tests.
 """
+
+from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 from eval_helpers import TASKS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from t2l import endpoint
-from t2l.checkpoint import CheckpointConfig, save_checkpoint
 from t2l.config import EncoderConfig, HypernetConfig, LoraConfig, PromptConfig
-from t2l.hub import fingerprint
-from t2l.hypernet import Hypernet
-from t2l.lora import LoraTensors
 from t2l.spec import AdapterSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    from t2l.hypernet import Hypernet
+    from t2l.lora import LoraTensors
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
@@ -41,12 +37,16 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)  # on matrices this small, threads that wait for one another only cost time
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """What a test draws does not depend on the tests before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -80,10 +80,15 @@ SMALL: dict[str, Any] = {
 
 def make_config(**changes: Any) -> LlamaConfig:
     """A Llama of the sizes above."""
+    from transformers import LlamaConfig
+
     return LlamaConfig(**(SMALL | {"max_position_embeddings": 512} | changes))
 
 
 def make_base(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
+    import torch
+    from transformers import LlamaForCausalLM
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -91,6 +96,9 @@ def make_base(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
 
 def make_tokenizer(specials: tuple[str, ...] = ("<s>", "</s>", "<pad>")) -> PreTrainedTokenizerFast:
     """One token a byte, so any text can be encoded and lengths are easy to count."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     vocab = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -143,6 +151,8 @@ def base_folder(
 @pytest.fixture(scope="session")
 def make_sentence_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes tiny BERT folders as sentence-transformers lays them out."""
+    import torch
+    from transformers import BertConfig, BertModel
 
     def make(
         pooling: str = "mean_tokens", *, normalize: bool = True, extra: tuple[str, ...] = (), window: int = 120
@@ -186,6 +196,10 @@ def sentence_folder(make_sentence_folder: Callable[..., Path]) -> Path:
 
 def random_lora(spec: AdapterSpec, seed: int = 0, size: float = 0.3) -> LoraTensors:
     """A single adapter whose effect is plain to see."""
+    import torch
+
+    from t2l.lora import LoraTensors
+
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -208,6 +222,10 @@ def make_hypernet(
     **config: Any,
 ) -> Hypernet:
     """A small hypernetwork in evaluation mode, its zero-initialised weights filled so that adapters differ by text."""
+    import torch
+
+    from t2l.hypernet import Hypernet
+
     values: dict[str, Any] = {"variant": "L", "width": 24, "head_size": 16, "token_blocks": 2, "attention_heads": 4}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -219,6 +237,8 @@ def make_hypernet(
 
 def randomise_head(hypernet: Hypernet, size: float = 0.2) -> None:
     """Stands in for training: every matrix that starts at zero gets small random numbers."""
+    import torch
+
     with torch.no_grad():
         for linear in hypernet.head.write if hypernet.head is not None else ():
             linear.weight.normal_(std=size)
@@ -229,6 +249,10 @@ def randomise_head(hypernet: Hypernet, size: float = 0.2) -> None:
 @pytest.fixture(scope="session")
 def make_checkpoint(base_folder: Path, tiny_config: LlamaConfig) -> Callable[..., Path]:
     """Saves a checkpoint for the tiny base with a randomised head; `encoder` is a folder or 'base'."""
+    import torch
+
+    from t2l.checkpoint import CheckpointConfig, save_checkpoint
+    from t2l.hub import fingerprint
 
     def make(
         folder: Path,
