@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,8 @@ def test_what_does_not_fit_leaves_the_model_as_it_was() -> None:
     before = logits(model)
     odd = make_adapter()
     target = replace(odd.spec.targets[0], path="model.layers.{layer}.self_attn.nothing")
+    with pytest.raises(SpecMismatchError, match=r"no such module.*PeftModel gives back by `unload\(\)`"):
+        applied(model, odd)
     with pytest.raises(SpecMismatchError, match="has no such module"):
         replace(odd, spec=replace(odd.spec, targets=(target, odd.spec.targets[1]))).to_peft(model, "two")
     for other, match in (
@@ -237,6 +240,33 @@ def test_half_precision_is_kept_where_peft_is_told_so(base_folder: Path, tmp_pat
     for cast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = PeftModel.from_pretrained(fresh().bfloat16(), folder, autocast_adapter_dtype=cast)
         assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {dtype}
+
+
+def test_adapters_are_found_in_lists_and_sets() -> None:
+    """Each is itself; comparing their numbers was an error of torch's."""
+    one, other = make_adapter(), make_adapter()
+    assert one in [other, one] and one != other and len({one, other, one}) == 2
+    assert one.lora == one.lora != other.lora
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float16"])
+def test_types_that_are_not_read_back_are_not_written(dtype: Any, make_checkpoint: Any, tmp_path: Path) -> None:
+    """Whole numbers were, without a word."""
+    adapter, folder = make_adapter(), make_checkpoint(tmp_path / "checkpoint")
+    generator = TextToLora.from_pretrained(folder)
+    for save in (
+        partial(adapter.save_pretrained, tmp_path / "out", dtype=dtype),
+        partial(generator.save_pretrained, tmp_path / "out", dtype=dtype),
+        partial(
+            save_library, tmp_path / "out", LoraTensors.stack([adapter.lora]), adapter.spec, {"a": {}}, dtype=dtype
+        ),
+        partial(TextToLora.from_pretrained, folder, dtype=dtype),
+    ):
+        with pytest.raises(ConfigError, match="Tensors are not kept as"):
+            save()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="base is a loaded model and its tokenizer, a pair, got 'tiny/base'"):
+        TextToLora.from_pretrained(folder, base="tiny/base")  # type: ignore[arg-type]
 
 
 def test_norms_and_short_words() -> None:

@@ -29,7 +29,7 @@ _OTHER_WEIGHTS = (
 )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LoraAdapter(HubFolder):
     """A generated adapter, and what it was generated from.
 
@@ -110,6 +110,8 @@ class LoraAdapter(HubFolder):
 
         Raises:
             OutputError: if the folder exists or cannot be written; nothing is left behind then.
+            CheckpointError: if a number is not finite in `dtype`.
+            ConfigError: if `dtype` is no type that is read back.
         """
         folder = Path(save_directory)
         origin = peft_io.Origin(self.description, self.provenance)

@@ -278,7 +278,8 @@ def target_modules(model: nn.Module, spec: AdapterSpec) -> list[tuple[int, int, 
                 raise SpecMismatchError(
                     f"The adapter is for {spec.base_model} ({spec.num_layers} layers) and changes {path}; this model "
                     f"({getattr(config, 'num_hidden_layers', '?')} layers) has no such module. "
-                    "Use the base model the adapter was generated for."
+                    "Use the base model the adapter was generated for"
+                    + (", which this PeftModel gives back by `unload()`" if hasattr(model, "peft_config") else "")
                 ) from error
             found = matrix_size(module)
             if found != (target.in_features, target.out_features):

@@ -14,7 +14,7 @@ import torch
 from t2l.config import EncoderConfig, HypernetConfig, PromptConfig, Size, build, check_ranges, to_plain
 from t2l.errors import CheckpointError
 from t2l.hypernet import Hypernet
-from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
+from t2l.io import new_folder, read_json, read_tensors, read_whole, require_float, sha256
 from t2l.kinds import CHECKPOINT, require_kind
 from t2l.shapes import only_shapes
 from t2l.spec import AdapterSpec
@@ -87,9 +87,11 @@ def save_checkpoint(
     Raises:
         OutputError: if the folder exists or cannot be written.
         CheckpointError: if a weight does not survive `dtype` (overflow) or is not finite.
+        ConfigError: if `dtype` is no type that is read back.
     """
     from safetensors.torch import save_file
 
+    require_float(dtype)
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in hypernet.state_dict().items()}
     for name, value in state.items():
         if not torch.isfinite(value).all():

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -101,7 +102,7 @@ class TextFunction:
 def function(
     description: str,
     *,
-    checkpoint: str = DEFAULT,
+    checkpoint: str | Path = DEFAULT,
     max_new_tokens: int = 64,
     description_in_prompt: bool | None = None,
     device: str | None = None,
@@ -118,14 +119,14 @@ def function(
     Raises:
         DescriptionError: if the description is blank, no text, or longer than the checkpoint reads.
         AdapterNotAppliedError: if the adapter leaves the base model's logits as they are.
-        ConfigError: if `max_new_tokens` is below 1.
+        ConfigError: if `max_new_tokens` is below 1, or torch finds no such device.
         T2LError: if the checkpoint or its base model cannot be loaded.
     """
     check_description(description)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     with _loading:
-        runtime = _runtime(checkpoint, hub.best_device(device))
+        runtime = _runtime(str(checkpoint), hub.best_device(device))
     prompt = runtime.generator.prompt.with_description(description_in_prompt)
     with runtime.lock:
         (adapter,) = runtime.generator.generate([description])

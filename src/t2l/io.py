@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from t2l.errors import CheckpointError, DataError, OutputError, T2LError, TensorMismatchError
+from t2l.errors import CheckpointError, ConfigError, DataError, OutputError, T2LError, TensorMismatchError
 from t2l.locks import REPLACED, lock_folder, remove, sweep, unlock
 
 if TYPE_CHECKING:
@@ -100,6 +100,12 @@ def new_folder(path: Path, *, overwrite: bool | None = None) -> Iterator[Path]:
                 entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
             temporary.chmod(0o777 & ~mask)
             _take_place(temporary, path, overwrite)
+
+
+def require_float(dtype: object) -> None:
+    """Raises ConfigError unless tensors of a type are read back."""
+    if str(dtype) not in ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64"):
+        raise ConfigError(f"Tensors are not kept as {dtype!r}; give a type such as torch.float32 or torch.bfloat16")
 
 
 def require_only(folder: Path, *patterns: str) -> None:

@@ -21,7 +21,7 @@ from t2l import kinds, peft_io
 from t2l.cards import card_header, library_card
 from t2l.config import LoraConfig
 from t2l.errors import CheckpointError, ConfigError, SpecMismatchError
-from t2l.io import new_folder, read_json, read_tensors, read_whole, sha256
+from t2l.io import new_folder, read_json, read_tensors, read_whole, require_float, sha256
 from t2l.kinds import require_kind
 from t2l.lora import LoraTensors
 from t2l.names import require_folder_names
@@ -186,6 +186,7 @@ def save_library(
             f"{len(facts)} adapters for {spec.base_model} have tensors {expected} scaled by {spec.scaling}, "
             f"got {found} scaled by {lora.scaling}"
         )
+    require_float(dtype)
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
     for name, value in state.items():
         bad = (~torch.isfinite(value)).flatten(1).any(1).nonzero().flatten().tolist()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraTensors:
     """Low-rank updates ΔW = scaling · B · A for M targets in L layers."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from t2l.errors import CheckpointError, SpecMismatchError, TensorMismatchError
-from t2l.io import new_folder, read_json, read_shapes, read_tensors, require_only
+from t2l.io import new_folder, read_json, read_shapes, read_tensors, require_float, require_only
 from t2l.kinds import ADAPTER, require_kind
 from t2l.lora import LoraTensors
 from t2l.pypi import public_name
@@ -190,10 +190,12 @@ def save_adapter(
 
     Raises:
         CheckpointError: if a value is NaN or infinite, or becomes so in `dtype`.
+        ConfigError: if `dtype` is no type that is read back.
         OutputError: if the folder exists, holds other files than an adapter's, or cannot be written.
     """
     from safetensors.torch import save_file
 
+    require_float(dtype)
     state = to_state_dict(_own_memory(lora.map(lambda x: x.detach().to("cpu", dtype))), spec)
     bad = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
     if bad is not None:

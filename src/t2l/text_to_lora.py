@@ -21,7 +21,7 @@ from t2l.checkpoint import FILES, Checkpoint, CheckpointConfig, load_checkpoint,
 from t2l.config import PromptConfig
 from t2l.encoder import Encoder, check_description, encoder_revision, load_encoder
 from t2l.errors import CheckpointError, ConfigError, DescriptionError, ModelNotFoundError
-from t2l.io import require_only
+from t2l.io import require_float, require_only
 from t2l.lora import LoraTensors
 from t2l.upload import HubFolder
 from t2l.versions import versions
@@ -86,8 +86,13 @@ class TextToLora(HubFolder):
             CheckpointError: if the checkpoint is damaged, or its encoder is not the one it was trained with.
             ModelNotFoundError: if a reference leads nowhere.
             DownloadError: if a model cannot be fetched.
+            ConfigError: if there is no such device, or a type or `base` is none.
         """
         reference = str(reference)
+        if dtype != "auto":
+            require_float(dtype)
+        if base is not None and not isinstance(base, tuple | list):
+            raise ConfigError(f"base is a loaded model and its tokenizer, a pair, got {base!r:.80}; see base_reference")
         fetch = hub.FetchOptions(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         place = hub.best_device(str(device))
         checkpoint = load_checkpoint(checkpoint_folder(reference, revision=revision, **fetch), device=place)
@@ -219,7 +224,7 @@ def provenance(reference: str, config: CheckpointConfig, card: str, strength: fl
     }
 
 
-def checkpoint_folder(reference: str, **fetch: Any) -> Path:
+def checkpoint_folder(reference: str | Path, **fetch: Any) -> Path:
     """The local folder of a checkpoint reference.
 
     Args:
@@ -229,7 +234,7 @@ def checkpoint_folder(reference: str, **fetch: Any) -> Path:
     Raises:
         ModelNotFoundError: if it leads nowhere.
     """
-    shipped = Path(str(resources.files("t2l"))) / "pretrained"
+    reference, shipped = str(reference), Path(str(resources.files("t2l"))) / "pretrained"
     known = sorted(path.name for path in shipped.iterdir()) if shipped.is_dir() else []
     if reference.startswith("t2l:"):
         name = reference.removeprefix("t2l:")
