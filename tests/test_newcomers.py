@@ -80,6 +80,8 @@ def test_what_is_there_is_named_with_a_flag_that_the_command_has(command: str, t
     has_flag = "--overwrite" in t2l(*words[:2], "--help").stdout
     assert ("or pass --overwrite" in line) == has_flag and "overwrite=" not in line
     assert there.read_text() == "mine"
+    # A place where nothing can be written is found before anything slow is done, too.
+    failed(t2l(*words, "-o", there / "inside"), f"Cannot write to {there}", "Not a directory")
 
 
 def test_descriptions_of_several_lines_come_from_files_and_standard_input(checkpoint: Path, tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def _writing_cache() -> Iterator[None]:
         raise
     except OSError as error:
         raise OutputError(
-            f"cannot write to the cache folder {cache_dir()}: {error}. Free space there, or set T2L_CACHE to a folder "
-            "that can be written"
+            f"cannot write to the cache folder {cache_dir()}: {error.strerror or error}. Free space there, or set "
+            "T2L_CACHE to a folder that can be written"
         ) from error
 
 

@@ -7,13 +7,13 @@ import tempfile
 from contextlib import nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
 from t2l.errors import DataError, OutputError, T2LError
-from t2l.io import OVERWRITE
+from t2l.io import OVERWRITE, require_absent
 
 DEFAULT = "t2l:smollm2-135m"
 """`t2l.text_to_lora.DEFAULT`, which cannot be imported without torch; a test holds them equal."""
@@ -143,6 +143,21 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{name} is not valid UTF-8 (line {line}); re-save it as UTF-8") from error
+
+
+def require_place(path: Path, what: Literal["file", "folder"], *, overwrite: bool | None = None) -> None:
+    """Checks, before anything slow is done, that something can be written where nothing is yet.
+
+    Args:
+        path: Where to.
+        what: What is to be written.
+        overwrite: See `t2l.io.require_absent`.
+
+    Raises:
+        OutputError: if something is there and stays, or nothing can be written there.
+    """
+    require_absent(path, what, overwrite)
+    try_writing(path.absolute().parent)
 
 
 def try_writing(folder: Path) -> None:

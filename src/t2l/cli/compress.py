@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from t2l.cli.common import Device, DeviceOption, JsonOption, app, checked_device, print_json, say, try_writing
+from t2l.cli.common import Device, DeviceOption, JsonOption, app, checked_device, print_json, require_place, say
 from t2l.cli.library import LibraryArgument, library_app
 from t2l.cli.train import (
     DryRunOption,
@@ -16,7 +16,6 @@ from t2l.cli.train import (
     print_estimate,
     shown_to_people,
 )
-from t2l.io import require_absent
 
 if TYPE_CHECKING:
     from t2l.compress.networks import Kind
@@ -66,7 +65,7 @@ def compress_library(
     """
     kinds = _kinds(reads)
     if not dry_run:
-        _require_place(out, overwrite)
+        require_place(out, "folder", overwrite=overwrite)
     from t2l.compress.plan import plan_network
     from t2l.compress.run import compress, run_folder
     from t2l.config import load_yaml
@@ -122,7 +121,7 @@ def evaluate_library(
 ) -> None:
     """Compare networks for one library. Errors, and scores beside the base and the library's own adapters."""
     kinds = _kinds(reads)
-    _require_place(out, None)
+    require_place(out, "folder")
     from t2l.compress.networks import evaluate_networks
     from t2l.compress.report import write_report
     from t2l.compress.scores import prepare_scores
@@ -161,11 +160,6 @@ def scoring_tasks(library: "AdapterLibrary", sources: list[str]) -> "list[Task]"
             found = load_own(source)
         tasks |= {task.name: task for task in found}
     return list(tasks.values())
-
-
-def _require_place(out: Path, overwrite: bool | None) -> None:
-    require_absent(out, "folder", overwrite)
-    try_writing(out.absolute())
 
 
 def _kinds(words: str) -> "list[Kind]":

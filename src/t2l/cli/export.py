@@ -20,10 +20,10 @@ from t2l.cli.common import (
     app,
     checked_device,
     print_json,
+    require_place,
     say,
 )
 from t2l.errors import CheckpointError, OutputError
-from t2l.io import require_absent
 from t2l.kinds import ADAPTER, absent, require_kind
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def export_gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write an adapter for llama.cpp and Ollama."""
-    require_absent(output, "file", overwrite)
+    require_place(output, "file", overwrite=overwrite)
     started = time.perf_counter()
     from t2l import hub
     from t2l.gguf_export import save_gguf
@@ -127,7 +127,7 @@ def export_peft(
     for_vllm: Annotated[bool, typer.Option("--vllm", help="Pad to the next rank that vLLM takes.")] = False,
 ) -> None:
     """Write a PEFT folder, with another base name or a higher rank."""
-    require_absent(output, "folder", None)
+    require_place(output, "folder")
     if rank is not None and for_vllm:
         raise typer.BadParameter("--rank and --vllm are given: give one of them")
     from t2l.ranks import next_rank, pad_rank
@@ -157,7 +157,7 @@ def merge(
 
     Transformers, vLLM and llama.cpp's converter read DIR as any model; it needs no PEFT.
     """
-    require_absent(output, "folder", overwrite)
+    require_place(output, "folder", overwrite=overwrite)
     if output.exists() and not (output / "config.json").is_file():
         raise OutputError(f"{output} holds no model; --overwrite would delete what it holds. Choose another folder")
     import torch

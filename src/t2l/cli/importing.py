@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from t2l.cli.common import app, say
+from t2l.cli.common import app, require_place, say
 from t2l.errors import CheckpointError
-from t2l.io import require_absent
 from t2l.kinds import PUBLISHED, absent, require_kind
 
 importing = typer.Typer(no_args_is_help=True, help="Make what others published readable here.")
@@ -20,7 +19,7 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", hel
 def _check(folder: Path, output: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(absent(folder))
-    require_absent(output, "folder", None)
+    require_place(output, "folder")
 
 
 @importing.command(name="sakana")

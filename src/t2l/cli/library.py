@@ -19,6 +19,7 @@ from t2l.cli.common import (
     app,
     checked_device,
     print_json,
+    require_place,
     say,
 )
 
@@ -128,6 +129,7 @@ def import_library(
     as_json: JsonOption = False,
 ) -> None:
     """Make a library of PEFT LoRA folders. What does not fit is named."""
+    require_place(out, "folder")
     from t2l import hub
     from t2l.library import from_peft_folders
     from t2l.tasks import load_descriptions

@@ -17,10 +17,10 @@ from t2l.cli.common import (
     app,
     checked_device,
     print_json,
+    require_place,
     say,
 )
 from t2l.cli.export import SourceArgument, find_adapter
-from t2l.io import require_absent
 
 
 class Start(StrEnum):
@@ -53,7 +53,7 @@ def tune(
 
     The adapter with the lowest loss on held-out examples is written; that may be the one it began with.
     """
-    require_absent(output, "folder", None)
+    require_place(output, "folder")
     started = time.perf_counter()
     from t2l.train import tune as tuning
 

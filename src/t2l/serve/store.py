@@ -159,7 +159,9 @@ class AdapterStore:
                 self._tidy()
             except OutputError:
                 raise
-            except (OSError, sqlite3.Error) as error:
+            except OSError as error:
+                raise OutputError(f"{folder} cannot hold adapters: {error.strerror or error}") from error
+            except sqlite3.Error as error:
                 raise OutputError(
                     f"{folder} cannot hold adapters ({error}); if another server uses it, give this one its own "
                     "(t2l serve --folder)"
