@@ -28,10 +28,11 @@ def check_config(folder: Path, ref: str) -> None:
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{ref}: {path} is no regular file")
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    there = (folder / "config.json").is_file()
+    config = read_json(folder / "config.json") if there else {}
     if "model_type" not in config and kind_of(folder) is not None:  # checkpoints and trainings have a config.json too
         require_kind(folder, MODEL)
-    if not config:
+    if not there:
         raise CheckpointError(f"{ref} holds no config.json ({folder}); give the folder or id of a whole model")
     _check_sizes(config, ref)
 
