@@ -202,6 +202,9 @@ def test_damaged_files_are_named(text: str, match: str, tmp_path: Path) -> None:
     path.write_text(head + first.replace('"seed": 0', '"seed": NaN') + "".join(rest))
     with pytest.raises(DataError, match=r":2 is not a line.*it holds NaN"):
         answers.read(path)
+    path.write_text('{"task": "one", "input": "a", "output": "b"}')  # of tasks, whose last line needs no end
+    with pytest.raises(DataError, match="is not a line of a file of answers, which `t2l eval run` writes"):
+        answers.read(path)
     path.write_text(whole[:-20])
     with pytest.raises(DataError, match="last line is cut off"):
         answers.read(path)

@@ -197,6 +197,8 @@ def test_lines_are_read_and_named(tmp_path: Path) -> None:
     assert read_examples(path) == [("a", "b\u2028c"), ("d", "e")]
     for line, message in (
         ("{", r"examples\.jsonl:1 cannot be read as JSON"),
+        ("input,output", r"JSON lines are wanted: one JSON document on each line"),
+        ('{"inptu": "a", "output": "b"}', "not blank; it has inptu, output$"),
         ("[" * 100_000, r"examples\.jsonl:1 cannot be read as JSON"),
         ('{"input": "a"}', r"examples\.jsonl:1 must be an object whose input and output are texts"),
         ('["input"]', "must be an object"),

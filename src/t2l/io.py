@@ -398,7 +398,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
                     f"{path}:{number} is longer than the {MAX_LINE_BYTES >> 20} MiB of a line that are read"
                 )
             if line.strip():
-                yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", DataError)
+                try:
+                    row = parse_json(line, f"{path}:{number}", DataError)
+                except DataError as error:
+                    raise DataError(f"{error} (JSON lines are wanted: one JSON document on each line)") from error
+                yield f"{path}:{number}", number, row
 
 
 @contextmanager

@@ -81,9 +81,9 @@ def read(path: Path) -> AnswerFile:
     first, *rows = text.split("\n")
     if not text:
         raise DataError(f"{path} is empty; `t2l eval run` writes files of answers")
+    header = _header(path, first)
     if not text.endswith("\n"):
         raise DataError(f"{path}: its last line is cut off; run the same command again to finish it")
-    header = _header(path, first)
     lines, seen = [], set[Key]()
     for number, row in enumerate(rows[:-1], start=2):
         try:

@@ -264,6 +264,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
     for where, _, row in read_json_lines(path):
         text, answer = (row.get("input"), row.get("output")) if isinstance(row, dict) else (None, None)
         if not (isinstance(text, str) and isinstance(answer, str) and text.strip() and answer.strip()):
-            raise DataError(f"{where} must be an object whose input and output are texts that are not blank")
+            keys = f"; it has {', '.join(map(str, row))[:100] or 'nothing'}" if isinstance(row, dict) else ""
+            raise DataError(f"{where} must be an object whose input and output are texts that are not blank{keys}")
         pairs.append((text, answer))
     return pairs
