@@ -195,6 +195,8 @@ def test_the_wrong_kind_of_folder_is_named_with_what_is_wanted_and_what_takes_it
     failed(
         t2l("merge", folders[kinds.ADAPTER] / "README.md", *out), "README.md is a file; give a folder that holds a LoRA"
     )
+    (tmp_path / "downloaded.zip").touch()
+    failed(t2l("run", "--adapter", tmp_path / "downloaded.zip", *ask), "is a file; unpack it, and give a folder")
     (tmp_path / "empty").mkdir()
     failed(t2l("merge", tmp_path / "empty", *out), "is not a LoRA adapter (adapter_config.json); it holds nothing")
 

@@ -142,9 +142,10 @@ def test_malformed_bodies_get_400_and_the_next_request_is_served(path: str, body
     [
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
         ({"stop": [1]}, "stop", "valid string"),
-        ({"tools": [{}]}, "tools", "at most 0 items"),
+        ({"tools": [{}]}, "tools", "no such setting"),
         ({"top_k": 20}, "top_k", "no such setting"),
         ({"TextPart": 1}, "TextPart", "no such setting"),
+        ({"mesages": [], "messages": 5}, "mesages", "no such setting"),
         ({"top_logprobs": 2}, None, "top_logprobs needs logprobs to be true"),
     ],
 )
@@ -154,6 +155,19 @@ def test_what_is_wrong_is_named_as_the_request_had_it(
     error = http.post("/v1/chat/completions", json=CHAT | change).json()["error"]
     assert error["param"] == param and error["message"].startswith(f"{param}: " if param else message)
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"no", "The body is no JSON: "),
+        (b"[1]", "The body must be a JSON object"),
+        (b"", "The body must be a JSON obj"),
+    ],
+)
+def test_a_body_that_is_no_object_is_called_so(body: bytes, message: str, http: httpx.Client) -> None:
+    answer = http.post("/v1/adapters", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message), answer.text
 
 
 def test_settings_that_change_nothing_are_taken(http: httpx.Client) -> None:

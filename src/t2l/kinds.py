@@ -61,7 +61,8 @@ def require_kind(folder: Path, *wanted: Kind) -> None:
         return
     kinds = " or ".join(f"{kind.name} ({kind.mark})" for kind in wanted)
     if not folder.is_dir():
-        there = f"{folder} is a file; give a folder that holds {kinds}"
+        unpack = "; unpack it, and" if folder.suffix == ".zip" else ";"
+        there = f"{folder} is a file{unpack} give a folder that holds {kinds}"
         raise CheckpointError(there if folder.exists() else absent(folder))
     if found is None:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:3]) or "nothing"

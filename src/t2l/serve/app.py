@@ -260,15 +260,21 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Json:
-        first = error.errors()[0]
+        errors = error.errors()
+        # A misspelt setting may be the reason why another is missing.
+        first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
         unknown, loc = first["type"] == "extra_forbidden", [str(part) for part in first["loc"][1:]]
         named = loc if unknown else [part for part in loc if not _ALTERNATIVE.fullmatch(part)]
         place = ".".join(named)[:200] or None
         message = str(first["msg"]).removeprefix("Value error, ")
         if not loc and "json" not in request.headers.get("content-type", "json"):
             message = "The body is to be JSON, sent with the header Content-Type: application/json"
-        elif unknown:
+        elif unknown or first.get("ctx", {}).get("max_length") == 0:
             message = "this server has no such setting"
+        elif first["type"] == "json_invalid":
+            message, place = f"The body is no JSON: {first['ctx']['error']} (character {place})", None
+        elif not loc and first["type"] in ("missing", "model_attributes_type"):
+            message = "The body must be a JSON object"
         return Json(
             error_object(f"{place}: {message}" if place else message, "invalid_request_error", param=place), 400
         )
