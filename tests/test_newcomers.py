@@ -23,6 +23,7 @@ from t2l.errors import AdapterNotAppliedError, DataError, SpecMismatchError
 from t2l.kinds import Kind
 from t2l.library import save_library
 from t2l.lora import LoraTensors
+from t2l.serve.launch import Settings, build
 from t2l.serve.store import AdapterStore
 from t2l.shards import Origin, ShardedLibrary
 from t2l.spec import AdapterSpec
@@ -247,6 +248,25 @@ def test_the_base_may_have_moved(base: Path, checkpoint: Path, tmp_path: Path) -
     other = write_base(tmp_path / "other", 48, seed=1)
     failed(t2l(*run, "--base", other), "does not fit")
 
+    # A checkpoint that reads the base's own states finds it elsewhere, too.
+    old, new = Path(shutil.copytree(base, tmp_path / "old")), tmp_path / "new"
+    where = ("--checkpoint", write_checkpoint(tmp_path / "checkpoint", old), "--device", "cpu")
+    old.rename(new)
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"input": "a", "output": "b"}\n' * 4)
+    for number, command in enumerate(
+        (("generate", TASKS[0]), ("merge", TASKS[0]), ("export", "gguf", TASKS[0]), ("export", "peft", TASKS[0]),
+         ("tune", TASKS[0], "--examples", examples, "--max-epochs", 1))
+    ):  # fmt: skip
+        out = ("-o", tmp_path / f"out-{number}")
+        failed(t2l(*command, *out, *where), str(old))
+        done = t2l(*command, *out, *where, "--base", new)
+        assert done.exit_code == 0, done.output
+    settings = Settings(folder=tmp_path / "store", checkpoint=str(where[1]), base=str(new))
+    application, engine = build(settings)
+    engine.close()
+    assert application.title == "t2l"
+
 
 def test_completion_can_be_installed_and_help_stays_light() -> None:
     assert "--install-completion" in t2l("--help").stdout
@@ -356,7 +376,7 @@ def test_adapters_for_other_programs_are_written_where_asked(
     """A GPU that is full, or none of one's own, is not touched."""
     asked: list[object] = []
 
-    def given(reference: str, *, device: object) -> TextToLora:
+    def given(reference: str, *, device: object, base_reference: object) -> TextToLora:
         asked.append(device)
         raise DataError("enough")
 

@@ -70,6 +70,7 @@ def generate(
     ] = None,
     description_files: DescriptionFilesOption = None,
     checkpoint: CheckpointOption = DEFAULT,
+    base: BaseOption = None,
     strength: StrengthOption = 1.0,
     dtype: Annotated[SavedType, typer.Option(help="Type of the saved weights.")] = SavedType.float32,
     device: DeviceOption = None,
@@ -99,7 +100,7 @@ def generate(
 
     for number, text in enumerate(texts, start=1):  # before anything slow is loaded
         check_description(text, f" (description {number} of {len(texts)})")
-    writer = TextToLora.from_pretrained(checkpoint, device=checked_device(device) or "auto")
+    writer = TextToLora.from_pretrained(checkpoint, device=checked_device(device) or "auto", base_reference=base)
     loaded = time.perf_counter()
     adapters = writer.generate(texts, strength=strength)
     generated = time.perf_counter()

@@ -66,7 +66,10 @@ CheckpointOption = Annotated[
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        "--base", metavar="REF", help="The base model, if not by the name in the adapter.", show_default=False
+        "--base",
+        metavar="REF",
+        help="The base model, if it is not where adapter or checkpoint say.",
+        show_default=False,
     ),
 ]
 DeviceOption = Annotated[

@@ -66,7 +66,8 @@ def find_adapter(source: str, checkpoint: str, base: str | None = None, device: 
         require_kind(Path(folder), ADAPTER)
     if source.isascii() and len(source.split()) == 1:  # a misspelt folder; languages without spaces are not ASCII
         raise CheckpointError(f"{absent(Path(folder))}; give an adapter's folder, or a description of several words")
-    (adapter,) = TextToLora.from_pretrained(checkpoint, device=checked_device(device) or "auto").generate([source])
+    place = checked_device(device) or "auto"
+    (adapter,) = TextToLora.from_pretrained(checkpoint, device=place, base_reference=base).generate([source])
     adapter.require_effect()
     return adapter
 

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from t2l.cli.common import DEFAULT, CheckpointOption, DeviceOption, app, checked_device, say
+from t2l.cli.common import DEFAULT, BaseOption, CheckpointOption, DeviceOption, app, checked_device, say
 from t2l.errors import ConfigError
 
 
 @app.command()
 def serve(
     checkpoint: CheckpointOption = DEFAULT,
+    base: BaseOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; another than this machine's needs T2L_TOKEN.")] = (
         "127.0.0.1"
     ),
@@ -54,6 +55,7 @@ def serve(
 
     settings = Settings(
         checkpoint=checkpoint,
+        base=base,
         folder=folder or cache_dir() / "served",
         host=host,
         port=port,

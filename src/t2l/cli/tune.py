@@ -10,6 +10,7 @@ import typer
 
 from t2l.cli.common import (
     DEFAULT,
+    BaseOption,
     CheckpointOption,
     DeviceOption,
     InPromptOption,
@@ -38,6 +39,7 @@ def tune(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="PEFT folder to write.")],
     checkpoint: CheckpointOption = DEFAULT,
+    base: BaseOption = None,
     start: Annotated[Start, typer.Option(help="Begin with the adapter, or with a fresh LoRA.")] = Start.adapter,
     learning_rate: Annotated[float, typer.Option(help="Largest step size.")] = 2e-4,
     max_epochs: Annotated[int, typer.Option(help="Most rounds over the examples.")] = 30,
@@ -66,10 +68,10 @@ def tune(
         seed=seed,
     )
     pairs = tuning.read_examples(examples)
-    adapter, prompt = find_adapter(source, checkpoint), _prompt(checkpoint, description_in_prompt)
+    adapter, prompt = find_adapter(source, checkpoint, base), _prompt(checkpoint, description_in_prompt)
     tuned = tuning.tune(
         adapter,
-        _base(adapter.spec.base_model, checked_device(device)),
+        _base(base or adapter.spec.base_model, checked_device(device)),
         pairs,
         prompt=prompt,
         config=config,

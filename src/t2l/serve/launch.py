@@ -38,6 +38,8 @@ class Settings:
     folder: Path
     """Where adapters are kept."""
     checkpoint: str = DEFAULT
+    base: str | None = None
+    """Where the base model is, if not where the checkpoint says."""
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = None
@@ -177,9 +179,12 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
 def _load(settings: Settings) -> tuple[TextToLora, Any, Any]:
     spec, _ = read_config(checkpoint_folder(settings.checkpoint))
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    model: Any = hub.load_causal_lm(spec.base_model, device=settings.device, dtype=dtype)
-    tokenizer: Any = hub.load_tokenizer(spec.base_model)
+    base = settings.base or spec.base_model
+    model: Any = hub.load_causal_lm(base, device=settings.device, dtype=dtype)
+    tokenizer: Any = hub.load_tokenizer(base)
     # Checkpoints that read the base's own states were trained on them in float32.
     shared = (model, tokenizer) if dtype == torch.float32 else None
-    generator = TextToLora.from_pretrained(settings.checkpoint, base=shared, device=settings.device)
+    generator = TextToLora.from_pretrained(
+        settings.checkpoint, base=shared, base_reference=settings.base, device=settings.device
+    )
     return generator, model, tokenizer
