@@ -239,7 +239,7 @@ def test_run_uses_an_adapter_on_the_base_that_it_is_for(checkpoint: Path, tmp_pa
     answers = [json.loads(t2l(*run, place).stdout)["answers"] for place in (checkpoint, other)]
     assert answers[0] == answers[1] and answers[0][0]["base"] != answers[0][0]["adapted"]
     shutil.rmtree(base)
-    failed(t2l(*run, checkpoint), "there is no folder", str(base))
+    failed(t2l(*run, checkpoint), "There is no folder", str(base))
     config = tmp_path / "other" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 16}))
     failed(t2l(*run, checkpoint), "rank 4 in A and 4 in B", "says 16")
@@ -348,4 +348,4 @@ def test_inspect_refuses_nan_and_other_folders(adapter: Path, small_base: Path, 
     save_file(state, damaged / "adapter_model.safetensors")
     failed(t2l("inspect", damaged), "NaN")
     failed(t2l("inspect", small_base), "is a model, and a checkpoint (hypernet.safetensors) or a LoRA adapter")
-    failed(t2l("inspect", tmp_path / "absent"), "there is no folder")
+    failed(t2l("inspect", tmp_path / "absent"), "There is no folder")

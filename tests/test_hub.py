@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from t2l import hub
-from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError
+from t2l.errors import CheckpointError, DownloadError, ModelNotFoundError, T2LError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -172,6 +172,24 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         hub.resolve(str(tmp_path))
+
+
+def test_a_model_of_another_kind_is_refused_in_a_few_words(tmp_path: Path) -> None:
+    """Transformers lists hundreds of classes that it might be."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"T5Config'> for this kind of AutoModel: AutoModelForCausalLM\.$"):
+        hub.load_causal_lm(str(tmp_path))
+
+
+def test_a_misspelt_folder_is_told_of_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-bas", "./my-bas"):
+        with pytest.raises(T2LError, match="There is no folder my-bas; did you mean my-base"):
+            hub.load_config(name, local_files_only=True)
 
 
 def test_shards(tiny: Path, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_signs_that_look_like_line_ends_stay_in_their_text(sign: str, tmp_path: 
     [
         ('{"task": "x"', "cannot be read as JSON"),
         ("[1]", "must be an object"),
-        ({"task": "x", "input": "y"}, r"missing keys \['description', 'output'\], unknown keys \[\]"),
-        (GOOD | {"outputs": ["x"]}, r"unknown keys \['outputs'\]"),
+        ({"task": "x", "input": "y"}, "missing keys description, output$"),
+        (GOOD | {"outputs": ["x"]}, ": unknown keys outputs$"),
         (GOOD | {"split": "dev"}, "split is 'dev', expected one of train, val, test"),
         (GOOD | {"output": []}, "output must be text"),
         (GOOD | {"output": " "}, "output must be text"),

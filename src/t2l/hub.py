@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from t2l.errors import CheckpointError, ConfigError, DownloadError, ModelNotFoundError, T2LError, first_line
 from t2l.io import reading
+from t2l.kinds import absent
 from t2l.model_folder import TEXT_PATTERNS, check_config, check_weights, folder_fingerprint
 from t2l.pypi import KNOWN_PACKAGES, PREFIX, final_folder, is_complete, prepare
 
@@ -98,7 +99,7 @@ def _existing_folder(ref: str) -> Path:
     if is_file:
         raise ModelNotFoundError(f"{path} is a file, and a folder is wanted, such as {path.absolute().parent}")
     if not is_dir:
-        raise ModelNotFoundError(f"there is no folder {path}; {_forms()}")
+        raise ModelNotFoundError(f"{absent(path)}; {_forms()}")
     return path
 
 
@@ -470,7 +471,7 @@ def _snapshot(parsed: ModelRef, patterns: tuple[str, ...], *, progress: bool, **
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(
-            f"there is no folder {parsed.name}, and the Hub has no model of that name; check the spelling, or run `hf "
+            f"{absent(Path(parsed.name))}; and the Hub has no model of that name; check the spelling, or run `hf "
             "auth login` if it is private"
         ) from error
     except RevisionNotFoundError as error:
@@ -478,7 +479,7 @@ def _snapshot(parsed: ModelRef, patterns: tuple[str, ...], *, progress: bool, **
     # The client lets the errors of its HTTP library through, and which library that is differs by version.
     except Exception as error:
         raise DownloadError(
-            f"there is no folder {parsed}, and the Hub cannot be asked for it: {first_line(error)}. "
+            f"{absent(Path(parsed.name))}; and the Hub cannot be asked for {parsed}: {first_line(error)}. "
             "Check the spelling and the network (and that HF_HUB_OFFLINE is unset), or download it elsewhere and give "
             "its folder here; `t2l doctor` lists models and checkpoints that need no Hub"
         ) from error

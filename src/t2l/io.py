@@ -424,7 +424,9 @@ def reading(ref: str, what: str) -> Iterator[None]:
             isinstance(error, Exception) or type(error).__name__ == "PanicException"
         ):
             raise
-        raise CheckpointError(f"cannot read the {what} of {ref}: {type(error).__name__}: {error!s:.2000}") from error
+        # Of a model of another kind Transformers names the hundreds of classes that it might be.
+        said = str(error).partition("\nModel type should be one of")[0]
+        raise CheckpointError(f"cannot read the {what} of {ref}: {type(error).__name__}: {said:.2000}") from error
 
 
 def read_tensors(

@@ -355,9 +355,11 @@ def _collect(rows: Iterable[tuple[str, str, Any]], source: str) -> list[Task]:
         unknown = row.keys() - {"task", "description", "input", "output", "split"}
         missing = {"task", "description", "input", "output"} - row.keys()
         if unknown or missing:
+            kinds = (("missing", missing), ("unknown", unknown))
             near = {key: difflib.get_close_matches(key, sorted(missing), n=1) for key in sorted(unknown)}
             hints = "".join(f"; is {key!r} meant to be '{found[0]}'?" for key, found in near.items() if found)
-            raise DataError(f"{where}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}{hints}")
+            wrong = [f"{what} keys {', '.join(sorted(keys))}" for what, keys in kinds if keys]
+            raise DataError(f"{where}: {' and '.join(wrong)}{hints}")
         split = row.get("split", "train")
         if split not in SPLITS:
             raise DataError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
