@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = [
-    "torch._dynamo", "peft", "accelerate", "datasets", "fastapi", "uvicorn", "openai", "typer",
+    "torch._dynamo", "peft", "accelerate", "fastapi", "uvicorn", "openai", "typer",
     "transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
