@@ -50,6 +50,8 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, stre
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if "OMP_NUM_THREADS" in environment:  # which OpenMP has read already
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     first, *rest = arguments
     sys.argv = [first, *rest[1:]] if first == "-c" else rest if first == "-m" else arguments
     if first == "-c":
