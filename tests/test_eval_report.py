@@ -118,6 +118,8 @@ def test_missing_controls_are_refused_unless_asked_for(save: Any) -> None:
     file = save(made(rows=("base", "t2l", "t2l+description")))
     with pytest.raises(EvaluationError, match=r"suite test lacks base\+description, t2l-wrong, t2l-random\. Run"):
         markdown([file])
+    with pytest.raises(DataError, match=r"empty\.jsonl holds no answer yet; the same `t2l eval run` goes on"):
+        markdown([file, save([], "empty.jsonl")])
     text = markdown([file], Options(without_controls=True))
     assert "Controls are missing" in text
     assert "T2L with another task's description (t2l-wrong)" in text

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from t2l.errors import EvaluationError
+from t2l.errors import DataError, EvaluationError
 from t2l.eval import stats
 from t2l.eval.answers import AnswerFile
 from t2l.eval.conditions import ADAPTERS, CONDITIONS, Condition, reasons
@@ -62,9 +62,12 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
         options: What is compared and shown.
 
     Raises:
-        DataError: if files do not go together.
+        DataError: if files do not go together, or one holds no answer.
         EvaluationError: if controls are missing.
     """
+    for file in files:
+        if not file.lines:
+            raise DataError(f"{file.path} holds no answer yet; the same `t2l eval run` goes on with it")
     suites = gather(files, score=options.score)
     missing = missing_controls(suites)
     lacking = {name: [c for c in controls if c != "multitask"] for name, controls in missing.items()}
@@ -72,7 +75,7 @@ def tables(files: Sequence[AnswerFile], options: Options = DEFAULT) -> tuple[lis
         raise EvaluationError(
             "A table without its controls shows nothing: "
             + "; ".join(f"suite {name} lacks {', '.join(controls)}" for name, controls in lacking.items() if controls)
-            + ". Run them, or pass --without-controls"
+            + ". Run them (the same `t2l eval run` goes on with an unfinished file), or pass --without-controls"
         )
     apart = _by_checkpoint(files, options)
     found = []
