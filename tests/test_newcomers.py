@@ -20,16 +20,18 @@ from t2l import kinds
 from t2l.adapter import LoraAdapter
 from t2l.config import LoraConfig
 from t2l.errors import AdapterNotAppliedError, DataError, SpecMismatchError
+from t2l.gguf_export import save_gguf
 from t2l.kinds import Kind
-from t2l.library import save_library
+from t2l.library import AdapterLibrary, from_peft_folders, save_library
 from t2l.lora import LoraTensors
+from t2l.merge import merge_into_folder
 from t2l.serve.launch import Settings, build
 from t2l.serve.store import AdapterStore
 from t2l.shards import Origin, ShardedLibrary
 from t2l.spec import AdapterSpec
 from t2l.tasks import load_own
 from t2l.text_to_lora import TextToLora
-from t2l.train.tune import Tuned
+from t2l.train.tune import Tuned, read_examples
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +274,23 @@ def test_completion_can_be_installed_and_help_stays_light() -> None:
     assert "--install-completion" in t2l("--help").stdout
     code = "import sys; from t2l.cli import app; assert 'torch' not in sys.modules and 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_paths_may_be_texts(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everywhere in Python; most were an error about `str`."""
+    monkeypatch.chdir(tmp_path)
+    spec = AdapterSpec.from_config(AutoConfig.from_pretrained(base), str(base), LoraConfig(r=2, lora_alpha=4))
+    one = LoraAdapter(random_lora(spec), spec, "Do it.")
+    one.save_pretrained("one")
+    assert LoraAdapter.from_pretrained("one").description == "Do it."
+    save_library("library", LoraTensors.stack([one.lora]), spec, {"a": {}})
+    AdapterLibrary.open("library").export("peft")
+    library, _ = from_peft_folders([Path("peft/a")], "again", AutoConfig.from_pretrained(base), str(base))
+    save_gguf("one.gguf", one.lora, spec, AutoConfig.from_pretrained(base))
+    assert merge_into_folder(one, "merged") > 0
+    Path("examples.jsonl").write_text('{"input": "a", "output": "b"}')
+    assert read_examples("examples.jsonl") == [("a", "b")]
+    assert library.names == ("a",) and Path("one.gguf").is_file() and Path("merged/config.json").is_file()
 
 
 def test_dir_and_repr_are_short() -> None:

@@ -58,7 +58,7 @@ LARGEST_ROUNDING = 0.01
 
 
 def save_gguf(
-    path: Path,
+    path: str | Path,
     lora: LoraTensors,
     spec: AdapterSpec,
     config: "PretrainedConfig",
@@ -87,7 +87,7 @@ def save_gguf(
     tensors = gguf_tensors(lora, spec, config)
     for name, tensor in tensors.items():
         _check_rounding(name, tensor, outtype)
-    with new_file(path, overwrite=overwrite) as temporary:
+    with new_file(Path(path), overwrite=overwrite) as temporary:
         _write(gguf, temporary, tensors, spec, outtype, description)
 
 

@@ -57,12 +57,13 @@ class AdapterLibrary(SharedLibrary):
     """sha256 of the tensors' file."""
 
     @classmethod
-    def open(cls, folder: Path) -> "AdapterLibrary":
+    def open(cls, folder: str | Path) -> "AdapterLibrary":
         """Reads names, spec and facts, and checks the tensors' file against its checksum.
 
         Raises:
             CheckpointError: if files are missing, malformed, changed after they were written or of another format.
         """
+        folder = Path(folder)
         require_kind(folder, kinds.LIBRARY)
         plain = read_json(folder / INDEX)
         if plain.get("format_version") != FORMAT_VERSION:
@@ -115,7 +116,9 @@ class AdapterLibrary(SharedLibrary):
             self.spec.scaling,
         )
 
-    def export(self, folder: Path, names: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32) -> None:
+    def export(
+        self, folder: str | Path, names: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Writes one PEFT folder an adapter into `folder`, all or none, each with the first of its descriptions.
 
         Raises:
@@ -124,7 +127,7 @@ class AdapterLibrary(SharedLibrary):
         """
         chosen = self.names if names is None else tuple(names)
         lora = self.stack(chosen)
-        with new_folder(folder) as temporary:
+        with new_folder(Path(folder)) as temporary:
             for name, single in zip(chosen, lora.unbind(), strict=True):
                 texts = self.index[name].get("descriptions")
                 text = texts[0] if isinstance(texts, list) and texts and isinstance(texts[0], str) else ""
@@ -146,7 +149,7 @@ class AdapterLibrary(SharedLibrary):
 
 
 def save_library(
-    folder: Path,
+    folder: str | Path,
     lora: LoraTensors,
     spec: AdapterSpec,
     facts: Mapping[str, Mapping[str, Any]],
@@ -195,7 +198,7 @@ def save_library(
                 f"Adapter {list(facts)[bad[0]]} ({len(bad)} of {len(facts)}) holds values in {name} that are not "
                 f"finite in {dtype}; nothing was written"
             )
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(Path(folder), overwrite=overwrite) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         index = {
             "format_version": FORMAT_VERSION,
@@ -220,7 +223,7 @@ def save_library(
 
 def from_peft_folders(
     paths: Sequence[Path],
-    folder: Path,
+    folder: str | Path,
     config: "PretrainedConfig",
     base_model: str,
     *,

@@ -15,7 +15,7 @@ from t2l.io import new_folder, require_only
 
 def merge_into_folder(
     adapter: LoraAdapter,
-    folder: Path,
+    folder: str | Path,
     *,
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
@@ -46,7 +46,7 @@ def merge_into_folder(
         OutputError: if the folder exists or cannot be written.
         T2LError: if the base cannot be loaded, as in `hub.load_causal_lm`.
     """
-    reference = base_model or adapter.spec.base_model
+    folder, reference = Path(folder), base_model or adapter.spec.base_model
     config = hub.load_config(reference)
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     model = hub.load_causal_lm(reference, dtype=dtype)

@@ -79,12 +79,13 @@ class ShardedLibrary(SharedLibrary):
     origin: Origin
 
     @classmethod
-    def open(cls, folder: Path) -> "ShardedLibrary":
+    def open(cls, folder: str | Path) -> "ShardedLibrary":
         """Reads what all adapters have in common.
 
         Raises:
             CheckpointError: if files are missing, damaged or of another format.
         """
+        folder = Path(folder)
         kinds.require_kind(folder, kinds.SHARDS)
         plain = read_json(folder / LIBRARY)
         if plain.get("format_version") != FORMAT_VERSION:
@@ -247,7 +248,7 @@ class ShardedLibrary(SharedLibrary):
             for row, single in zip(rows, self._tensors(rows).unbind(), strict=True)
         ]
 
-    def export(self, folder: Path, ids: Sequence[str], *, dtype: torch.dtype = torch.float32) -> None:
+    def export(self, folder: str | Path, ids: Sequence[str], *, dtype: torch.dtype = torch.float32) -> None:
         """Writes one PEFT folder an adapter, named by its id, into `folder`, all or none.
 
         Raises:
@@ -255,7 +256,7 @@ class ShardedLibrary(SharedLibrary):
             OutputError: if `folder` exists or cannot be written.
         """
         adapters = self.adapters(ids)
-        with new_folder(folder) as temporary:
+        with new_folder(Path(folder)) as temporary:
             for name, adapter in zip(ids, adapters, strict=True):
                 adapter.save_pretrained(temporary / name, dtype=dtype)
 

@@ -50,7 +50,7 @@ class SharedLibrary:
     folder: Path
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: str | Path) -> Self:
         """Reads what the folder says of itself."""
         raise NotImplementedError
 

@@ -74,7 +74,7 @@ class Settings:
         return self.per_task or (500 if suite in ("benchmarks", "likelihood") else 20)
 
 
-def run(settings: Settings, out: Path, *, log: Log = print) -> None:
+def run(settings: Settings, out: str | Path, *, log: Log = print) -> None:
     """Loads, asks, writes; the same call goes on after an interruption.
 
     Args:
@@ -87,6 +87,7 @@ def run(settings: Settings, out: Path, *, log: Log = print) -> None:
         EvaluationError: if a check of the scoring itself fails; the answers are kept.
         OutputError: if the file cannot be written.
     """
+    out = Path(out)
     with opened(settings, log=log) as ready, only_writer(out):
         evaluate(ready, out, settings=settings, log=log)
 

@@ -106,7 +106,7 @@ def tune(
     if prompt.description_in_prompt and not adapter.description:
         raise DescriptionError(
             "Prompts show the description of the task, and this adapter has none; tune it with prompts that do not "
-            "(--no-description-in-prompt)"
+            "(`prompt.with_description(False)`, or --no-description-in-prompt)"
         )
     rows = _encode(tokenizer, adapter.description, examples, prompt, config)
     draw = random.Random(config.seed)
@@ -254,14 +254,14 @@ def _loss(model: Any, rows: list[tuple[list[int], list[int]]], pad: int) -> tupl
     return total, int((targets_BT != -100).sum())
 
 
-def read_examples(path: Path) -> list[tuple[str, str]]:
+def read_examples(path: str | Path) -> list[tuple[str, str]]:
     """Reads examples, one JSON object a line with `input` and `output`; other keys are passed over.
 
     Raises:
         DataError: naming file and line.
     """
     pairs: list[tuple[str, str]] = []
-    for where, _, row in read_json_lines(path):
+    for where, _, row in read_json_lines(Path(path)):
         text, answer = (row.get("input"), row.get("output")) if isinstance(row, dict) else (None, None)
         if not (isinstance(text, str) and isinstance(answer, str) and text.strip() and answer.strip()):
             keys = f"; it has {', '.join(map(str, row))[:100] or 'nothing'}" if isinstance(row, dict) else ""
