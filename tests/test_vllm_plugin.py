@@ -1,7 +1,6 @@
 """The plug-in for vLLM through what vLLM calls: the entry point, and the resolver that it registers."""
 
 import asyncio
-import importlib
 import logging
 import os
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 from conftest import make_base, make_config, random_lora
 from peft import PeftModel
+from vllm_helpers import bench
 
 from t2l import peft_io
 from t2l.apply import apply_adapters
@@ -268,15 +268,9 @@ def test_bad_settings_switch_the_plugin_off(
 # ------------------------------------------------------------------------------- the benchmark that really serves
 
 
-@pytest.fixture
-def vllm_serve(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    return importlib.import_module("vllm_serve")
-
-
-def test_a_checkout_declares_its_entry_point(vllm_serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_serve.metadata, "entry_points", lambda group: [])
-    folder = vllm_serve.declare_plugin(tmp_path)
+def test_a_checkout_declares_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.metadata, "entry_points", lambda group: [])
+    folder = bench.declare_plugin(tmp_path)
     code = (
         "from importlib.metadata import entry_points\n"
         "print([e.load().__name__ for e in entry_points(group='vllm.general_plugins') if 'checkout' in e.dist.name])"
@@ -290,7 +284,7 @@ def test_a_checkout_declares_its_entry_point(vllm_serve: Any, tmp_path: Path, mo
 
 @pytest.mark.parametrize("loses_adapters", [False, True])
 def test_the_benchmark_tells_a_server_that_loses_adapters(
-    loses_adapters: bool, vllm_serve: Any, monkeypatch: pytest.MonkeyPatch
+    loses_adapters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Fake:
         def answer(self, prompt: list[int], description: str | None) -> tuple[str, int]:
@@ -302,11 +296,11 @@ def test_the_benchmark_tells_a_server_that_loses_adapters(
         def status(self, model: str) -> int:
             return 404
 
-    prompts = [[[n, m] for m in range(len(vllm_serve.INPUTS))] for n in range(len(vllm_serve.DESCRIPTIONS))]
-    texts = zip(vllm_serve.DESCRIPTIONS, prompts, strict=True)
+    prompts = [[[n, m] for m in range(len(bench.INPUTS))] for n in range(len(bench.DESCRIPTIONS))]
+    texts = zip(bench.DESCRIPTIONS, prompts, strict=True)
     expected = [[f"{prompt} {description}" for prompt in row] for description, row in texts]
-    monkeypatch.setattr(vllm_serve.metadata, "version", lambda name: "0")
-    report = vllm_serve.measure(Fake(), prompts, expected, 40)
+    monkeypatch.setattr(bench.metadata, "version", lambda name: "0")
+    report = bench.measure(Fake(), prompts, expected, 40, 0.8)
     failed = {name for name, fine in report["checks"].items() if not fine}
     both = {"every adapter changes an answer", "answers agree with Transformers'"}
     assert failed == (both if loses_adapters else set())

@@ -261,7 +261,7 @@ class VLLMBackend:
         }
         settings |= engine or {}
         self._dtype = str(settings.get("dtype", "auto"))
-        self._engine = vllm.LLM(**settings)
+        self._engine: Any = vllm.LLM(**settings)
         self._temporary = tempfile.TemporaryDirectory(prefix="t2l-vllm-")
         self._folders = _Folders(Path(self._temporary.name))
         self._requests: dict[str, Any] = {}
@@ -274,7 +274,8 @@ class VLLMBackend:
         self.close()
 
     def close(self) -> None:
-        """Removes the adapters' folders."""
+        """Ends vLLM's processes and removes the adapters' folders."""
+        self._engine = None  # vLLM ends them when nothing refers to it
         self._temporary.cleanup()
 
     def facts(self) -> Facts:
