@@ -211,13 +211,26 @@ def test_run_prints_base_and_adapted_answers(checkpoint: Path, tmp_path: Path) -
     assert plain.stdout.count("Base     ") == plain.stdout.count("Adapted  ") == 3
 
 
-def test_run_streams_the_same_answers(checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_streams_the_same_answers(
+    checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = Session(str(checkpoint), description=TASKS[0], adapter=adapter)
     (prompt,) = session.prompts(["first"], 6)
     with session.adapted():
         (whole,) = session.answer([prompt], 6)
         session.stream(prompt, 6)
-    assert capsys.readouterr().out.strip() == whole
+    assert capsys.readouterr().out.rstrip() == whole
+
+    def spaced(tokens: Any, number: int, *, streamer: Any) -> None:
+        """An answer that begins with a space, as some checkpoints' do."""
+        streamer.put(tokens["input_ids"])
+        for token in session.tokenizer("  a b", add_special_tokens=False).input_ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    monkeypatch.setattr(session, "_generate", spaced)
+    session.stream(prompt, 6)
+    assert capsys.readouterr().out == "a b\n"
 
 
 def test_run_with_a_saved_adapter(checkpoint: Path, adapter: Path) -> None:

@@ -93,10 +93,18 @@ class Session:
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     def stream(self, prompt: str, max_new_tokens: int) -> None:
-        """Prints one answer as it comes, by greedy decoding, and a line's end."""
+        """Prints one answer as it comes, by greedy decoding, without white space before it, and a line's end."""
         from transformers import TextStreamer
 
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        class Stripped(TextStreamer):
+            begun = False
+
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                text = text if self.begun else text.lstrip()
+                self.begun = bool(text) or self.begun
+                super().on_finalized_text(text, stream_end)
+
+        streamer = Stripped(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._generate(self._tokens([prompt]), max_new_tokens, streamer=streamer)
 
     def _tokens(self, prompts: list[str]) -> Any:
