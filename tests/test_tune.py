@@ -126,6 +126,9 @@ def test_a_seed_decides_everything(base: tuple[Any, Any]) -> None:
     ("examples", "message"),
     [
         ([("a", "b")], "at least two examples, one of them to hold out; got 1"),
+        ([{"input": "a", "output": "b"}] * 4, "Example 0 is .*; examples are pairs of texts, input and answer"),
+        (["ab", "cd"], "Example 0 is 'ab'; examples are pairs of texts"),
+        ([("a", "b"), ("a", 3)], "Example 1 is .*; examples are pairs of texts"),
         ([("a", "b"), ("c", " ")], "Example 1 has a blank answer"),
         ([("a", "b"), ("long " * 300, "c")], r"Example 1 takes \d+ tokens, answer included; at most 1024 are read"),
     ],

@@ -96,7 +96,7 @@ def tune(
         The tuned adapter, and the losses on the way.
 
     Raises:
-        DataError: if there are too few examples, one is blank, or one is longer than allowed.
+        DataError: if there are too few examples, one is no pair of texts, is blank, or one is longer than allowed.
         DescriptionError: if prompts show the description and the adapter has none.
         TrainingError: if a loss is not a finite number.
         SpecMismatchError: if the adapter is not for this base.
@@ -132,7 +132,10 @@ def _encode(
     if len(examples) < 2:
         raise DataError(f"Tuning needs at least two examples, one of them to hold out; got {len(examples)}")
     require_end_of_sequence(tokenizer)
-    for number, (text, answer) in enumerate(examples):
+    for number, pair in enumerate(examples):  # of an object with the two as keys these would be the example
+        if not isinstance(pair, tuple | list) or [type(part) for part in pair] != [str, str]:
+            raise DataError(f"Example {number} is {pair!r:.100}; examples are pairs of texts, input and answer")
+        text, answer = pair
         if not text.strip() or not answer.strip():
             raise DataError(f"Example {number} has a blank {'input' if not text.strip() else 'answer'}")
     prompts = token_ids(tokenizer, [render(tokenizer, description, text, prompt) for text, _ in examples])
