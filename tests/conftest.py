@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 from eval_helpers import TASKS
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
     from t2l.hypernet import Hypernet
     from t2l.lora import LoraTensors
+
+hypothesis.settings.register_profile("t2l", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("t2l")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"

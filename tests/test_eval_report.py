@@ -226,7 +226,7 @@ JSON = strategies.recursive(
 
 
 @hypothesis.given(data=strategies.data())
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 def test_files_with_anything_in_them_are_reported_or_refused(
     data: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

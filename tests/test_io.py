@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -226,8 +226,6 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(writer: st
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
-# A busy machine stops a process for longer than the fifth of a second that Hypothesis grants an example.
-ON_ANY_MACHINE = settings(deadline=5000)
 plain = st.recursive(
     st.none()
     | st.booleans()
@@ -239,7 +237,6 @@ plain = st.recursive(
 )
 
 
-@ON_ANY_MACHINE
 @given(plain, st.booleans())
 def test_json_within_bounds_is_read_as_it_is(data: Any, ascii_only: bool) -> None:
     text = json.dumps(data, ensure_ascii=ascii_only)
@@ -270,7 +267,6 @@ def test_json_out_of_bounds_is_the_callers_error(text: str | bytes, match: str) 
         assert len(str(caught.value)) < 500
 
 
-@ON_ANY_MACHINE
 @given(st.binary(max_size=50) | st.text(alphabet='[]{}":,\\u0189deE+-. ntruefalsINy', max_size=50))
 def test_no_json_is_a_raw_error(text: bytes | str) -> None:
     with suppress(DataError):
@@ -329,7 +325,6 @@ def test_yaml_out_of_bounds_is_a_short_config_error(text: str, match: str, tmp_p
     assert time.perf_counter() - start < 5
 
 
-@ON_ANY_MACHINE
 @given(st.text(alphabet="ab0189-: \n[]{}!&*?|>'\"%@`#,.eE_tTzZ~<", max_size=60))
 def test_no_yaml_is_a_raw_error(text: str) -> None:
     with suppress(ConfigError):
@@ -343,7 +338,6 @@ def test_yaml_values_are_read_as_before() -> None:
     assert override({"s": {"t": 1}}, ["s.t=[1, 2]", "new.x=~"]) == {"s": {"t": [1, 2]}, "new": {"x": None}}
 
 
-@ON_ANY_MACHINE
 @given(st.text(max_size=300))
 def test_a_name_that_is_let_through_names_a_folder_inside_its_parent(name: str) -> None:
     try:

@@ -111,7 +111,7 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
     return route, data * 2 if broken == "twice" else data
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(made=bodies())
 def test_a_body_is_answered_or_refused_with_the_reason(made: tuple[str, bytes], http: httpx.Client) -> None:
     route, data = made

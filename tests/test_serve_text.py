@@ -23,7 +23,7 @@ def streamed(tokenizer: Any, text: str, stops: tuple[str, ...] = ()) -> tuple[li
 
 
 @given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=3), max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
     """One token a byte: characters of several bytes come whole, and no piece holds what a stop string takes back."""
     from conftest import make_tokenizer
