@@ -19,7 +19,7 @@ from vllm_helpers import bench, needs_vllm
 from t2l import hub, peft_io
 from t2l.config import LoraConfig, PromptConfig
 from t2l.endpoint import KEY_VARIABLE, open_endpoint
-from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
+from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError, SpecMismatchError
 from t2l.eval.backends import Backend, Facts, ServerBackend, VLLMBackend, adapter_name
 from t2l.lora import LoraTensors
 from t2l.prompt import render, token_ids
@@ -111,7 +111,7 @@ def test_an_adapter_without_effect_is_found_out(vllm: type[LLM], base_folder: Pa
 
 
 def test_what_vllm_cannot_do_is_said(vllm: type[LLM], base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="up to rank 512, these have 513"):
+    with pytest.raises(SpecMismatchError, match="rank 513; vLLM takes ranks up to 512"):
         VLLMBackend(str(base_folder), rank=513)
     with VLLMBackend(str(base_folder), rank=4) as backend:
         with pytest.raises(ConfigError, match="2 prompts for 1 adapters"):

@@ -24,7 +24,7 @@ from t2l.endpoint import Endpoint, Say, call, choice, open_endpoint
 from t2l.errors import AdapterNotAppliedError, ConfigError, DownloadError
 from t2l.eval import decode
 from t2l.prompt import token_ids
-from t2l.ranks import VLLM_RANKS
+from t2l.ranks import next_rank
 
 SAME = 1e-3
 """Log-probabilities closer than this come from one distribution; engines repeat themselves to about 1e-5."""
@@ -233,15 +233,14 @@ class VLLMBackend:
         engine: Further arguments of `vllm.LLM`, such as `dtype` or `gpu_memory_utilization`.
 
     Raises:
-        ConfigError: if vLLM is not installed, or takes no adapters of this rank.
+        ConfigError: if vLLM is not installed.
+        SpecMismatchError: if vLLM takes no adapters of this rank.
     """
 
     def __init__(
         self, base: str, *, rank: int, adapters_at_once: int = 16, engine: dict[str, Any] | None = None
     ) -> None:
-        fitting = [size for size in VLLM_RANKS if size >= rank]
-        if not fitting:
-            raise ConfigError(f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, these have {rank}")
+        legal_rank = next_rank(rank)
         try:
             import vllm
             from vllm.lora.request import LoRARequest
@@ -253,7 +252,7 @@ class VLLMBackend:
         settings: dict[str, Any] = {
             "model": str(hub.resolve(base)),
             "enable_lora": True,
-            "max_lora_rank": fitting[0],
+            "max_lora_rank": legal_rank,
             "max_loras": adapters_at_once,
             # Blocks of one adapter have been served to another; what is shared here is not worth that.
             "enable_prefix_caching": False,

@@ -6,10 +6,8 @@ import shlex
 from dataclasses import dataclass
 
 from t2l.prompt import with_description
+from t2l.ranks import VLLM_RANKS, next_rank
 from t2l.serve.store import Entry
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as its largest rank."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def _transformers(entry: Entry, url: str, shown: list[dict[str, str]], base_mode
 
 
 def _vllm(entry: Entry, url: str, shown: list[dict[str, str]], base_model: str, header: str) -> str:
-    rank = next(rank for rank in VLLM_RANKS if rank >= min(entry.spec.rank, VLLM_RANKS[-1]))
+    rank = next_rank(min(entry.spec.rank, VLLM_RANKS[-1]))
     body = json.dumps({"model": entry.id, "messages": shown, "temperature": 0, "max_tokens": 64}, ensure_ascii=False)
     return (
         f"curl -sfo {entry.id}.zip{header} {url}/v1/adapters/{entry.id}/download\n"
