@@ -113,7 +113,7 @@ def test_the_library_never_imports_the_laboratory(folder: str) -> None:
 
 def test_the_laboratory_imports_the_library_and_what_it_requires() -> None:
     own = {path.stem for path in RESEARCH.glob("*.py")}
-    known = own | set(sys.stdlib_module_names) | {"t2l", "torch", "numpy", "pyarrow"}
+    known = own | set(sys.stdlib_module_names) | {"t2l", "torch", "safetensors", "numpy", "pyarrow"}
     for path in RESEARCH.glob("*.py"):
         assert packages_of(path) <= known, path
 
