@@ -39,9 +39,9 @@ def near(weights: Tensor, generator: torch.Generator) -> Tensor | None:
         return None
     blocks = weights.float().reshape(-1, BLOCK)
     step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / (VALUES - 1)
-    different = 1 + (blocks.sort(dim=1).values.diff(dim=1) > step / 2).sum(1)
-    distinct = 1 + (blocks.sort(dim=1).values.diff(dim=1) > 0).sum(1)
-    if (distinct > VALUES).any() or (different < distinct).any():
+    apart = blocks.sort(dim=1).values.diff(dim=1)
+    new = apart > 0
+    if (new.sum(1) >= VALUES).any() or (new & (apart <= step / 2)).any():
         return None
     noise = torch.rand(blocks.shape, generator=generator) - 0.5
     return (blocks + noise * step).reshape(weights.shape).to(weights.dtype)

@@ -1,6 +1,5 @@
 """Benchmarks run as they stand, and what they compare computes the same thing."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import make_hypernet
+from loading import load
 
 from t2l.apply import hooked
 from t2l.config import LoraConfig
@@ -20,25 +20,16 @@ from t2l.train.loss import answer_losses
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def train_step() -> ModuleType:
-    return load("train_step")
+    return load("benchmarks", "train_step")
 
 
 def test_generate_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--device cpu --variants S --layers 1 --batches 1,2 --dtypes float32 --seconds 0 --shard-seconds 0"
     more = f"--shard-mb 1 --disk-files 0 --folder {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["generate.py", *options.split(), *more.split()])
-    load("generate").main()
+    load("benchmarks", "generate").main()
     out = capsys.readouterr().out
     assert out.count("| S | float32 |") == 3 and "shards, float16" in out
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,6 @@ The default models are loaded once for all of this file.
 """
 
 import functools
-import importlib.util
 import json
 import re
 import warnings
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from loading import load
 
 import t2l
 from t2l import hub
@@ -25,11 +25,7 @@ TEXTS = (".md", ".py", ".yaml", ".yml", ".toml", ".ipynb", ".html", ".js", ".cff
 
 def script(name: str) -> ModuleType:
     """A script of the repository as a module."""
-    found = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load("scripts", name)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A dry run says what the run then needs: parameters and bytes exactly, time loosely; and it leaves nothing."""
 
-import importlib.util
 import json
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from loading import load
 from safetensors.torch import load_file
 from sft_helpers import metrics, quiet, shorter
 from typer.testing import CliRunner
@@ -279,10 +279,7 @@ def test_sizes_of_files_are_exact(tmp_path: Path) -> None:
 
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("dry_run_benchmark", ROOT / "benchmarks" / "dry_run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("benchmarks", "dry_run")
     monkeypatch.setattr(module, "STEPS", 10)
     monkeypatch.setattr(sys, "argv", ["dry_run.py", "--tiny", "--out", str(tmp_path / "found.json")])
     module.main()

@@ -1,7 +1,6 @@
 """What is installed: the core needs no extra, the wheel holds what the package reads, licences go together."""
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import load
 
 from t2l.config import parse_yaml
 
@@ -20,10 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("scripts", name)
 
 
 def test_the_core_imports_no_extra() -> None:

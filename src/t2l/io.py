@@ -20,7 +20,8 @@ from t2l.locks import REPLACED, lock_folder, remove, sweep, unlock
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOAT_TYPES = {"F32", "F16", "BF16", "F64"}
+FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+"""What safetensors and torch call the types that are read."""
 MAX_JSON_BYTES = 256 << 20
 MAX_LINE_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
@@ -104,7 +105,7 @@ def new_folder(path: Path, *, overwrite: bool | None = None) -> Iterator[Path]:
 
 def require_float(dtype: object) -> None:
     """Raises ConfigError unless tensors of a type are read back."""
-    if str(dtype) not in ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64"):
+    if str(dtype) not in (f"torch.{name}" for name in FLOAT_TYPES.values()):
         raise ConfigError(f"Tensors are not kept as {dtype!r}; give a type such as torch.float32 or torch.bfloat16")
 
 
