@@ -11,13 +11,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from loading import ROOT
 from serve_helpers import program
-from vllm_helpers import REPOSITORY, ended, needs_vllm
+from vllm_helpers import ended, needs_vllm
 
 from t2l import hub
 
-LLAMA_SERVER = Path(os.environ.get("T2L_LLAMA_SERVER", REPOSITORY / ".venv-llamacpp" / "bin" / "llama-server"))
-LLAMA_CPP = Path(os.environ.get("T2L_LLAMACPP_SOURCE", REPOSITORY / ".venv-llamacpp" / "llama.cpp"))
+LLAMA_SERVER = Path(os.environ.get("T2L_LLAMA_SERVER", ROOT / ".venv-llamacpp" / "bin" / "llama-server"))
+LLAMA_CPP = Path(os.environ.get("T2L_LLAMACPP_SOURCE", ROOT / ".venv-llamacpp" / "llama.cpp"))
 needs_llamacpp = pytest.mark.skipif(
     not LLAMA_SERVER.is_file(), reason=f"llama.cpp's server is not built ({LLAMA_SERVER}); run: make test-llamacpp"
 )
